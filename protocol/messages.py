@@ -1,0 +1,403 @@
+"""What the two processes say to each other: frozen, typed, validated when built and when decoded.
+
+    server -> learner   Hello, Group, Return, WeightsRequest, WeightsLive, WeightsFailed
+    learner -> server   Welcome, Refused, Lease, Ack, Cancel, WeightsReady, WeightsChunk
+    both ways           Ping, Pong, Drain, Goodbye, Fault
+
+A message is one small msgpack header (its scalar fields, by name) and one raw little-endian frame per array field
+(see codec.py). Array fields of a decoded message are read-only views of the received frames. Shapes: G generations of
+the group, N completions in this message (N = G unless the group travels in parts), T their tokens in all,
+K version spans, F reward functions. Arrays that a field does not need are None and cost nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from enum import IntEnum, StrEnum
+
+
+import msgspec
+import numpy as np
+import numpy.typing as npt
+
+from protocol.versions import PROTOCOL_VERSION, Version
+
+Int32 = npt.NDArray[np.int32]
+Float32 = npt.NDArray[np.float32]
+UInt8 = npt.NDArray[np.uint8]
+UInt16 = npt.NDArray[np.uint16]
+
+
+class Purpose(StrEnum):
+    """Why a group is generated. Eval leases hold no slot and their groups never train."""
+
+    TRAIN = "train"
+    EVAL = "eval"
+
+
+class FinishReason(IntEnum):
+    """Why a completion ended; one byte per completion on the wire."""
+
+    STOP = 0
+    """The engine sampled a stop token; it is the completion's last token, and it trains."""
+    LENGTH = 1
+    """max_completion_length was reached (a truncated completion)."""
+    ABORT = 2
+    """Cut by the server. Never trains."""
+
+
+class RewardStatus(IntEnum):
+    """How one reward function fared on one completion."""
+
+    OK = 0
+    TIMEOUT = 1
+    ERROR = 2
+    UNSCORED = 3
+    """The function returned None: it does not apply to this row."""
+
+
+class AckStatus(StrEnum):
+    """What the learner did with a group."""
+
+    OK = "ok"
+    """Journaled: on disk (I7), the server may forget it."""
+    DUPLICATE = "duplicate"
+    STALE = "stale"
+    """Sampled by orphaned weights, or too old to be trained inside the bound; its lease is given out again."""
+    REFUSED = "refused"
+    """Invalid (I6); its lease is given out again."""
+
+
+class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, eq=False, tag_field="type", tag=str.lower):
+    """Base of all messages."""
+
+    protocol_version: int = PROTOCOL_VERSION
+
+
+class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Every sampling parameter, always explicit: an engine has no defaults of its own."""
+
+    temperature: float = 1.0
+    """0 is greedy; the logprobs are then those of temperature 1."""
+    top_p: float = 1.0
+    top_k: int = 0
+    """0 is off."""
+    min_p: float = 0.0
+    max_completion_length: int
+    stop_token_ids: tuple[int, ...]
+
+    def __post_init__(self) -> None:
+        """Refuse ranges that no engine can sample from."""
+        if not (self.temperature >= 0.0 and self.temperature < 1e3):
+            raise ValueError(f"temperature {self.temperature}: allowed is 0 (greedy) up to 1000")
+        if not 0.0 < self.top_p <= 1.0:
+            raise ValueError(f"top_p {self.top_p}: allowed is 0 < top_p <= 1")
+        if self.top_k < 0:
+            raise ValueError(f"top_k {self.top_k}: allowed is 0 (off) or more")
+        if not 0.0 <= self.min_p < 1.0:
+            raise ValueError(f"min_p {self.min_p}: allowed is 0 <= min_p < 1")
+        if self.max_completion_length < 1:
+            raise ValueError(f"max_completion_length {self.max_completion_length}: must be >= 1")
+
+    @property
+    def truncates(self) -> bool:
+        """Whether the engine samples from less than the whole softmax (refused for training leases)."""
+        return self.top_p < 1.0 or self.top_k > 0 or self.min_p > 0.0
+
+
+class Hello(Message, frozen=True, kw_only=True):
+    """First message of a connection. A reconnecting server says Hello again, with a fresh session."""
+
+    session: str
+    """Random per connection; names this connection in both logs."""
+    server: str
+    """Stable name of the server process, unique within the run."""
+    engine: str
+    room: int
+    """Samples that the engine decodes at once."""
+    vocab_size: int
+    model_digest: str
+    """Digest of names, shapes of the weights the engine serves (`protocol.weights.manifest.schema_digest`)."""
+    tokenizer_digest: str
+    """Digest of the vocabulary (`tokenizer_digest`); empty for an engine without one."""
+    reward_functions: tuple[str, ...]
+    run_id: str = ""
+    """The run this server worked for before this connection; empty at its first Hello."""
+    incarnation: int = 0
+    """The highest learner incarnation it has seen in that run: a lower one is fenced off."""
+    live: Version | None = None
+    unacked: tuple[str, ...] = ()
+    """Group ids finished but not acknowledged."""
+    in_flight: tuple[str, ...] = ()
+    """Group ids being generated or scored."""
+
+
+class Welcome(Message, frozen=True, kw_only=True):
+    """Answer to Hello: the server belongs to the run."""
+
+    session: str
+    run_id: str
+    incarnation: int
+    keep: tuple[str, ...] = ()
+    """Of the group ids in Hello, those still wanted. The server sends the finished ones again and drops the rest."""
+    heartbeat_s: float = 1.0
+    liveness_s: float = 5.0
+
+
+class Refused(Message, frozen=True, kw_only=True):
+    """Answer to Hello: the server does not fit this run. Final until someone changes a configuration."""
+
+    code: str
+    """protocol_version, model, tokenizer, reward_functions, incarnation, name_in_use or hello_required."""
+    reason: str
+
+
+class Lease(Message, frozen=True, kw_only=True):
+    """Permission and order to produce one group."""
+
+    group_id: str
+    ordinal: int
+    sequence: int
+    """Lease sequence number; for eval leases the row index."""
+    attempt: int
+    purpose: Purpose
+    num_generations: int
+    sampling: Sampling
+    seed: int
+    """Seed of the group, 63 bits; sample i draws from `sample_seed(seed, i)`."""
+    min_version: Version
+    """No token may be sampled by older weights. The learner only leases to servers live at or above it."""
+    prompt_tokens: Int32
+    """[P] token ids; the server never tokenizes a prompt."""
+    row: UInt8
+    """UTF-8 JSON {"prompt": str | messages, "columns": {...}}: what reward functions are given."""
+    deadline_s: float = 0.0
+    """The learner cancels the lease when it is not answered in that time; 0 is no limit."""
+
+    def __post_init__(self) -> None:
+        """Check what can be checked without a model."""
+        if self.num_generations < 1:
+            raise ValueError(f"num_generations {self.num_generations}: must be >= 1")
+        if self.prompt_tokens.ndim != 1 or self.prompt_tokens.size == 0:
+            raise ValueError(f"prompt_tokens has shape {self.prompt_tokens.shape}: expected [P] with P >= 1")
+
+
+class Group(Message, frozen=True, kw_only=True):
+    """The scored completions of one prompt, or a part of them.
+
+    A large group travels in `num_parts` messages, each with some of the completions; `completion_index` says which.
+    """
+
+    group_id: str
+    ordinal: int
+    sequence: int
+    attempt: int
+    purpose: Purpose
+    num_generations: int
+    """G, also in a part."""
+    temperature: float
+    """The T of all logprobs: they are of softmax(logits / T)."""
+    reward_names: tuple[str, ...]
+    """[F]"""
+    part: int = 0
+    num_parts: int = 1
+    generate_s: float = 0.0
+    """From the first token wanted to the last one sampled, queueing in the engine included."""
+    reward_s: float = 0.0
+    notes: tuple[str, ...] = ()
+    """At most a few short texts: the first error of each reward function."""
+
+    completion_index: Int32
+    """[N] which of the G generations each completion is."""
+    completion_lengths: Int32
+    """[N] tokens of each completion, stop token included; sums to T."""
+    completion_tokens: Int32
+    """[T]"""
+    behavior_logprobs: Float32
+    """[T] natural log, by the engine that sampled."""
+    finish_reasons: UInt8
+    """[N] FinishReason"""
+    span_counts: Int32
+    """[N] version spans of each completion; sums to K."""
+    span_lengths: Int32
+    """[K] tokens of each span, in order; those of a completion sum to its length."""
+    span_versions: Int32
+    """[K, 2] (incarnation, policy_version) that sampled the span."""
+    rewards: Float32
+    """[N] weighted sum over the functions with a value; 0 where `scored` is 0."""
+    scored: UInt8
+    """[N] 1 where at least one reward function gave a value."""
+    reward_values: Float32
+    """[N, F] 0 where the status is not OK (or a value was set by reward_on_timeout: status stays TIMEOUT)."""
+    reward_statuses: UInt8
+    """[N, F] RewardStatus"""
+    reward_seconds: Float32
+    """[N, F] wall-clock seconds of the call that scored it, divided by the completions in that call."""
+
+    loss_mask: UInt8 | None = None
+    """[T] 0 for tokens an environment or a tool wrote; None: every token was sampled by the policy."""
+    step_rewards: Float32 | None = None
+    """[T] process reward given at that token."""
+    sampling_mask: UInt8 | None = None
+    """Reserved: the support of truncated sampling."""
+    routed_experts: UInt16 | None = None
+    """Reserved: MoE routing to replay."""
+
+
+class Ack(Message, frozen=True, kw_only=True):
+    """The learner has dealt with a group."""
+
+    group_id: str
+    attempt: int
+    status: AckStatus
+    reason: str = ""
+
+
+class Return(Message, frozen=True, kw_only=True):
+    """The server gives a lease back unanswered."""
+
+    group_id: str
+    attempt: int
+    reason: str
+    fault: bool = True
+    """Whether it counts as one of the group's attempts (a drain does not)."""
+
+
+class Cancel(Message, frozen=True, kw_only=True):
+    """The learner no longer wants a group."""
+
+    group_id: str
+    attempt: int
+    reason: str
+
+
+class WeightsReady(Message, frozen=True, kw_only=True):
+    """A version may be fetched. A newer one supersedes those before it."""
+
+    version: Version
+    manifest: UInt8
+    """The manifest, UTF-8 JSON (see weights/manifest.py)."""
+    addresses: tuple[str, ...]
+    """Bulk endpoints that serve it, best first; `*` as the host is the host the server dialed."""
+
+
+class WeightsRequest(Message, frozen=True, kw_only=True):
+    """Ask for bytes of a version's file, on the bulk plane."""
+
+    version: Version
+    offset: int
+    length: int
+
+    def __post_init__(self) -> None:
+        """Only sizes that a server is willing to send."""
+        if self.offset < 0 or not 0 < self.length <= 1 << 22:
+            raise ValueError(f"bytes [{self.offset}, +{self.length}]: at most 4 MiB a request")
+
+
+class WeightsChunk(Message, frozen=True, kw_only=True):
+    """Answer to WeightsRequest. `data` is None when the version is no longer served."""
+
+    version: Version
+    offset: int
+    data: UInt8 | None = None
+
+
+class WeightsLive(Message, frozen=True, kw_only=True):
+    """Every token sampled from now on by this server is of `version` or newer."""
+
+    version: Version
+    transfer_s: float = 0.0
+    verify_s: float = 0.0
+    pause_s: float = 0.0
+
+
+class WeightsFailed(Message, frozen=True, kw_only=True):
+    """The server could not make the version live and serves the one it had."""
+
+    version: Version
+    reason: str
+
+
+class ServerStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What a server says of itself with every Ping. Counters are since its start and only grow."""
+
+    samples_running: int = 0
+    samples_waiting: int = 0
+    groups_in_flight: int = 0
+    groups_unacked: int = 0
+    groups_finished: int = 0
+    tokens_generated: int = 0
+    wall_s: float = 0.0
+    busy_s: float = 0.0
+    """The engine was decoding or prefilling."""
+    paused_s: float = 0.0
+    """The engine stood still for a weight swap."""
+    occupancy_s: float = 0.0
+    """Integral over time of samples_running / room."""
+    reward_timeouts: int = 0
+    reward_errors: int = 0
+    malformed: int = 0
+    loop_lag_ms: float = 0.0
+    """p99 lateness of the event loop (I9) over the last interval."""
+    waiting_for: str = ""
+
+
+class Ping(Message, frozen=True, kw_only=True):
+    """Heartbeat. Any traffic counts as life; a Ping makes sure there is some."""
+
+    sent_s: float
+    """Sender's monotonic clock."""
+    status: ServerStatus | None = None
+
+
+class Pong(Message, frozen=True, kw_only=True):
+    """Answer to Ping, with its time."""
+
+    sent_s: float
+
+
+class Drain(Message, frozen=True, kw_only=True):
+    """From a server: give me no more leases. From the learner: finish or return what you have; the run ends."""
+
+    reason: str
+
+
+class Goodbye(Message, frozen=True, kw_only=True):
+    """The sender closes the connection on purpose."""
+
+    reason: str
+
+
+class Fault(Message, frozen=True, kw_only=True):
+    """Something went wrong that the other side should know and show; the connection goes on."""
+
+    code: str
+    reason: str
+
+
+AnyMessage = (
+    Hello | Welcome | Refused | Lease | Group | Ack | Return | Cancel | WeightsReady | WeightsRequest | WeightsChunk
+    | WeightsLive | WeightsFailed | Ping | Pong | Drain | Goodbye | Fault
+)  # fmt: skip
+
+
+def group_id(run_id: str, ordinal: int, purpose: Purpose = Purpose.TRAIN) -> str:
+    """Name a group by what it is, never by its text: 32 hex digits of BLAKE2b(run, purpose, ordinal)."""
+    return hashlib.blake2b(f"{run_id}/{purpose}/{ordinal}".encode(), digest_size=16).hexdigest()
+
+
+def group_seed(run_seed: int, ordinal: int) -> int:
+    """Seed of a group, 63 bits: a retry draws the same numbers, and no sampling RNG state is ever kept."""
+    digest = hashlib.blake2b(f"{run_seed}/{ordinal}".encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def sample_seed(seed: int, index: int) -> int:
+    """Seed of sample `index` of a group, 63 bits."""
+    return group_seed(seed, index)
+
+
+def tokenizer_digest(vocabulary: dict[str, int]) -> str:
+    """Digest of a tokenizer's vocabulary: equal token ids mean equal tokens on both sides."""
+    items = sorted(vocabulary.items(), key=lambda item: (item[1], item[0]))
+    return hashlib.blake2b(msgspec.json.encode(items), digest_size=16).hexdigest()
