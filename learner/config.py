@@ -1,0 +1,283 @@
+"""The learner's configuration: TRL's words, flat, one docstring per knob (they are the --help).
+
+Read through protocol/settings.py from TOML files and flags. Sections are classes, so that a part of the learner can
+ask for the section it needs; keys are flat for the user. Checks that need two fields are at the end.
+"""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from learner.staleness import Bounds, derive_bounds
+
+
+class Section(BaseModel):
+    """Frozen, and every key must be known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ModelOptions(Section):
+    """What is trained."""
+
+    model: str = ""
+    """Directory (or hub name) of a Hugging Face causal language model with its tokenizer. Required."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Master weights and optimizer states. bfloat16 loses small updates at RL learning rates."""
+    autocast: Literal["none", "bfloat16"] = "none"
+    """Arithmetic of the forward and backward pass."""
+    publish_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Dtype of the weights the servers get. auto: bfloat16 when dtype or autocast is, else float32."""
+    device: str = "auto"
+    """auto is cuda where there is one, else cpu."""
+    share_prefix: bool = True
+    """Forward the prompt once per group. False (or a model that cannot) pads every completion with its prompt."""
+
+
+class DataOptions(Section):
+    """Where prompts come from."""
+
+    dataset: str = ""
+    """A .jsonl file, or reasoning_gym:<task>. Required. Rows need the prompt column; all other columns go to the
+    reward functions."""
+    dataset_config: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of the reasoning_gym task (for example size, seed, min_value)."""
+    eval_dataset: str = ""
+    """Like dataset; empty for no evaluation."""
+    eval_dataset_config: dict[str, Any] = Field(default_factory=dict)
+    """Like dataset_config, for eval_dataset."""
+    prompt_column: str = "prompt"
+    """Column with the prompt: a string, or a list of chat messages (then the chat template is applied)."""
+    prompt_format: Literal["auto", "text", "chat"] = "auto"
+    """auto: strings are plain text, lists are chats. chat: a string becomes one user message."""
+    max_prompt_length: int = Field(1024, ge=1)
+    """Tokens. Longer rows are filtered and counted, never cut."""
+    shuffle: bool = True
+    """Permute the rows in every epoch, by seed. False: file order."""
+
+
+class GenerationOptions(Section):
+    """What a lease asks for."""
+
+    num_generations: int = Field(64, ge=2)
+    """G: completions sampled per prompt."""
+    max_completion_length: int = Field(4096, ge=1)
+    """Tokens, stop token included."""
+    temperature: float = Field(1.0, gt=0)
+    """Logprobs everywhere are those of softmax(logits / temperature)."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    """Below 1 is refused for training: the logprobs would not be those of the whole softmax."""
+    top_k: int = Field(0, ge=0)
+    """Above 0 is refused for training, as top_p."""
+    min_p: float = Field(0.0, ge=0, lt=1)
+    """Above 0 is refused for training, as top_p."""
+    stop: list[str] = Field(default_factory=list)
+    """Texts that end a completion, each a single token of the vocabulary. The model's end-of-sequence always does."""
+
+
+class AlgorithmOptions(Section):
+    """GRPO."""
+
+    loss_type: Literal["dapo", "grpo"] = "dapo"
+    """dapo: one global token count per step as denominator. grpo: mean per completion, then over completions."""
+    beta: float = Field(0.0, ge=0)
+    """Coefficient of the KL (k3) to the frozen initial policy. 0 does without a reference model."""
+    epsilon: float = Field(0.2, gt=0, lt=1)
+    """Lower clip range: ratios below 1 - epsilon are clipped."""
+    epsilon_high: float | None = Field(None, gt=0)
+    """Upper clip range; default is epsilon. DAPO: 0.28."""
+    scale_rewards: Literal["group", "none"] = "group"
+    """group: advantages are divided by the group's standard deviation. none: mean-centered only."""
+    anchor: Literal["behavior", "proximal"] = "behavior"
+    """What the clipped ratio is taken against: the policy that sampled, or the policy at the start of the step
+    (decoupled PPO), then corrected by importance weights."""
+    importance_sampling_mode: Literal["token_truncate", "none"] = "token_truncate"
+    """With the proximal anchor: weight tokens by exp(proximal - behavior), truncated; or not at all."""
+    importance_sampling_clip_max: float = Field(2.0, gt=0)
+    """Truncation of those weights."""
+    filter_zero_std: bool = True
+    """Do not train groups whose rewards are all equal (they have no gradient); others are leased in their place."""
+    max_refill_ratio: int = Field(4, ge=0)
+    """Filtered groups per trained one that are replaced in a step; beyond it the step trains what it has, or is
+    skipped."""
+    mask_truncated_completions: bool = False
+    """Leave completions that hit max_completion_length out of the loss."""
+    max_skipped_steps: int = Field(5, ge=1)
+    """Skipped steps in a row (non-finite loss, nothing left after filtering) that stop the run."""
+
+
+class AsynchronyOptions(Section):
+    """The staleness dial."""
+
+    prompts_per_step: int = Field(8, ge=1)
+    """P: groups per training step; samples per step = prompts_per_step x num_generations."""
+    max_staleness: int = Field(4, ge=0)
+    """Hard bound, in steps, between the weights that sampled a group's oldest token and the weights trained with it.
+    Higher: both sides wait less, data is older. 0 is synchronous."""
+    reorder_window: int | None = Field(None, ge=1)
+    """W: how far a finished group may overtake. Useful: j x prompts_per_step + 1. Default: derived."""
+    weight_sync_steps: int = Field(1, ge=1)
+    """Publish every k-th version."""
+    max_attempts: int = Field(3, ge=1)
+    """Leases per group before it is quarantined."""
+    buffer_bytes: int = Field(4 << 30, ge=1 << 20)
+    """Reserved for worst-case groups when they are leased; too little lowers how far rollouts run ahead."""
+
+    @property
+    def bounds(self) -> Bounds:
+        """What follows from the dial, before the byte budget."""
+        return derive_bounds(
+            max_staleness=self.max_staleness,
+            prompts_per_step=self.prompts_per_step,
+            reorder_window=self.reorder_window,
+            weight_sync_steps=self.weight_sync_steps,
+        )
+
+
+class OptimizerOptions(Section):
+    """The training recipe."""
+
+    max_steps: int = Field(100, ge=1)
+    """Training steps of the run."""
+    learning_rate: float = Field(1e-6, gt=0)
+    """Peak, after warm-up."""
+    lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
+    """After warm-up: stay, or fall to 0 at max_steps."""
+    warmup_steps: int = Field(0, ge=0)
+    """Steps over which the learning rate rises linearly from 0."""
+    adam_beta1: float = Field(0.9, ge=0, lt=1)
+    """AdamW."""
+    adam_beta2: float = Field(0.999, ge=0, lt=1)
+    """AdamW."""
+    adam_epsilon: float = Field(1e-8, gt=0)
+    """AdamW."""
+    weight_decay: float = Field(0.0, ge=0)
+    """AdamW, on matrices only."""
+    max_grad_norm: float = Field(1.0, gt=0)
+    """Gradients are scaled down to this norm."""
+    token_budget: int = Field(8192, ge=1)
+    """Tokens per micro-batch: memory against speed, never the result."""
+
+
+class EvaluationOptions(Section):
+    """Evaluation during training; its leases hold no slots."""
+
+    eval_steps: int = Field(0, ge=0)
+    """Evaluate every so many steps; 0 only before the first step and after the last (each pinned to one version)."""
+    eval_size: int = Field(0, ge=0)
+    """Use the first so many rows of eval_dataset; 0 is all of them."""
+    eval_num_generations: int = Field(1, ge=1)
+    """Completions per prompt."""
+    eval_temperature: float = Field(0.0, ge=0)
+    """0 is greedy."""
+    eval_max_completion_length: int | None = Field(None, ge=1)
+    """Default: max_completion_length."""
+
+
+class RunOptions(Section):
+    """The run directory and its contents."""
+
+    output_dir: Path = Path("runs")
+    """The run directory is output_dir/run_name."""
+    run_name: str = ""
+    """Default: made of the model's and the data set's names. An existing run of that name is continued."""
+    seed: int = Field(0, ge=0)
+    """Of prompt order, of sampling, of the trainer."""
+    save_steps: int = Field(50, ge=1)
+    """Checkpoint every so many steps, and at the end."""
+    save_total_limit: int = Field(2, ge=1)
+    """Checkpoints kept."""
+    num_completions_logged: int = Field(8, ge=0)
+    """Completions per step written to samples/."""
+    allow_changed: list[str] = Field(default_factory=list)
+    """Keys that may differ from the run being continued."""
+
+
+class NetworkOptions(Section):
+    """Where the learner listens."""
+
+    bind: str = "tcp://127.0.0.1:5555"
+    """tcp://HOST:PORT or ipc:///PATH; weights go over the next port (or PATH-weights)."""
+    insecure_plaintext: bool = False
+    """Allow an address off loopback without keys. Anyone who can reach the port can then read the weights and feed
+    you data: for a closed lab only."""
+    reward_funcs: list[str] = Field(default_factory=list)
+    """Names of the reward functions that every server must have, in order; empty accepts what the first one has."""
+    heartbeat_s: float = Field(1.0, gt=0)
+    """Interval of heartbeats."""
+    liveness_s: float = Field(5.0, gt=0)
+    """Silence after which a server is dead and its leases go to others."""
+    server_wait_s: float = Field(0.0, ge=0)
+    """Stop when no server has been connected for so long; 0 waits for ever, saying so."""
+
+
+class LearnerConfig(
+    ModelOptions, DataOptions, GenerationOptions, AlgorithmOptions, AsynchronyOptions, OptimizerOptions,
+    EvaluationOptions, RunOptions, NetworkOptions,
+):  # fmt: skip
+    """Train a language model with GRPO on groups that rollout servers stream in."""
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> LearnerConfig:
+        if self.top_p < 1 or self.top_k > 0 or self.min_p > 0:
+            raise ValueError(
+                f"top_p {self.top_p}, top_k {self.top_k}, min_p {self.min_p}: training needs the whole softmax"
+                " (top_p 1, top_k 0, min_p 0), else behavior logprobs are not those of the policy"
+            )
+        if self.liveness_s < 2 * self.heartbeat_s:
+            raise ValueError(f"liveness_s {self.liveness_s} must be at least twice heartbeat_s {self.heartbeat_s}")
+        _ = self.bounds
+        return self
+
+    @property
+    def name(self) -> str:
+        """The run's name, given or made up."""
+        made_up = f"{Path(self.model).name or 'model'}-{Path(self.dataset).stem.replace(':', '-') or 'data'}"
+        return self.run_name or made_up
+
+    @property
+    def run_dir(self) -> Path:
+        """Where everything the run writes is."""
+        return self.output_dir / self.name
+
+    @property
+    def clip_high(self) -> float:
+        """epsilon_high, or epsilon."""
+        return self.epsilon if self.epsilon_high is None else self.epsilon_high
+
+    @property
+    def published_dtype(self) -> str:
+        """publish_dtype, resolved."""
+        if self.publish_dtype != "auto":
+            return self.publish_dtype
+        return "bfloat16" if "bfloat16" in (self.dtype, self.autocast) else "float32"
+
+    @property
+    def group_bytes(self) -> int:
+        """Upper bound of one group in memory: token, logprob, mask and one span per token, and its prompt."""
+        per_token = 4 + 4 + 1 + 12
+        return self.num_generations * (self.max_completion_length * per_token + 64) + 4 * self.max_prompt_length
+
+    @property
+    def granted_bounds(self) -> Bounds:
+        """The bounds after the byte budget: S lowered until slots_total worst-case groups fit."""
+        bounds = self.bounds
+        affordable = math.floor(self.buffer_bytes / (self.group_bytes * self.prompts_per_step)) - 1
+        if affordable >= bounds.steps_ahead:
+            return bounds
+        if affordable < max(0, bounds.weight_sync_steps - 1):
+            need = (bounds.weight_sync_steps) * self.prompts_per_step * self.group_bytes
+            raise ValueError(
+                f"buffer_bytes {self.buffer_bytes} does not hold one step of worst-case groups: needs at least {need}"
+            )
+        return Bounds(
+            prompts_per_step=bounds.prompts_per_step,
+            max_staleness=bounds.max_staleness,
+            reorder_window=bounds.reorder_window if affordable >= bounds.weight_sync_steps else 1,
+            steps_ahead=affordable,
+            weight_sync_steps=bounds.weight_sync_steps,
+        )

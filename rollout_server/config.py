@@ -1,0 +1,103 @@
+"""The rollout server's configuration. Read through protocol/settings.py from TOML files and flags.
+
+What is *not* here: prompts, sampling parameters, the optimizer. They come with each lease from the learner.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+
+class Section(BaseModel):
+    """Frozen, and every key must be known."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class ScriptedOptions(Section):
+    """The scripted engine: lengths, delays and failures drawn from a seed. For tests, benchmarks and dry runs."""
+
+    seed: int = 0
+    """Of everything the engine invents."""
+    vocab_size: int = Field(1000, ge=4)
+    """Tokens it pretends to know."""
+    mean_length: float = Field(32.0, gt=0)
+    """Median completion length, in tokens."""
+    length_sigma: float = Field(0.5, ge=0)
+    """Spread of the lognormal lengths; 0 makes all equal."""
+    token_s: float = Field(0.0, ge=0)
+    """Seconds per decode step of a single sample."""
+    occupancy_cost: float = Field(0.0, ge=0)
+    """A decode step takes token_s x (1 + occupancy_cost x running / room)."""
+    swap_s: float = Field(0.0, ge=0)
+    """Seconds that a weight swap pauses decoding."""
+    fail_probability: float = Field(0.0, ge=0, le=1)
+    """Of a group to fail with EngineFailure."""
+    fail_load_probability: float = Field(0.0, ge=0, le=1)
+    """Of a weight load to fail."""
+
+
+class ServerConfig(Section):
+    """Serve rollouts: lease prompts from the learner, sample groups, score them, stream them back."""
+
+    learner: str = "tcp://127.0.0.1:5555"
+    """Address of the learner."""
+    name: str = ""
+    """Unique within the run; default is host name and process id."""
+    model: str = ""
+    """Directory of the Hugging Face model whose weights the learner sends. Required unless the engine is scripted."""
+    engine: Literal["transformers", "scripted"] = "transformers"
+    """transformers: embedded, CPU or one GPU. scripted: no model at all."""
+    room: int = Field(64, ge=1)
+    """Samples decoded at once."""
+    max_model_length: int = Field(2048, ge=2)
+    """Tokens of prompt and completion together; bounds the KV cache."""
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Of the served weights. auto: bfloat16 where the hardware has it, else float32."""
+    device: str = "auto"
+    """auto is cuda where there is one, else cpu."""
+    reward_funcs: list[str] = Field(default_factory=list)
+    """What scores completions: built-in names (exact_match, math_equal, format, reasoning_gym), package.module.function,
+    or path/to/file.py:function. Each has TRL's signature. Required."""
+    reward_weights: list[float] = Field(default_factory=list)
+    """One per function; default 1 each."""
+    reward_workers: int = Field(2, ge=1)
+    """Processes that run reward functions; one more is kept warm."""
+    reward_timeout_s: float = Field(10.0, gt=0)
+    """Wall-clock limit of one call; the worker is killed then."""
+    reward_on_timeout: float | None = None
+    """Value of a completion whose scoring timed out; default: no value. Policies learn to hang verifiers."""
+    staging_dir: Path | None = None
+    """Where incoming weights are assembled; default a private directory on /dev/shm, else the temporary directory."""
+    log_file: Path | None = None
+    """Also write the log there."""
+    insecure_plaintext: bool = False
+    """Allow a learner address off loopback without keys: for a closed lab only."""
+    drain_s: float = Field(30.0, ge=0)
+    """After SIGTERM or the learner's Drain: finish groups for so long, then return them."""
+    scripted: ScriptedOptions = Field(default_factory=ScriptedOptions)
+    """Behavior of the scripted engine."""
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> ServerConfig:
+        if self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
+            raise ValueError(
+                f"reward_weights has {len(self.reward_weights)} entries for {len(self.reward_funcs)} reward_funcs:"
+                " give one per function or none"
+            )
+        return self
+
+    @property
+    def server_name(self) -> str:
+        """The name, given or made up."""
+        return self.name or f"{socket.gethostname()}-{os.getpid()}"
+
+    @property
+    def weights_of_rewards(self) -> tuple[float, ...]:
+        """reward_weights with the default filled in."""
+        return tuple(self.reward_weights) or (1.0,) * len(self.reward_funcs)
