@@ -1,0 +1,54 @@
+"""What moves from the buffer to the trainer. Plain data, no tensors: numpy views of the received frames."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from protocol.completions import group_versions
+from protocol.messages import Group, Int32
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class TrainGroup:
+    """A finished group with what the trainer needs of its lease. `group` is whole (never a part) and validated."""
+
+    ordinal: int
+    sequence: int
+    prompt_tokens: Int32
+    """[P]"""
+    prompt: str
+    """For samples/ only: the prompt's text."""
+    group: Group
+
+    @property
+    def oldest_policy_version(self) -> int:
+        """policy_version of the group's oldest token. All versions belong to the lineage (checked on arrival)."""
+        return min(version.policy_version for version in group_versions(self.group))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Batch:
+    """The groups of one training step, in the order in which they train."""
+
+    step: int
+    """policy_version after the step."""
+    groups: tuple[TrainGroup, ...]
+
+    @property
+    def staleness(self) -> list[int]:
+        """Staleness of each group: of its oldest token, against the weights about to be trained."""
+        return [self.step - 1 - group.oldest_policy_version for group in self.groups]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepResult:
+    """What forward_backward found. When not `finite`, the gradients are gone and the step must be skipped."""
+
+    finite: bool
+    reason: str = ""
+    """Why not finite: "loss is nan", "gradient norm is inf", ..."""
+    loss_tokens: int = 0
+    """Tokens that train: the global count of the dapo denominator."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """TRL's names: loss, kl, entropy, clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean, grad_norm,
+    policy_kl, ..."""
