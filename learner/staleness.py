@@ -44,7 +44,11 @@ class Bounds:
 
 
 def derive_bounds(
-    *, max_staleness: int, prompts_per_step: int, reorder_window: int | None = None, weight_sync_steps: int = 1
+    *,
+    max_staleness: int,
+    prompts_per_step: int,
+    reorder_window: int | None = None,
+    weight_sync_steps: int = 1,
 ) -> Bounds:
     """Derive S from what the user allows; with no window given, choose W as well.
 

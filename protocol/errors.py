@@ -1,20 +1,20 @@
 """Every error headway raises on purpose. Each also is the standard library's error of its kind.
 
-    HeadwayError
-    +-- ConfigError (ValueError)              the user's configuration; exit code 2
-    +-- ProtocolError (ValueError)            what the other process sent
-    |   +-- MalformedMessage                  bytes that are no message: counted, refused, never fatal
-    |   +-- VersionMismatch                   another PROTOCOL_VERSION
-    |   +-- InvalidGroup                      well formed, but against invariant I6: refused with its reason
-    +-- Refused (ConnectionError)             the learner turned this server away at Hello
-    +-- PeerGone (ConnectionError)            nobody is connected under that peer id
-    +-- PeerSilent (TimeoutError)             nothing heard for longer than the liveness limit
-    +-- WeightsError (RuntimeError)           a version that cannot be fetched, verified or applied
-    |   +-- IntegrityError                    bytes that do not hash to their manifest (I5)
-    |   +-- Superseded                        a newer version took the place of the one being fetched
-    +-- StalenessViolation (RuntimeError)     I4 would be broken: the run stops rather than train stale
-    +-- InvariantViolation (RuntimeError)     another of I1-I9 is broken: a bug of ours
-    +-- RunStopped (RuntimeError)             the run ends by its own rule, naming the last good checkpoint
+HeadwayError
++-- ConfigError (ValueError)              the user's configuration; exit code 2
++-- ProtocolError (ValueError)            what the other process sent
+|   +-- MalformedMessage                  bytes that are no message: counted, refused, never fatal
+|   +-- VersionMismatch                   another PROTOCOL_VERSION
+|   +-- InvalidGroup                      well formed, but against invariant I6: refused with its reason
++-- Refused (ConnectionError)             the learner turned this server away at Hello
++-- PeerGone (ConnectionError)            nobody is connected under that peer id
++-- PeerSilent (TimeoutError)             nothing heard for longer than the liveness limit
++-- WeightsError (RuntimeError)           a version that cannot be fetched, verified or applied
+|   +-- IntegrityError                    bytes that do not hash to their manifest (I5)
+|   +-- Superseded                        a newer version took the place of the one being fetched
++-- StalenessViolation (RuntimeError)     I4 would be broken: the run stops rather than train stale
++-- InvariantViolation (RuntimeError)     another of I1-I9 is broken: a bug of ours
++-- RunStopped (RuntimeError)             the run ends by its own rule, naming the last good checkpoint
 """
 
 from __future__ import annotations

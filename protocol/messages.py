@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 from enum import IntEnum, StrEnum
 
-
 import msgspec
 import numpy as np
 import numpy.typing as npt
@@ -68,7 +67,9 @@ class AckStatus(StrEnum):
     """Invalid (I6); its lease is given out again."""
 
 
-class Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, eq=False, tag_field="type", tag=str.lower):
+class Message(
+    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, eq=False, tag_field="type", tag=str.lower
+):
     """Base of all messages."""
 
     protocol_version: int = PROTOCOL_VERSION

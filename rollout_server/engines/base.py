@@ -7,7 +7,6 @@ the request's own seed, so the same weights give the same tokens whatever else r
 
 from __future__ import annotations
 
-
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -111,5 +110,3 @@ class Engine(Protocol):
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
         """Stop; outstanding `generate` calls end with EngineFailure."""
-
-

@@ -1,0 +1,51 @@
+"""Finished groups between arrival and batch. Pure: the order of taking is the ledger's business.
+
+Bytes were reserved when the lease was granted (config.granted_bounds), so the buffer never refuses a group: a budget
+enforced at delivery could deadlock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+
+from learner.batch import TrainGroup
+from protocol.messages import Group
+
+
+class Buffer:
+    """Groups by lease sequence number."""
+
+    def __init__(self) -> None:
+        self._groups: dict[int, TrainGroup] = {}
+
+    def __len__(self) -> int:
+        return len(self._groups)
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of tokens and logprobs held."""
+        return sum(g.group.completion_tokens.nbytes + g.group.behavior_logprobs.nbytes for g in self._groups.values())
+
+    def offer(self, group: TrainGroup) -> None:
+        """Hold a journaled group that the ledger has taken in."""
+        assert group.sequence not in self._groups, f"sequence {group.sequence} is buffered already"
+        self._groups[group.sequence] = group
+
+    def take(self, sequences: Iterable[int]) -> tuple[TrainGroup, ...]:
+        """Remove and return the groups of a batch, in the order given."""
+        return tuple(self._groups.pop(sequence) for sequence in sequences)
+
+
+def why_filtered(group: Group, *, filter_zero_std: bool) -> str | None:
+    """Say why a group has nothing to train on, or None.
+
+    Zero variance is judged on the task reward alone, over the completions that have one.
+    """
+    rewards = group.rewards[group.scored == 1]
+    if rewards.size < 2:
+        return f"{rewards.size} of {group.num_generations} completions scored"
+    if filter_zero_std and bool(np.all(rewards == rewards[0])):
+        return f"all rewards are {float(rewards[0]):g}"
+    return None

@@ -1,0 +1,161 @@
+"""The rollout servers as the learner sees them: health, version, room. Pure: the time comes as an argument.
+
+    joined -> JOINING      no lease before it is live at a version of this lineage
+    live   -> HEALTHY
+    silent for half of liveness_s -> SUSPECT    keeps its leases, gets no new one; any message makes it HEALTHY again
+    silent for liveness_s         -> removed    its leases are given to others
+    drain  -> DRAINING     finishes what it has
+
+Room is counted in samples, so that a straggler holds one sample's room; slots are counted in groups (ledger.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from protocol.messages import Hello, ServerStatus
+from protocol.versions import Lineage, Version
+
+
+class Health(StrEnum):
+    """State of a connected server."""
+
+    JOINING = "joining"
+    HEALTHY = "healthy"
+    SUSPECT = "suspect"
+    DRAINING = "draining"
+
+
+@dataclass(slots=True, kw_only=True)
+class Server:
+    """One connected server."""
+
+    peer: bytes
+    hello: Hello
+    joined_s: float
+    heard_s: float
+    live: Version | None = None
+    """The version it reported, if that belongs to the lineage."""
+    draining: bool = False
+    status: ServerStatus | None = None
+    outstanding: dict[str, int] = field(default_factory=dict)
+    """Samples of each group leased to it, by group id."""
+    eval_outstanding: set[str] = field(default_factory=set)
+
+    @property
+    def name(self) -> str:
+        """The server's own name."""
+        return self.hello.server
+
+    @property
+    def samples(self) -> int:
+        """Samples leased to it and not answered."""
+        return sum(self.outstanding.values())
+
+
+class Fleet:
+    """All connected servers."""
+
+    def __init__(self, lineage: Lineage, *, liveness_s: float) -> None:
+        self.lineage = lineage
+        self.liveness_s = liveness_s
+        self.servers: dict[bytes, Server] = {}
+
+    def join(self, peer: bytes, hello: Hello, now_s: float) -> Server:
+        """Add a server that was welcomed."""
+        live = hello.live if hello.live is not None and hello.live in self.lineage else None
+        server = Server(peer=peer, hello=hello, joined_s=now_s, heard_s=now_s, live=live)
+        self.servers[peer] = server
+        return server
+
+    def heard(self, peer: bytes, now_s: float) -> Server | None:
+        """Any message is a sign of life. Return the sender, or None when it has not said Hello."""
+        server = self.servers.get(peer)
+        if server is not None:
+            server.heard_s = now_s
+        return server
+
+    def named(self, name: str) -> Server | None:
+        """The connected server of that name."""
+        return next((s for s in self.servers.values() if s.name == name), None)
+
+    def leave(self, peer: bytes) -> list[str]:
+        """Remove a server and return the group ids it still held."""
+        server = self.servers.pop(peer, None)
+        return [] if server is None else list(server.outstanding)
+
+    def silent(self, now_s: float) -> list[Server]:
+        """Servers to declare dead."""
+        return [s for s in self.servers.values() if now_s - s.heard_s > self.liveness_s]
+
+    def health(self, server: Server, now_s: float) -> Health:
+        """State of one server now."""
+        if server.draining:
+            return Health.DRAINING
+        if now_s - server.heard_s > self.liveness_s / 2:
+            return Health.SUSPECT
+        return Health.JOINING if server.live is None else Health.HEALTHY
+
+    def went_live(self, peer: bytes, version: Version) -> bool:
+        """Note a version that a server serves now; False when it is not of this lineage or goes backwards (I5)."""
+        server = self.servers[peer]
+        if version not in self.lineage or (server.live is not None and version < server.live):
+            return False
+        server.live = version
+        return True
+
+    def choose(
+        self,
+        *,
+        min_policy_version: int,
+        samples: int,
+        now_s: float,
+        exact: bool = False,
+        evaluation: bool = False,
+    ) -> Server | None:
+        """The admissible server with most room for a group of that many samples, or None.
+
+        A server is sent one group beyond its room, so that a finished sample's place is never empty. Eval leases may
+        use that room first, and a quarter of it even when training fills it. `exact` asks for that very version.
+        """
+        best: Server | None = None
+        for server in self.servers.values():
+            if self.health(server, now_s) is not Health.HEALTHY or server.live is None:
+                continue
+            live = server.live.policy_version
+            if live < min_policy_version or (exact and live != min_policy_version):
+                continue
+            has_room = server.samples < server.hello.room + samples
+            reserved = evaluation and len(server.eval_outstanding) * samples < max(samples, server.hello.room // 4)
+            if not (has_room or reserved):
+                continue
+            if best is None or server.hello.room - server.samples > best.hello.room - best.samples:
+                best = server
+        return best
+
+    def assign(self, server: Server, group_id: str, samples: int, *, evaluation: bool = False) -> None:
+        """The server was sent that lease."""
+        server.outstanding[group_id] = samples
+        if evaluation:
+            server.eval_outstanding.add(group_id)
+
+    def release(self, group_id: str) -> Server | None:
+        """Nobody works on that group any more. Return who did."""
+        for server in self.servers.values():
+            if server.outstanding.pop(group_id, None) is not None:
+                server.eval_outstanding.discard(group_id)
+                return server
+        return None
+
+    def holder(self, group_id: str) -> Server | None:
+        """Who was leased that group."""
+        return next((s for s in self.servers.values() if group_id in s.outstanding), None)
+
+    def newest_live(self, now_s: float) -> Version | None:
+        """The newest version any server able to work is live at."""
+        working = (Health.HEALTHY, Health.SUSPECT)
+        return max(
+            (s.live for s in self.servers.values() if self.health(s, now_s) in working and s.live),
+            default=None,
+        )
