@@ -1,0 +1,132 @@
+"""What one step's groups were like, under TRL's metric names: rewards, lengths, staleness.
+
+Pure reductions of flat arrays, with no state and no time in them. NaN is "no value" (no completion was scored, none
+ended by itself, ...) and becomes null in metrics.jsonl. Staleness (I4) is said of three things, each under its own
+name:
+
+    staleness/token_mean, staleness/hist    tokens that train, each by the version that sampled it
+    sample/staleness_mean, _max             completions that train, each by its oldest token
+    staleness/group_mean, staleness/max     groups, each by the oldest token of all its completions (what I4 bounds)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from learner.batch import Batch
+from protocol.messages import FinishReason, Group, RewardStatus
+
+Row = dict[str, float | list[int]]
+"""One line of metrics.jsonl."""
+
+Bools = npt.NDArray[np.bool_]
+Numbers = npt.NDArray[np.number[Any]]
+
+
+def reward_metrics(groups: Sequence[Group]) -> Row:
+    """Reduce the rewards of scored completions.
+
+    `reward_std` is, as in TRL, the mean over groups of their sample standard deviation (ddof 1), over groups with two
+    scored completions or more; `frac_reward_zero_std` is the share of those whose rewards are all equal. The
+    `rewards/{function}` values are of calls with status OK.
+
+    Args:
+        groups: whole groups that name the same reward functions (made sure of when a server says Hello).
+    """
+    scored = [group.rewards[group.scored != 0].astype(np.float64) for group in groups]
+    comparable = [rewards for rewards in scored if rewards.size >= 2]
+    row: Row = {
+        "reward": mean(_concatenate(scored)),
+        "reward_std": mean([float(rewards.std(ddof=1)) for rewards in comparable]),
+        "frac_reward_zero_std": mean([float(np.ptp(rewards) == 0) for rewards in comparable]),
+    }
+    statuses = _concatenate([group.reward_statuses.ravel() for group in groups])
+    for name, status in (
+        ("timeouts", RewardStatus.TIMEOUT),
+        ("errors", RewardStatus.ERROR),
+        ("unscored", RewardStatus.UNSCORED),
+    ):
+        row[f"rewards/{name}"] = int(np.count_nonzero(statuses == status))
+    for column, name in enumerate(groups[0].reward_names if groups else ()):
+        values = _concatenate(
+            [g.reward_values[g.reward_statuses[:, column] == RewardStatus.OK, column] for g in groups]
+        )
+        row[f"rewards/{name}/mean"] = mean(values)
+        row[f"rewards/{name}/std"] = float(values.std(ddof=1)) if values.size >= 2 else math.nan
+    return row
+
+
+def completion_metrics(groups: Sequence[Group]) -> Row:
+    """Reduce the lengths (tokens, stop token included) of all completions but aborted ones.
+
+    `clipped_ratio` is the share that max_completion_length cut; `mean_terminated_length` is of the others.
+    """
+    lengths = _concatenate([group.completion_lengths for group in groups])
+    reasons = _concatenate([group.finish_reasons for group in groups])
+    terminated = lengths[reasons == FinishReason.STOP]
+    lengths = lengths[reasons != FinishReason.ABORT]
+    return {
+        "completions/mean_length": mean(lengths),
+        "completions/min_length": float(lengths.min()) if lengths.size else math.nan,
+        "completions/max_length": float(lengths.max()) if lengths.size else math.nan,
+        "completions/clipped_ratio": 1.0 - terminated.size / lengths.size if lengths.size else math.nan,
+        "completions/mean_terminated_length": mean(terminated),
+    }
+
+
+def staleness_metrics(batch: Batch) -> Row:
+    """Reduce the staleness of a batch against the weights about to be trained, policy_version `batch.step` - 1.
+
+    `staleness/hist` counts tokens at staleness 0, 1, ..., `staleness/max`.
+    """
+    tokens = _concatenate([token_staleness(train.group, batch.step - 1) for train in batch.groups])
+    samples = _concatenate([completion_staleness(train.group, batch.step - 1) for train in batch.groups])
+    oldest = max(batch.staleness, default=0)
+    return {
+        "staleness/token_mean": mean(tokens),
+        "staleness/group_mean": mean(batch.staleness),
+        "staleness/max": oldest,
+        "staleness/hist": np.bincount(tokens, minlength=oldest + 1).tolist(),
+        "sample/staleness_mean": mean(samples),
+        "sample/staleness_max": float(samples.max()) if samples.size else math.nan,
+    }
+
+
+def token_staleness(group: Group, policy_version: int) -> npt.NDArray[np.int64]:
+    """Return the staleness of every token of the group that can train, [<= T], against `policy_version`."""
+    staleness_T = np.repeat(policy_version - group.span_versions[:, 1].astype(np.int64), group.span_lengths)
+    trains_T = np.repeat(_trains(group), group.completion_lengths)
+    if group.loss_mask is not None:
+        trains_T &= group.loss_mask != 0
+    return staleness_T[trains_T]
+
+
+def completion_staleness(group: Group, policy_version: int) -> npt.NDArray[np.int64]:
+    """Return the staleness of the oldest token of every completion that can train and is not empty, [<= N]."""
+    filled = group.span_counts > 0
+    if not filled.any():
+        return np.zeros(0, np.int64)
+    counts = group.span_counts[filled]
+    staleness_K = policy_version - group.span_versions[:, 1].astype(np.int64)
+    oldest: npt.NDArray[np.int64] = np.maximum.reduceat(staleness_K, np.cumsum(counts) - counts)
+    return oldest[_trains(group)[filled]]
+
+
+def mean(values: Numbers | Sequence[float]) -> float:
+    """Return the mean in float64, NaN when there is nothing."""
+    return float(np.mean(values, dtype=np.float64)) if len(values) else math.nan
+
+
+def _trains(group: Group) -> Bools:
+    """Tell which completions, [N], can train: those scored and not aborted."""
+    trains: Bools = (group.scored != 0) & (group.finish_reasons != FinishReason.ABORT)
+    return trains
+
+
+def _concatenate(arrays: Sequence[Numbers]) -> Numbers:
+    return np.concatenate(arrays) if arrays else np.zeros(0, np.int64)
