@@ -1,0 +1,50 @@
+"""headway-learner: which subcommand, and nothing else. No torch until a run really starts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from protocol.command import run_command
+from protocol.errors import ConfigError
+
+PROG = "headway-learner"
+USAGE = f"""\
+usage: {PROG} COMMAND [--config FILE] [flags]
+
+commands:
+  train   train a model on the groups that rollout servers stream in (--dry-run only shows what would run)
+  demo    train a small model on this machine: writes two configurations, starts a server and a learner
+
+{PROG} COMMAND --help lists a command's flags.
+"""
+
+
+def main() -> None:
+    """Run the command line and exit with its code."""
+    sys.exit(run_command(PROG, lambda: dispatch(sys.argv[1:])))
+
+
+def dispatch(argv: Sequence[str]) -> int:
+    """Run one subcommand and return its exit code; without one, print the usage.
+
+    Raises:
+        ConfigError: There is no such command, or its configuration is wrong.
+    """
+    if not argv or argv[0] in ("-h", "--help"):
+        print(USAGE, end="")
+        return 0
+    command, *rest = argv
+    if command == "train":
+        from learner.commands import train
+
+        return train(rest, prog=f"{PROG} train")
+    if command == "demo":
+        from learner.demo.run import demo
+
+        return demo(rest, prog=f"{PROG} demo")
+    raise ConfigError(f"unknown command {command!r}: allowed are train and demo")
+
+
+if __name__ == "__main__":
+    main()

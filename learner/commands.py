@@ -1,0 +1,53 @@
+"""The train command: the learner's configuration plus what only a command line has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from learner.config import LearnerConfig
+from protocol.errors import ConfigError
+from protocol.settings import load_settings
+
+
+class TrainCommand(LearnerConfig):
+    """Train a language model with GRPO on groups that rollout servers stream in."""
+
+    dry_run: bool = False
+    """Show the resolved configuration, what follows from it and the memory it needs; start nothing."""
+
+    @property
+    def config(self) -> LearnerConfig:
+        """The configuration without the command's own flags."""
+        given = self.model_dump(include=self.model_fields_set - {"dry_run"})
+        return LearnerConfig.model_validate(given)
+
+
+def train(argv: Sequence[str], *, prog: str) -> int:
+    """Run a training run to its end; return the exit code.
+
+    Raises:
+        ConfigError: The configuration is wrong or incomplete.
+    """
+    command = load_settings(TrainCommand, argv, prog=prog)
+    config = command.config
+    check_complete(config)
+    if command.dry_run:
+        from learner.dry_run import describe
+
+        print(describe(config))
+        return 0
+    from learner.app import run
+
+    return run(config)
+
+
+def check_complete(config: LearnerConfig) -> None:
+    """Refuse a configuration without a model or without data.
+
+    Raises:
+        ConfigError: Names the key and what to write.
+    """
+    if not config.model:
+        raise ConfigError("model is empty: name the directory of a Hugging Face causal model, --model DIR")
+    if not config.dataset:
+        raise ConfigError("dataset is empty: name a .jsonl file or a task, --dataset reasoning_gym:chain_sum")
