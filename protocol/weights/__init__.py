@@ -1,0 +1,11 @@
+"""New weights on their way to the servers: what a version is, how its file is laid out, how its bytes travel.
+
+    specs.py      tensors and the safetensors layout, as arithmetic
+    manifest.py   names, places and digests of a version
+    layout.py     that layout mapped into memory
+    staging.py    where such files live, and who owns them
+    chunks.py     which bytes have arrived (pure)
+    transfer.py   the two ends of the bulk plane
+
+Invariant kept here: I5, the bytes accepted as version v hash to manifest v; never half a version.
+"""
