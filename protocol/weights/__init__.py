@@ -5,6 +5,7 @@
     layout.py     that layout mapped into memory
     staging.py    where such files live, and who owns them
     chunks.py     which bytes have arrived (pure)
+    assembly.py   those bytes put in place and verified
     transfer.py   the two ends of the bulk plane
 
 Invariant kept here: I5, the bytes accepted as version v hash to manifest v; never half a version.

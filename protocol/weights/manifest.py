@@ -135,3 +135,5 @@ def _check(manifest: Manifest) -> None:
             )
         if len(entry.digest) != hex_digits or not set(entry.digest) <= set("0123456789abcdef"):
             raise ValueError(f"tensor {spec.name}: its digest is not {hex_digits} hex digits")
+        if not entry.nbytes and entry.digest != digest(manifest.algorithm, b""):
+            raise ValueError(f"tensor {spec.name} has no bytes, but its digest is of some")
