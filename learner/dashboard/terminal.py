@@ -7,6 +7,7 @@ the run.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable
 from types import TracebackType
 from typing import Self
@@ -49,7 +50,9 @@ class Screen:
     def __exit__(
         self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
     ) -> None:
-        self._display.stop()
+        if self.live:
+            with contextlib.suppress(OSError):  # the terminal may have gone since the last look
+                self._display.stop()
 
     def show(self, view: RunView) -> None:
         """Draw the moment. Off a terminal only a wait for servers is said, at growing intervals."""
