@@ -1,0 +1,165 @@
+"""Ratios against a control of the same run: the only way a figure of speed is ever claimed here.
+
+A row compares two sides. Each side is a function that does the work and returns one figure (seconds a step, groups
+per second, ...). The harness runs both sides in fresh processes, one after the other, round by round in turning
+order, and judges the median of the rounds' ratios; a loaded machine slows both sides alike. To add rows, put a module
+into tests/bench/ that exports `ROWS`; there is nothing to register:
+
+    def ours(quick: bool) -> float:
+        ...                                    # imports of heavy things belong in here
+        return seconds_per_step
+
+    ROWS = [
+        Row(
+            name="learner_step",               # unique; what --only takes
+            control="padded path",             # what the ratio is against, in words
+            ours=ours,
+            baseline=padded,                   # same signature; may return a computed ideal
+            ratio="baseline/ours",             # for figures that should be small; "ours/baseline" for rates
+            target=0.8,
+            sense="higher",                    # is a higher or a lower ratio better?
+        ),
+    ]
+
+A side that raises Skip("reason") skips the row; any other exception (a failed assert is a good one: that decoded
+arrays are views, that no bound was broken) is a miss, with its last line as the reason. Sides are module-level
+functions of the module that lists the row. `quick` asks for less work of the same kind. A side that measures CPU
+seconds rather than wall seconds (`cpu_clock()`, children included) says so in `unit`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import resource
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+ROUNDS = 5
+QUICK_ROUNDS = 3
+SIDE_TIMEOUT_S = 300.0
+
+
+class Skip(Exception):
+    """Raised by a side that cannot run here; the text says why."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """One comparison. See the module's docstring."""
+
+    name: str
+    control: str
+    ours: Callable[[bool], float]
+    baseline: Callable[[bool], float]
+    ratio: Literal["ours/baseline", "baseline/ours"]
+    target: float
+    sense: Literal["higher", "lower"] = "higher"
+    unit: str = ""
+    """Of both sides' figures, for the reader."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Result:
+    """One line of the report, and one object of the JSON."""
+
+    name: str
+    control: str
+    ratio: float | None
+    """Median of the rounds."""
+    worst: float | None
+    target: float
+    sense: str
+    verdict: Literal["pass", "miss", "skip"]
+    reason: str = ""
+    ours: float | None = None
+    """Median figure of our side, in `unit`."""
+    baseline: float | None = None
+    unit: str = ""
+    cpu_ratio: float | None = None
+    """Median of our side's CPU seconds / the control's, for the whole process, start-up included."""
+    rounds: int = 0
+    loadavg: float = 0.0
+
+
+def cpu_clock() -> float:
+    """CPU seconds used so far by this process and its finished children."""
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return sum(usage.ru_utime + usage.ru_stime for usage in used)
+
+
+def run_row(row: Row, *, quick: bool) -> Result:
+    """Run all rounds of a row and judge it."""
+    rounds = QUICK_ROUNDS if quick else ROUNDS
+    ours: list[dict[str, Any]] = []
+    baseline: list[dict[str, Any]] = []
+    for number in range(rounds):
+        sides = [("ours", ours), ("baseline", baseline)]
+        for side, figures in sides if number % 2 == 0 else reversed(sides):
+            answer = _run_side(row, side, quick=quick)
+            if "figure" not in answer:
+                return _without_figures(row, answer)
+            figures.append(answer)
+    pairs = list(zip(ours, baseline, strict=True))
+    ratios = [_ratio(row, a["figure"], b["figure"]) for a, b in pairs]
+    median = statistics.median(ratios)
+    passed = median >= row.target if row.sense == "higher" else median <= row.target
+    return Result(
+        name=row.name,
+        control=row.control,
+        ratio=median,
+        worst=min(ratios) if row.sense == "higher" else max(ratios),
+        target=row.target,
+        sense=row.sense,
+        verdict="pass" if passed else "miss",
+        ours=statistics.median(a["figure"] for a in ours),
+        baseline=statistics.median(b["figure"] for b in baseline),
+        unit=row.unit,
+        cpu_ratio=statistics.median(a["cpu_s"] / b["cpu_s"] for a, b in pairs),
+        rounds=rounds,
+        loadavg=os.getloadavg()[0],
+    )
+
+
+def _ratio(row: Row, ours: float, baseline: float) -> float:
+    return ours / baseline if row.ratio == "ours/baseline" else baseline / ours
+
+
+def _without_figures(row: Row, answer: dict[str, Any]) -> Result:
+    return Result(
+        name=row.name,
+        control=row.control,
+        ratio=None,
+        worst=None,
+        target=row.target,
+        sense=row.sense,
+        verdict="skip" if "skip" in answer else "miss",
+        reason=answer.get("skip") or answer["failed"],
+        unit=row.unit,
+        loadavg=os.getloadavg()[0],
+    )
+
+
+def _run_side(row: Row, side: str, *, quick: bool) -> dict[str, Any]:
+    """Run one side in a fresh process: {"figure", "cpu_s"}, {"skip"} or {"failed"}."""
+    module = row.ours.__module__
+    command = [sys.executable, "-m", "tests.bench.side", module, row.name, side, *(["--quick"] if quick else [])]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=SIDE_TIMEOUT_S, env=environment)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"{side} took longer than {SIDE_TIMEOUT_S:.0f} s"}
+    if done.returncode != 0:
+        lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
+        return {"failed": f"{side}: {lines[-1]}"}
+    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    return answer
+
+
+def to_json(results: list[Result]) -> str:
+    """Return the results as the JSON list that other tools read."""
+    return json.dumps([asdict(result) for result in results], indent=2)
