@@ -1,0 +1,269 @@
+"""The run directory: who owns it, which run it is, and whether the configuration may continue it.
+
+    runs/<name>/
+      config.json  metrics.jsonl  summary.json  samples/  checkpoints/  journal/  logs/  weights/
+      run.json             run_id, incarnation, and fingerprints of what config.json only names
+      learner.lock         held (flock) for life by the one learner of this directory; never removed
+
+The incarnation is the fencing token of invariant I5: it grows, synced, before a socket opens, so that servers can
+tell this learner from a dead one. This file knows paths and configuration; it must not know what the other parts
+write into their directories.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import secrets
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import blake3
+import msgspec
+
+from learner.config import LearnerConfig
+from learner.durable import write_atomic
+from protocol.errors import ConfigError
+
+FREE_TO_CHANGE = frozenset(
+    {
+        # where the run is, how long it goes on, and what is written about it
+        "output_dir", "run_name", "allow_changed", "max_steps", "save_steps", "save_total_limit",
+        "num_completions_logged", "eval_steps",
+        # where the learner listens and how patient it is
+        "bind", "insecure_plaintext", "heartbeat_s", "liveness_s", "server_wait_s",
+        # where and how fast the same numbers are computed
+        "device", "token_budget", "share_prefix",
+    }
+)  # fmt: skip
+"""Keys that may differ when a run is continued; every other one changes what is learned, or what is compared, and must
+be named in allow_changed. max_steps is free only while lr_scheduler_type is constant: else it bends the schedule."""
+
+
+class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """run.json."""
+
+    run_id: str
+    """32 hex digits, drawn once; part of every group id."""
+    incarnation: int = 0
+    """Of the learner that runs now, or ran last. 0: none has begun."""
+    fingerprints: dict[str, str] = {}
+    """What config.json only names: key (dataset, tokenizer, ...) -> digest of the content."""
+
+
+class RunDirectory:
+    """An open run directory. The lock is held until `close`, or until the process ends in whatever way.
+
+    Example:
+        >>> run = RunDirectory.open(config)
+        >>> run.check_fingerprints({"dataset": prompts.fingerprint, "tokenizer": tokenizer_fingerprint})
+        >>> incarnation = run.begin_incarnation()      # before the first socket
+    """
+
+    def __init__(self, path: Path, lock: int, identity: Identity, config: LearnerConfig) -> None:
+        self.path = path
+        self.continued = identity.incarnation > 0
+        """Whether a learner began this run before. One that was only configured may still change in any way."""
+        self.config_fingerprint = config_fingerprint(config)
+        """Goes into every checkpoint."""
+        self._lock = lock
+        self._identity = identity
+        self._allow_changed = frozenset(config.allow_changed)
+
+    @classmethod
+    def open(cls, config: LearnerConfig) -> Self:
+        """Make or continue `config.run_dir`: lock it, compare the configuration, write the resolved one.
+
+        Raises:
+            ConfigError: another learner holds it; a key that matters has changed; it cannot be written.
+        """
+        path = config.run_dir
+        try:
+            for name in ("samples", "checkpoints", "journal", "logs", "weights"):
+                (path / name).mkdir(parents=True, exist_ok=True)
+            lock = _lock(path / "learner.lock")
+            try:
+                identity = _read_identity(path / "run.json") or Identity(run_id=secrets.token_hex(16))
+                run = cls(path, lock, identity, config)
+                if run.continued:
+                    _check_config(run.config_path, config)
+                write_atomic(run.config_path, msgspec.json.format(config.model_dump_json().encode(), indent=2))
+                run._save(identity)
+            except BaseException:  # whatever it is, a refused learner must not keep the lock
+                os.close(lock)
+                raise
+        except OSError as error:
+            raise _unwritable(path, error) from error
+        return run
+
+    @property
+    def run_id(self) -> str:
+        """32 hex digits: which run this is, whatever its directory is called."""
+        return self._identity.run_id
+
+    @property
+    def incarnation(self) -> int:
+        """Of this learner, once begun; before that, of the one before it."""
+        return self._identity.incarnation
+
+    @property
+    def config_path(self) -> Path:
+        """The resolved configuration."""
+        return self.path / "config.json"
+
+    @property
+    def metrics_path(self) -> Path:
+        """One JSON object a step."""
+        return self.path / "metrics.jsonl"
+
+    @property
+    def summary_path(self) -> Path:
+        """Written when the run ends."""
+        return self.path / "summary.json"
+
+    @property
+    def samples_dir(self) -> Path:
+        """Some completions of every step."""
+        return self.path / "samples"
+
+    @property
+    def checkpoints_dir(self) -> Path:
+        """See checkpoint.py."""
+        return self.path / "checkpoints"
+
+    @property
+    def journal_dir(self) -> Path:
+        """See journal.py."""
+        return self.path / "journal"
+
+    @property
+    def logs_dir(self) -> Path:
+        """Log files of this process."""
+        return self.path / "logs"
+
+    @property
+    def weights_dir(self) -> Path:
+        """Published versions, while they are served."""
+        return self.path / "weights"
+
+    def check_fingerprints(self, fingerprints: Mapping[str, str]) -> None:
+        """Compare the contents that config.json only names with what the run began with, and remember them.
+
+        Args:
+            fingerprints: key -> digest. The key is the one to put into allow_changed: dataset, tokenizer, ...
+
+        Raises:
+            ConfigError: one differs and its key is not in allow_changed.
+        """
+        known = self._identity.fingerprints if self.continued else {}
+        _refuse_changes(
+            self.path,
+            {
+                key: (f"content {known[key]}", f"content {digest}")
+                for key, digest in fingerprints.items()
+                if key in known and known[key] != digest and key not in self._allow_changed
+            },
+        )
+        if dict(fingerprints).items() <= known.items():
+            return
+        self._save_or_refuse(msgspec.structs.replace(self._identity, fingerprints={**known, **fingerprints}))
+
+    def begin_incarnation(self) -> int:
+        """Return this learner's incarnation, above all earlier ones and on disk. Before a socket opens, once.
+
+        Raises:
+            ConfigError: the directory cannot be written.
+        """
+        incarnation = self._identity.incarnation + 1
+        self._save_or_refuse(msgspec.structs.replace(self._identity, incarnation=incarnation))
+        return incarnation
+
+    def close(self) -> None:
+        """Let another learner have the directory."""
+        os.close(self._lock)
+
+    def _save(self, identity: Identity) -> None:
+        write_atomic(self.path / "run.json", msgspec.json.format(msgspec.json.encode(identity), indent=2))
+        self._identity = identity
+
+    def _save_or_refuse(self, identity: Identity) -> None:
+        try:
+            self._save(identity)
+        except OSError as error:
+            raise _unwritable(self.path, error) from error
+
+
+def config_fingerprint(config: LearnerConfig) -> str:
+    """Digest of every key that changes what is learned: equal exactly when a run may be continued unasked."""
+    matters = {key: value for key, value in _plain(config).items() if key not in _free(config)}
+    return blake3.blake3(msgspec.json.encode(matters, order="sorted")).hexdigest()
+
+
+def _plain(config: LearnerConfig) -> dict[str, Any]:
+    return config.model_dump(mode="json")
+
+
+def _free(config: LearnerConfig) -> frozenset[str]:
+    return FREE_TO_CHANGE if config.lr_scheduler_type == "constant" else FREE_TO_CHANGE - {"max_steps"}
+
+
+def _check_config(path: Path, config: LearnerConfig) -> None:
+    """Refuse to continue with another configuration than `path` holds."""
+    try:
+        before = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): restore it, or choose another run_name") from error
+    changes: dict[str, tuple[object, object]] = {}
+    for key, value in _plain(config).items():
+        # A key that an older headway did not have yet was, in effect, at its default.
+        field = type(config).model_fields[key]
+        old = before.get(key, field.get_default(call_default_factory=True, validated_data={}))
+        if old != value and key not in _free(config) and key not in config.allow_changed:
+            changes[key] = (old, value)
+    _refuse_changes(path.parent, changes)
+
+
+def _refuse_changes(run_dir: Path, changes: Mapping[str, tuple[object, object]]) -> None:
+    if not changes:
+        return
+    listed = "; ".join(f"{key} was {old!r}, is {new!r}" for key, (old, new) in sorted(changes.items()))
+    raise ConfigError(
+        f"{run_dir} holds a run that began differently: {listed}. Set it back, choose another run_name, or allow it"
+        f" with allow_changed = [{', '.join(repr(key) for key in sorted(changes))}]"
+    )
+
+
+def _read_identity(path: Path) -> Identity | None:
+    if not path.exists():
+        return None
+    try:
+        return msgspec.json.decode(path.read_bytes(), type=Identity)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is damaged ({error}): restore it, or choose another run_name") from error
+
+
+def _lock(path: Path) -> int:
+    """Lock a file until its descriptor closes. The file stays: removing it would let two learners lock two files."""
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if not isinstance(error, BlockingIOError):  # no locks on this file system
+            os.close(descriptor)
+            raise
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "a process that just started"
+        os.close(descriptor)
+        raise ConfigError(
+            f"{path.parent} is in use by another learner ({holder}): stop it, or choose another run_name"
+        ) from None
+    os.ftruncate(descriptor, 0)
+    os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+    return descriptor
+
+
+def _unwritable(path: Path, error: OSError) -> ConfigError:
+    return ConfigError(
+        f"the run directory {path} cannot be written ({error.strerror}): free some space, or choose another output_dir"
+    )
