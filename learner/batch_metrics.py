@@ -24,6 +24,7 @@ from protocol.messages import FinishReason, Group, RewardStatus
 Row = dict[str, float | list[int]]
 """One line of metrics.jsonl."""
 
+Int64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
 Numbers = npt.NDArray[np.number[Any]]
 
@@ -84,36 +85,44 @@ def staleness_metrics(batch: Batch) -> Row:
 
     `staleness/hist` counts tokens at staleness 0, 1, ..., `staleness/max`.
     """
-    tokens = _concatenate([token_staleness(train.group, batch.step - 1) for train in batch.groups])
+    spans = [token_staleness(train.group, batch.step - 1) for train in batch.groups]
+    staleness_K = _concatenate([staleness for staleness, _ in spans])
+    tokens_K = _concatenate([tokens for _, tokens in spans])
     samples = _concatenate([completion_staleness(train.group, batch.step - 1) for train in batch.groups])
     oldest = max(batch.staleness, default=0)
+    num_tokens = int(tokens_K.sum())
     return {
-        "staleness/token_mean": mean(tokens),
+        "staleness/token_mean": float(staleness_K @ tokens_K) / num_tokens if num_tokens else math.nan,
         "staleness/group_mean": mean(batch.staleness),
         "staleness/max": oldest,
-        "staleness/hist": np.bincount(tokens, minlength=oldest + 1).tolist(),
+        "staleness/hist": np.bincount(staleness_K, tokens_K, oldest + 1).astype(int).tolist(),
         "sample/staleness_mean": mean(samples),
         "sample/staleness_max": float(samples.max()) if samples.size else math.nan,
     }
 
 
-def token_staleness(group: Group, policy_version: int) -> npt.NDArray[np.int64]:
-    """Return the staleness of every token of the group that can train, [<= T], against `policy_version`."""
-    staleness_T = np.repeat(policy_version - group.span_versions[:, 1].astype(np.int64), group.span_lengths)
-    trains_T = np.repeat(_trains(group), group.completion_lengths)
+def token_staleness(group: Group, policy_version: int) -> tuple[Int64, Int64]:
+    """Return the staleness of each version span and how many of its tokens can train, both [K].
+
+    By span, not by token: a batch of millions of tokens is reduced on the event loop in a few milliseconds (I9).
+    """
+    staleness_K = policy_version - group.span_versions[:, 1].astype(np.int64)
+    tokens_K = group.span_lengths.astype(np.int64)
     if group.loss_mask is not None:
-        trains_T &= group.loss_mask != 0
-    return staleness_T[trains_T]
+        ends_K = np.cumsum(tokens_K)
+        masked_T = np.concatenate([[0], np.cumsum(group.loss_mask != 0)])
+        tokens_K = masked_T[ends_K] - masked_T[ends_K - tokens_K]
+    return staleness_K, tokens_K * np.repeat(_trains(group), group.span_counts)
 
 
-def completion_staleness(group: Group, policy_version: int) -> npt.NDArray[np.int64]:
+def completion_staleness(group: Group, policy_version: int) -> Int64:
     """Return the staleness of the oldest token of every completion that can train and is not empty, [<= N]."""
     filled = group.span_counts > 0
     if not filled.any():
         return np.zeros(0, np.int64)
     counts = group.span_counts[filled]
     staleness_K = policy_version - group.span_versions[:, 1].astype(np.int64)
-    oldest: npt.NDArray[np.int64] = np.maximum.reduceat(staleness_K, np.cumsum(counts) - counts)
+    oldest: Int64 = np.maximum.reduceat(staleness_K, np.cumsum(counts) - counts)
     return oldest[_trains(group)[filled]]
 
 

@@ -12,13 +12,18 @@ from learner.batch_metrics import (
     staleness_metrics,
     token_staleness,
 )
-from protocol.messages import FinishReason, RewardStatus
+from protocol.messages import FinishReason, Group, RewardStatus
 from protocol.versions import Version
 from tests.factories import make_batch, make_group, make_train_group
 
 
 def v(policy_version: int) -> Version:
     return Version(1, policy_version)
+
+
+def tokens_at(group: Group, policy_version: int) -> list[int]:
+    """Staleness of every token that can train, one by one."""
+    return np.repeat(*token_staleness(group, policy_version)).tolist()
 
 
 def test_reward_statistics_of_two_groups():
@@ -118,7 +123,7 @@ def test_tokens_that_cannot_train_have_no_staleness_but_bound_the_group():
         spans=[[(v(3), 2)], [(v(0), 5)], [(v(2), 2)]],
         finish_reasons=[FinishReason.STOP, FinishReason.STOP, FinishReason.ABORT],
     )
-    assert token_staleness(group, 3).tolist() == [0, 0]
+    assert tokens_at(group, 3) == [0, 0]
     assert completion_staleness(group, 3).tolist() == [0]
     row = staleness_metrics(make_batch(step=4, groups=[make_train_group(group=group)]))
     assert row["staleness/hist"] == [2, 0, 0, 0]
@@ -131,7 +136,7 @@ def test_tokens_of_an_environment_are_not_counted():
         spans=[[(v(1), 2), (v(2), 1)], [(v(2), 2)]],
         loss_mask=np.array([1, 0, 1, 0, 1], np.uint8),
     )
-    assert token_staleness(group, 2).tolist() == [1, 0, 0]
+    assert tokens_at(group, 2) == [1, 0, 0]
 
 
 def test_empty_completions_have_no_oldest_token():
@@ -141,7 +146,7 @@ def test_empty_completions_have_no_oldest_token():
         finish_reasons=[FinishReason.LENGTH] * 3,
     )
     assert completion_staleness(group, 2).tolist() == [1]
-    assert token_staleness(group, 2).tolist() == [1, 0]
+    assert tokens_at(group, 2) == [1, 0]
     nothing = make_group(rewards=[1, 0], spans=[[], []], finish_reasons=[FinishReason.LENGTH] * 2)
     assert completion_staleness(nothing, 2).size == 0
 
@@ -149,4 +154,11 @@ def test_empty_completions_have_no_oldest_token():
 def test_a_retry_of_the_whole_group_may_mix_incarnations():
     """Only the policy_version counts: both incarnations have the same weights under the same number."""
     group = make_group(rewards=[1, 0], spans=[[(Version(1, 2), 2)], [(Version(2, 2), 1), (Version(2, 3), 1)]])
-    assert token_staleness(group, 3).tolist() == [1, 1, 1, 0]
+    assert tokens_at(group, 3) == [1, 1, 1, 0]
+
+
+def test_an_empty_mask_belongs_to_no_tokens():
+    group = make_group(
+        rewards=[1, 0], spans=[[], []], finish_reasons=[FinishReason.LENGTH] * 2, loss_mask=np.zeros(0, np.uint8)
+    )
+    assert tokens_at(group, 2) == []
