@@ -1,0 +1,1 @@
+"""Reward functions, and the pool of killable processes they run in."""

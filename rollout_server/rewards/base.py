@@ -1,0 +1,98 @@
+"""What goes into reward functions and what comes out of them. Pure; knows no process, no pool, no engine.
+
+A reward function has TRL's signature:
+
+    def my_reward(prompts, completions, **columns) -> list[float | None]
+
+It is called with keyword arguments only, each a list of length N: `prompts`, `completions` (texts, or message lists
+when the prompt is a chat), `completion_ids`, `finish_reason` ("stop", "length" or "abort") and every column of the
+row. It gets those of them that it has parameters for, or all of them when it takes `**kwargs`. None means "does not
+apply to this row". It may be a coroutine function.
+
+What a reward is: a record, not a number (value or none, status, seconds). A completion without a value takes no part
+in the group's mean and trains nothing, so None must never turn into 0 here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from protocol.messages import FinishReason, Float32, RewardStatus, UInt8
+
+FINISH_REASONS = {FinishReason.STOP: "stop", FinishReason.LENGTH: "length", FinishReason.ABORT: "abort"}
+"""What reward functions see as `finish_reason`."""
+
+ChatMessage = dict[str, Any]
+Bool = npt.NDArray[np.bool_]
+Text = str | list[ChatMessage]
+"""A prompt or a completion: plain text, or the messages of a chat (a completion is one assistant message)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RewardCall:
+    """The N completions of one group, as reward functions are given them."""
+
+    prompts: Sequence[Text]
+    """[N], all the same."""
+    completions: Sequence[Text]
+    """[N] without the stop token's text."""
+    completion_ids: Sequence[Sequence[int]]
+    """[N] the sampled token ids, the stop token included."""
+    finish_reasons: Sequence[str]
+    """[N] "stop", "length" or "abort"."""
+    columns: Mapping[str, Any]
+    """The row's other columns, one value each: reward functions get each as a list of length N."""
+
+    def __len__(self) -> int:
+        return len(self.completions)
+
+    def arguments(self, indices: Sequence[int]) -> dict[str, Any]:
+        """Return the keyword arguments of a call for some of the completions: plain data, every value a list."""
+        columns = {name: [value] * len(indices) for name, value in self.columns.items()}
+        return columns | {
+            "prompts": [self.prompts[i] for i in indices],
+            "completions": [self.completions[i] for i in indices],
+            "completion_ids": [list(self.completion_ids[i]) for i in indices],
+            "finish_reason": [self.finish_reasons[i] for i in indices],
+        }
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scores:
+    """How F reward functions fared on N completions. Filled by the pool."""
+
+    values: Float32
+    """[N, F] NaN where there is no value. A TIMEOUT has one only where `reward_on_timeout` gave it one."""
+    statuses: UInt8
+    """[N, F] RewardStatus"""
+    seconds: Float32
+    """[N, F] wall-clock seconds of the call that scored it, divided by the completions in that call."""
+    notes: tuple[str, ...] = ()
+    """The first error of each function that had one, without any text of the model's making."""
+
+    @property
+    def valued(self) -> Bool:
+        """[N, F] where there is a value."""
+        valued: Bool = np.isin(self.statuses, (RewardStatus.OK, RewardStatus.TIMEOUT)) & ~np.isnan(self.values)
+        return valued
+
+
+def combine(scores: Scores, weights: Sequence[float]) -> tuple[Float32, UInt8]:
+    """Add up the functions' values, each times its weight; functions without a value are left out.
+
+    Args:
+        scores: of N completions by F functions.
+        weights: [F]
+
+    Returns:
+        rewards [N] float32, 0 where no function gave a value, and scored [N] uint8, 0 there and 1 elsewhere.
+    """
+    valued = scores.valued
+    values = np.where(valued, scores.values, 0.0).astype(np.float64)
+    rewards: Float32 = (values @ np.asarray(weights, np.float64)).astype(np.float32)
+    return rewards, np.asarray(valued.any(axis=1), np.uint8)
