@@ -32,6 +32,6 @@ def split_pairs(*, num_train: int, num_eval: int, seed: int) -> tuple[list[Pair]
 
 
 def rows(pairs: Iterable[Pair]) -> Iterator[Row]:
-    """Yield data rows: the prompt, and the answer that must match to the character, the newline included."""
+    """Yield data rows: the prompt, and the answer that must stand alone before the newline that stops."""
     for a, b in pairs:
-        yield {"prompt": f"{SHOTS}{a} + {b} =", "answer": f" {a + b}{STOP}"}
+        yield {"prompt": f"{SHOTS}{a} + {b} =", "answer": str(a + b)}
