@@ -6,10 +6,15 @@ nor who sends which. Flow control is by leases and requests, never by high-water
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import itertools
+import secrets
 import socket as stdlib_socket
+from collections.abc import Sequence
 from pathlib import Path
+from types import TracebackType
+from typing import Final, Protocol, Self
 
 import zmq
 
@@ -21,22 +26,28 @@ from protocol.addresses import (
     resolve_address,
     tcp_address,
 )
-from protocol.codec import MAX_FRAME_BYTES
-from protocol.errors import ConfigError
+from protocol.codec import MAX_FRAME_BYTES, Buffer, decode, encode
+from protocol.errors import ConfigError, PeerGone, PeerSilent, ProtocolError
+from protocol.loop_socket import LoopSocket
+from protocol.messages import AnyMessage
 
 __all__ = [
+    "Dialer",
+    "Listener",
     "bound_address",
     "bulk_address",
     "bulk_client_socket",
     "bulk_server_socket",
     "check_address",
+    "dial",
+    "listen",
     "resolve_address",
     "wake_pair",
 ]
 
-LINGER_MS = 1000
+LINGER_MS: Final = 1000
 """How long a cleanly closed socket may go on sending what it still has (the Goodbye)."""
-HANDSHAKE_MS = 3000
+HANDSHAKE_MS: Final = 3000
 """A connection whose ZMTP handshake takes longer is closed, so that idle ones hold no descriptors."""
 RECONNECT_MS, RECONNECT_MAX_MS = 100, 2000
 ZMTP_HEARTBEAT_MS, ZMTP_TIMEOUT_MS = 5000, 20000
@@ -44,6 +55,177 @@ ZMTP_HEARTBEAT_MS, ZMTP_TIMEOUT_MS = 5000, 20000
 
 _IN_USE = "another process has it: stop that one or choose another address"
 _pair_numbers = itertools.count()
+
+
+class Channel(Protocol):
+    """What both ends have in common. Made listening or connecting; `async with` closes it."""
+
+    async def close(self) -> None:
+        """Close, giving what was sent a moment to leave. A task waiting in recv gets PeerGone."""
+
+    async def __aenter__(self) -> Self:
+        """Return the channel."""
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Close."""
+
+
+class Listener(Channel, Protocol):
+    """The learner's end: hears every server, each under its peer id. One task receives."""
+
+    @property
+    def address(self) -> str:
+        """Where it listens, with the port that the system chose."""
+
+    async def recv(self) -> tuple[bytes, AnyMessage | ProtocolError]:
+        """Wait for (peer id, message). What is no message comes as a value: one bad peer stops nothing.
+
+        Raises:
+            PeerGone: this end was closed.
+        """
+
+    def send(self, peer: bytes, message: AnyMessage) -> None:
+        """Queue a message for a peer; never blocks, since leases bound what can be queued.
+
+        Raises:
+            PeerGone: no such peer is connected, or no longer.
+        """
+
+
+class Dialer(Channel, Protocol):
+    """A server's end: one connection to the learner, made again when it breaks. One task receives."""
+
+    def send(self, message: AnyMessage) -> None:
+        """Queue a message; never blocks. While the learner is away it waits here, until `reconnect`.
+
+        Raises:
+            PeerGone: this end was closed.
+        """
+
+    async def recv(self, silence_s: float | None = None) -> AnyMessage | ProtocolError:
+        """Wait for a message. What is no message comes as a value.
+
+        Raises:
+            PeerSilent: nothing at all was heard for `silence_s` (None: wait for ever).
+            PeerGone: this end was closed.
+        """
+
+    def reconnect(self) -> None:
+        """Drop the connection and what is queued on it; open another under a fresh routing id."""
+
+
+def listen(address: str, *, insecure_plaintext: bool = False) -> Listener:
+    """Listen at `address` on the running event loop.
+
+    Raises:
+        ConfigError: the address is refused or in use.
+    """
+    return _ZmqListener(address, insecure_plaintext)
+
+
+def dial(address: str, *, insecure_plaintext: bool = False) -> Dialer:
+    """Connect to `address` on the running event loop; the listener need not be there yet.
+
+    Raises:
+        ConfigError: the address is refused.
+    """
+    return _ZmqDialer(address, insecure_plaintext)
+
+
+class _ZmqChannel:
+    """A ZeroMQ context (its own I/O thread) with one socket at a time."""
+
+    def __init__(self, address: str, insecure_plaintext: bool) -> None:
+        self._address = address
+        self._insecure_plaintext = insecure_plaintext
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        try:
+            self._socket = self._open()
+        except ConfigError:
+            self._context.term()
+            raise
+
+    def _open(self) -> LoopSocket:
+        raise NotImplementedError
+
+    async def close(self) -> None:
+        self._socket.close(LINGER_MS)
+        await asyncio.to_thread(self._context.term)  # returns when all has left, or after LINGER_MS
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        await self.close()
+
+
+class _ZmqListener(_ZmqChannel):
+    """ROUTER. Handover stays off: nobody takes over the routing id of a live connection."""
+
+    def _open(self) -> LoopSocket:
+        socket = _new_socket(self._context, zmq.ROUTER)
+        socket.set(zmq.ROUTER_MANDATORY, 1)
+        _bind(socket, self._address, self._insecure_plaintext)
+        self._address = bound_address(socket)
+        return LoopSocket(socket)
+
+    @property
+    def address(self) -> str:
+        return self._address
+
+    async def recv(self) -> tuple[bytes, AnyMessage | ProtocolError]:
+        frames = await self._socket.recv()
+        assert frames is not None, "there is no limit on silence here"
+        return frames[0], _decode(frames[1:])
+
+    def send(self, peer: bytes, message: AnyMessage) -> None:
+        try:
+            self._socket.send([peer, *encode(message)])
+        except zmq.ZMQError as error:
+            raise PeerGone(f"peer {peer!r} is not connected: {error.strerror}") from None
+
+
+class _ZmqDialer(_ZmqChannel):
+    """DEALER, under a routing id of its own making for every connection it opens."""
+
+    def _open(self) -> LoopSocket:
+        socket = _new_socket(self._context, zmq.DEALER)
+        socket.set(zmq.ROUTING_ID, secrets.token_hex(8).encode())
+        _connect(socket, self._address, self._insecure_plaintext)
+        return LoopSocket(socket)
+
+    async def recv(self, silence_s: float | None = None) -> AnyMessage | ProtocolError:
+        socket = self._socket
+        try:
+            frames = await socket.recv(silence_s)
+        except PeerGone:
+            if socket is self._socket:
+                raise
+            return await self.recv(silence_s)  # another task reconnected meanwhile
+        if frames is None:
+            raise PeerSilent(f"heard nothing from {self._address} for {silence_s:g} s")
+        return _decode(frames)
+
+    def send(self, message: AnyMessage) -> None:
+        try:
+            self._socket.send(encode(message))
+        except zmq.ZMQError as error:
+            raise PeerGone(f"cannot send to {self._address}: {error.strerror}") from None
+
+    def reconnect(self) -> None:
+        self._socket.close(0)
+        self._socket = self._open()
+
+
+def _decode(frames: Sequence[Buffer]) -> AnyMessage | ProtocolError:
+    try:
+        return decode(frames)
+    except ProtocolError as error:
+        return error.with_traceback(None)  # which would keep the frames alive
 
 
 def bound_address(socket: zmq.Socket[bytes]) -> str:
