@@ -1,0 +1,1 @@
+"""The algorithm as tensor functions, one equation each. Start with loss.py."""

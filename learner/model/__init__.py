@@ -1,0 +1,1 @@
+"""The language model: loading, packing, attention over shared prompts, logprobs."""

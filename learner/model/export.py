@@ -1,0 +1,67 @@
+"""The weights as others see them: names and shapes, a published version, a Hugging Face directory.
+
+Names are those of the model's state dict. A tensor that has several (tied weights) goes under the first of them only,
+so `lm_head.weight` is absent where it is the embedding; every loader ties again from config.json.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+from learner.model.load import DTYPES
+from protocol.errors import WeightsError
+from protocol.weights.manifest import TensorSpec
+
+SAFETENSORS_DTYPES: dict[str, Literal["F32", "BF16"]] = {"float32": "F32", "bfloat16": "BF16"}
+
+
+class WritableWeights(Protocol):
+    """What a version is written into (protocol.weights.layout.MappedWeights)."""
+
+    def view(self, name: str) -> memoryview:
+        """Return the writable bytes of a tensor."""
+
+
+def unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Return every tensor of the state dict once, under its first name, detached."""
+    unique: dict[str, Tensor] = {}
+    seen: set[tuple[int, torch.Size]] = set()
+    for name, tensor in model.state_dict().items():
+        identity = (tensor.data_ptr(), tensor.shape)
+        if identity not in seen:
+            seen.add(identity)
+            unique[name] = tensor
+    return unique
+
+
+def specs_of(model: PreTrainedModel, dtype: str) -> list[TensorSpec]:
+    """Describe the tensors of a published version, all in `dtype` (float32 or bfloat16)."""
+    published = SAFETENSORS_DTYPES[dtype]
+    return [TensorSpec(name, published, tuple(tensor.shape)) for name, tensor in unique_tensors(model).items()]
+
+
+def write_weights(model: PreTrainedModel, dtype: str, mapped: WritableWeights) -> None:
+    """Cast every tensor straight into its place in `mapped`; no second copy of the model exists at any time.
+
+    Safe beside a forward and backward pass in another thread: it only reads the parameters.
+
+    Raises:
+        WeightsError: a tensor is not finite. `mapped` is then half written and must not be published.
+    """
+    for name, tensor in unique_tensors(model).items():
+        # The extremes are NaN if any element is; four times cheaper than isfinite, and no temporary.
+        if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+            raise WeightsError(f"tensor {name} is not finite: this version cannot be published")
+        target = torch.frombuffer(mapped.view(name), dtype=DTYPES[dtype])
+        target.view(tensor.shape).copy_(tensor)
+
+
+def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
+    """Write a directory that plain `AutoModelForCausalLM.from_pretrained(directory)` loads, in the master dtype."""
+    model.save_pretrained(directory, max_shard_size="1TB")
+    tokenizer.save_pretrained(directory)

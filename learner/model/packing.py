@@ -1,0 +1,309 @@
+"""From the groups of a step to the rows that a model is run on. Pure: numpy in, numpy out, no model, no device.
+
+    groups --collect--> StepTokens --pack_shared--> MicroBatch: each prompt once, its completions behind it
+                                   `-pack_padded--> MicroBatch: every completion with its own copy of the prompt
+
+What does not train never reaches the model: aborted, unscored and (on request) truncated completions, and groups left
+with fewer than two. The last token of a completion predicts nothing that is trained, so it is never forwarded; the
+last token of a prompt predicts the first token of every completion.
+
+The order is that of the batch (completions of a group by length), so the same batch always gives the same rows.
+Shapes: P groups, G generations, N completions that train, C all their tokens, T those of the C that train.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from learner.batch import TrainGroup
+from protocol.messages import FinishReason, Float32, Group
+
+Int64 = npt.NDArray[np.int64]
+Bool = npt.NDArray[np.bool_]
+
+SHORT_TOKENS = 32
+SHORT_SLACK_TOKENS = 8
+"""Sequences of up to 32 tokens that differ by up to 8 share an attention call, longer ones only with their equals:
+a call costs about as much as the attention of 16 tokens (measured; CPU)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTokens:
+    """Everything of a step that trains, flat."""
+
+    prompts: tuple[Int64, ...]
+    """[P] of [tokens]; of all groups, also those with nothing to train."""
+    rewards_PG: Float32
+    trains_PG: Bool
+    """Which completions train: their order here, row by row, is the order of N."""
+    group_N: Int64
+    lengths_N: Int64
+    """Tokens of each completion; sums to C."""
+    tokens_C: Int64
+    trained_C: Bool
+    """Whether the token trains: its loss_mask. T of them do."""
+    completion_T: Int64
+    targets_T: Int64
+    """The token ids."""
+    behavior_logprobs_T: Float32
+    temperature_T: Float32
+    """Of the softmax that its logprobs are of."""
+
+
+class Bucket:
+    """Consecutive sequences of a row that share one causal attention call, right-padded to the longest."""
+
+    def __init__(self, lengths: Sequence[int]) -> None:
+        self.lengths = tuple(lengths)
+        self.num_tokens = sum(lengths)
+        """Without padding."""
+        self.padded_length = max(lengths)
+        self.slots: Int64 | None = None
+        """[num_tokens] place of every token in the flat padded batch; None where nothing is padded."""
+        if min(lengths) < self.padded_length:
+            self.slots = np.flatnonzero(np.arange(self.padded_length) < np.array(lengths)[:, None])
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """Who attends to whom in a row: prompts first, then the completions of each, in the same order."""
+
+    prompts: tuple[Bucket, ...]
+    """Empty where the prompt was forwarded before (see MicroBatch.prompt)."""
+    prompt_lengths: tuple[int, ...]
+    """Tokens of the prefix of each group, wherever it is."""
+    completions: tuple[tuple[Bucket, ...], ...]
+    """Per group. Completions with nothing to forward (one token) are not among them."""
+
+    @property
+    def group_lengths(self) -> tuple[int, ...]:
+        """Completion tokens of each group in the row."""
+        return tuple(sum(bucket.num_tokens for bucket in group) for group in self.completions)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rows:
+    """One call of the model: B sequences of L tokens. A shared-prefix row has B = 1, and a layout."""
+
+    tokens_BL: Int64
+    positions_BL: Int64
+    layout: Layout | None
+    predictor_T: Int64
+    """For each token that trains here, which hidden state predicts it: index into the flat [B x L], behind the
+    prompt's own hidden states where the prompt was forwarded before."""
+    index_T: Int64
+    """Which of the step's T tokens they are."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class MicroBatch:
+    """Rows that are forwarded and backwarded one after the other."""
+
+    rows: tuple[Rows, ...]
+    prompt: Rows | None = None
+    """The prompt of a group too large for one row: forwarded once, before its completions, and backwarded after."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that the model is run on, padding included."""
+        return sum(rows.tokens_BL.size for rows in (*self.rows, *([self.prompt] if self.prompt else [])))
+
+
+def collect(groups: Sequence[TrainGroup], *, mask_truncated_completions: bool) -> StepTokens:
+    """Keep what trains of the step's groups, in their order.
+
+    Args:
+        groups: whole and validated.
+        mask_truncated_completions: leave completions that hit max_completion_length out, as if unscored.
+    """
+    num_generations = max(group.group.num_generations for group in groups)
+    rewards_PG = np.zeros((len(groups), num_generations), np.float32)
+    trains_PG = np.zeros((len(groups), num_generations), np.bool_)
+    tokens, trained, logprobs, temperatures = [], [], [], []
+    for p, group in enumerate(entry.group for entry in groups):
+        trains_G = _completions_that_train(group, mask_truncated_completions)
+        trains_PG[p, : trains_G.size] = trains_G
+        rewards_PG[p, : trains_G.size] = group.rewards
+        kept = np.repeat(trains_G, group.completion_lengths)
+        mask = np.ones(kept.size, np.bool_) if group.loss_mask is None else group.loss_mask.astype(np.bool_)
+        tokens.append(group.completion_tokens[kept])
+        trained.append(mask[kept])
+        logprobs.append(group.behavior_logprobs[kept & mask])
+        # Greedy groups carry temperature 0; their logprobs are those of temperature 1 (messages.Sampling).
+        temperatures.append(np.full(logprobs[-1].size, group.temperature or 1.0, np.float32))
+    lengths_N = np.concatenate([g.group.completion_lengths for g in groups])[_flat(trains_PG, groups)].astype(np.int64)
+    tokens_C, trained_C = np.concatenate(tokens).astype(np.int64), np.concatenate(trained)
+    return StepTokens(
+        prompts=tuple(entry.prompt_tokens.astype(np.int64) for entry in groups),
+        rewards_PG=rewards_PG,
+        trains_PG=trains_PG,
+        group_N=np.nonzero(trains_PG)[0],
+        lengths_N=lengths_N,
+        tokens_C=tokens_C,
+        trained_C=trained_C,
+        completion_T=np.repeat(np.arange(lengths_N.size), lengths_N)[trained_C],
+        targets_T=tokens_C[trained_C],
+        behavior_logprobs_T=np.concatenate(logprobs),
+        temperature_T=np.concatenate(temperatures),
+    )
+
+
+def pack_shared(step: StepTokens, token_budget: int) -> list[MicroBatch]:
+    """Fill rows with whole groups, each prompt once, up to `token_budget` tokens a row.
+
+    A group that does not fit a row of its own has its prompt forwarded apart and its completions cut into several rows.
+    A completion that is longer than the budget gets a row to itself all the same.
+    """
+    members = [np.flatnonzero(step.group_N == p) for p in range(len(step.prompts))]
+    cost_P = [len(prompt) + int((step.lengths_N[n] - 1).sum()) for prompt, n in zip(step.prompts, members, strict=True)]
+    micro_batches: list[MicroBatch] = []
+    for groups in _next_fit([p for p in range(len(members)) if members[p].size], cost_P, token_budget):
+        if len(groups) == 1 and cost_P[groups[0]] > token_budget:
+            micro_batches.append(_split_group(step, groups[0], members[groups[0]], token_budget))
+        else:
+            micro_batches.append(MicroBatch(rows=(_shared_row(step, groups, [members[p] for p in groups]),)))
+    return micro_batches
+
+
+def pack_padded(step: StepTokens, token_budget: int) -> list[MicroBatch]:
+    """Put prompt and completion of every completion in a row of a right-padded batch, similar lengths together.
+
+    Padding on the right needs no mask: under causal attention no token sees what comes after it.
+    """
+    prompt_N = np.array([len(prompt) for prompt in step.prompts], np.int64)[step.group_N]
+    total_N = prompt_N + step.lengths_N - 1
+    starts_N = _starts(step.lengths_N)
+    order = np.argsort(total_N, kind="stable")
+    micro_batches: list[MicroBatch] = []
+    first = 0
+    while first < order.size:
+        last = first + 1
+        while last < order.size and (last + 1 - first) * total_N[order[last]] <= token_budget:
+            last += 1
+        chosen, first = order[first:last], last
+        tokens_BL = np.zeros((chosen.size, total_N[chosen[-1]]), np.int64)
+        for row, n in zip(tokens_BL, chosen.tolist(), strict=True):
+            row[: prompt_N[n]] = step.prompts[step.group_N[n]]
+            row[prompt_N[n] : total_N[n]] = step.tokens_C[starts_N[n] : starts_N[n] + step.lengths_N[n] - 1]
+        place, within, token = _token_places(step, chosen)
+        predictor = place * tokens_BL.shape[1] + prompt_N[chosen][place] + within - 1
+        positions_BL = np.broadcast_to(np.arange(tokens_BL.shape[1]), tokens_BL.shape).copy()
+        micro_batches.append(MicroBatch(rows=(_rows(step, tokens_BL, positions_BL, None, predictor, token),)))
+    return micro_batches
+
+
+def buckets(lengths: Sequence[int]) -> tuple[Bucket, ...]:
+    """Cut consecutive sequences into buckets of (nearly) equal length. Empty sequences are left out."""
+    found: list[list[int]] = []
+    low = high = 0
+    for length in lengths:
+        if not length:
+            continue
+        low, high = min(low, length), max(high, length)
+        if found and (low == high or (high <= SHORT_TOKENS and high - low <= SHORT_SLACK_TOKENS)):
+            found[-1].append(length)
+        else:
+            found.append([length])
+            low = high = length
+    return tuple(Bucket(bucket) for bucket in found)
+
+
+def _completions_that_train(group: Group, mask_truncated_completions: bool) -> Bool:
+    trains_G = (group.scored > 0) & (group.finish_reasons != FinishReason.ABORT) & (group.completion_lengths > 0)
+    if mask_truncated_completions:
+        trains_G &= group.finish_reasons != FinishReason.LENGTH
+    # One reward compares with nothing: no advantage, nothing to train (and outside all denominators).
+    return trains_G if trains_G.sum() >= 2 else np.zeros_like(trains_G)
+
+
+def _flat(trains_PG: Bool, groups: Sequence[TrainGroup]) -> Bool:
+    """Flatten [P, G] over groups that may have fewer than G generations."""
+    return np.concatenate([row[: g.group.num_generations] for row, g in zip(trains_PG, groups, strict=True)])
+
+
+def _next_fit(items: Sequence[int], cost: Sequence[int], budget: int) -> Iterator[list[int]]:
+    """Cut `items`, in order, into lists whose costs sum to at most `budget` (an item above it is alone)."""
+    chosen: list[int] = []
+    room = budget
+    for item in items:
+        if chosen and cost[item] > room:
+            yield chosen
+            chosen, room = [], budget
+        chosen.append(item)
+        room -= cost[item]
+    if chosen:
+        yield chosen
+
+
+def _split_group(step: StepTokens, p: int, members_N: Int64, token_budget: int) -> MicroBatch:
+    """Forward the prompt apart, and the completions in rows of what the budget leaves beside it."""
+    prompt = step.prompts[p]
+    nothing = np.zeros(0, np.int64)
+    layout = Layout(prompts=buckets([prompt.size]), prompt_lengths=(prompt.size,), completions=((),))
+    ordered = members_N[np.argsort(step.lengths_N[members_N], kind="stable")]
+    budget = max(1, token_budget - prompt.size)
+    return MicroBatch(
+        prompt=_rows(step, prompt[None], np.arange(prompt.size)[None], layout, nothing, nothing),
+        rows=tuple(
+            _shared_row(step, [p], [np.array(chosen, np.int64)], prompt_apart=True)
+            for chosen in _next_fit(ordered.tolist(), (step.lengths_N - 1).tolist(), budget)
+        ),
+    )
+
+
+def _shared_row(
+    step: StepTokens, groups: Sequence[int], members: Sequence[Int64], *, prompt_apart: bool = False
+) -> Rows:
+    """Lay out whole groups (or, with the prompt apart, some completions of one) in a single row."""
+    ordered = [n[np.argsort(step.lengths_N[n], kind="stable")] for n in members]
+    chosen = np.concatenate(ordered)
+    prompts = [step.prompts[p] for p in groups]
+    prompt_lengths = np.array([prompt.size for prompt in prompts], np.int64)
+    group_of = np.repeat(np.arange(len(groups)), [n.size for n in ordered])
+
+    place, within, token = _token_places(step, chosen)
+    forwarded = within < step.lengths_N[chosen][place] - 1
+    behind_prompts = prompt_lengths.sum() + _starts(step.lengths_N[chosen] - 1)[place] + within - 1
+    predictor = np.where(within == 0, (prompt_lengths.cumsum() - 1)[group_of[place]], behind_prompts)
+    tokens = step.tokens_C[token[forwarded]]
+    positions = prompt_lengths[group_of[place]][forwarded] + within[forwarded]
+    if not prompt_apart:
+        tokens = np.concatenate([*prompts, tokens])
+        positions = np.concatenate([*(np.arange(prompt.size) for prompt in prompts), positions])
+    layout = Layout(
+        prompts=() if prompt_apart else buckets(prompt_lengths.tolist()),
+        prompt_lengths=tuple(prompt_lengths.tolist()),
+        completions=tuple(buckets((step.lengths_N[n] - 1).tolist()) for n in ordered),
+    )
+    return _rows(step, tokens[None], positions[None], layout, predictor, token)
+
+
+def _token_places(step: StepTokens, chosen: Int64) -> tuple[Int64, Int64, Int64]:
+    """For all tokens of the chosen completions: place of the completion in `chosen`, place in it, index into C."""
+    lengths = step.lengths_N[chosen]
+    place = np.repeat(np.arange(chosen.size), lengths)
+    within = np.arange(place.size) - _starts(lengths)[place]
+    return place, within, _starts(step.lengths_N)[chosen][place] + within
+
+
+def _rows(
+    step: StepTokens, tokens_BL: Int64, positions_BL: Int64, layout: Layout | None, predictor: Int64, token: Int64
+) -> Rows:
+    """Drop the predictions of tokens that do not train."""
+    trains = step.trained_C[token]
+    index_C = step.trained_C.cumsum() - 1
+    return Rows(
+        tokens_BL=tokens_BL,
+        positions_BL=positions_BL,
+        layout=layout,
+        predictor_T=predictor[trains],
+        index_T=index_C[token[trains]],
+    )
+
+
+def _starts(lengths: Int64) -> Int64:
+    return lengths.cumsum() - lengths
