@@ -23,10 +23,11 @@ from transformers import DynamicCache
 from protocol.messages import FinishReason
 from protocol.versions import Version
 from rollout_server.engines.base import EngineFailure, EngineStatus
+from rollout_server.engines.counters import Int64, uniforms
 from rollout_server.engines.kv_cache import PromptCache, RowCache
 from rollout_server.engines.live_weights import copy_weights, unique_tensors
 from rollout_server.engines.rows import Job, Rows, empty_completion
-from rollout_server.engines.sampler import Int64, sample, uniforms
+from rollout_server.engines.sampler import sample
 
 PREFILL_TOKENS = 512
 PREFILL_PROMPTS = 8
@@ -121,6 +122,7 @@ class Decoder:
         self.live = version
         pause_s = self._clock() - started
         self._paused_s += pause_s
+        self._occupancy_s += pause_s * self._rows.count / self._rows.room
         return pause_s
 
     def step(self) -> None:

@@ -16,8 +16,9 @@ from protocol.completions import Completion
 from protocol.messages import FinishReason, Float32, Int32, Sampling, sample_seed
 from protocol.versions import Version
 from rollout_server.engines.base import EngineFailure, GenerationRequest
+from rollout_server.engines.counters import Int64
 from rollout_server.engines.kv_cache import PromptCache
-from rollout_server.engines.sampler import Int64, SamplingRows
+from rollout_server.engines.sampler import SamplingRows
 
 Reply = Callable[[list[Completion] | EngineFailure], None]
 NO_TOKEN = -1
@@ -149,7 +150,9 @@ class Rows:
         Returns:
             (sources, targets): the rows that moved, for whoever else keeps rows.
         """
-        kept = np.setdiff1d(np.arange(self.count), ended, assume_unique=True)
+        keep = np.ones(self.count, np.bool_)
+        keep[ended] = False
+        kept = np.flatnonzero(keep)
         self.count = len(kept)
         targets = ended[ended < self.count]
         sources = kept[self.count - len(targets) :]

@@ -1,7 +1,6 @@
-"""From logits to tokens, so that a token depends only on the weights, the prompt and the sample's seed.
+"""From logits to tokens, given one uniform number per row. Pure tensor functions.
 
-The random number of a sample's k-th token is a hash of (seed, k), never the state of a generator: batch mates,
-admission order, retries and restarts change nothing (up to float noise in the logits). Pure tensor functions.
+The numbers come from `counters.uniforms`, so a token depends only on the weights, the prompt and the sample's seed.
 """
 
 from __future__ import annotations
@@ -14,30 +13,7 @@ import torch
 from torch import Tensor
 
 from protocol.messages import Float32, Sampling
-
-UInt64 = npt.NDArray[np.uint64]
-Int64 = npt.NDArray[np.int64]
-
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
-_MIX_1 = np.uint64(0xBF58476D1CE4E5B9)
-_MIX_2 = np.uint64(0x94D049BB133111EB)
-
-
-def hash_counters(seeds: UInt64, counters: UInt64) -> UInt64:
-    """Mix seeds with counters into 64 uniform bits, elementwise.
-
-    Output number `counter` of SplitMix64 started at `seed` (Steele, Lea, Flood: Fast Splittable Pseudorandom Number
-    Generators, OOPSLA 2014, with the mixing constants of Stafford's variant 13), computed without those before it.
-    """
-    z: UInt64 = seeds + (counters + np.uint64(1)) * _GOLDEN
-    z = (z ^ (z >> np.uint64(30))) * _MIX_1
-    z = (z ^ (z >> np.uint64(27))) * _MIX_2
-    return np.bitwise_xor(z, z >> np.uint64(31))
-
-
-def uniforms(seeds: UInt64, positions: Int64) -> Float32:
-    """[n] float32 in [0, 1): the top 24 bits, as many as a float32 holds exactly."""
-    return (hash_counters(seeds, positions.astype(np.uint64)) >> np.uint64(40)).astype(np.float32) * np.float32(2**-24)
+from rollout_server.engines.counters import Int64
 
 
 @dataclass(slots=True)
@@ -91,7 +67,7 @@ def sample(logits: Tensor, uniform: Float32, rows: SamplingRows) -> tuple[Tensor
 
     Args:
         logits: [n, V] of any float dtype.
-        uniform: [n] from `uniforms`.
+        uniform: [n] in [0, 1), with at most 24 bits (`counters.uniforms`).
         rows: parameters of the n rows.
 
     Returns:

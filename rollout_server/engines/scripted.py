@@ -1,0 +1,209 @@
+"""An engine without a model: lengths, delays, failures, tokens and logprobs all come from a seed.
+
+For tests, benchmarks, simulations and dry runs. asyncio only: it lives on the loop's clock, so under a virtual clock it
+costs no real time. It wakes when a sample joins or ends, never per token. Its digests are empty: there is no model
+that a learner's weights could fail to fit.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from statistics import NormalDist
+from types import TracebackType
+from typing import Self, TypeVar
+
+import numpy as np
+
+from protocol.completions import Completion
+from protocol.messages import FinishReason, Int32, sample_seed
+from protocol.versions import Version
+from rollout_server.config import ScriptedOptions
+from rollout_server.engines.base import EngineFailure, EngineInfo, EngineStatus, GenerationRequest, StagedWeights
+from rollout_server.engines.counters import UInt64, hash_counters, uniforms
+from rollout_server.engines.scripted_batch import Outcome, ScriptedBatch, ScriptedJob, Spans
+
+T = TypeVar("T")
+LENGTHS, FAILURES, LOAD_FAILURES, TOKENS, LOGPROBS = range(5)
+"""What a random number is for; each purpose has a stream of its own."""
+LOWEST_LOGPROB = -4.0
+
+
+class ScriptedEngine:
+    """`Engine` that plays a script. See base.py for the contract.
+
+    Lengths are lognormal with median `mean_length`, cut at max_completion_length; a sample without a stop token to end
+    with runs to that cut. Tokens and logprobs depend on the options' seed, the sample's seed, the position and the
+    version that samples. A group that fails does so when its first sample ends.
+
+    Args:
+        options: the script.
+        room: samples decoded at once.
+    """
+
+    def __init__(self, options: ScriptedOptions, room: int) -> None:
+        self._options = options
+        self._info = EngineInfo(
+            engine="scripted", room=room, vocab_size=options.vocab_size, model_digest="", tokenizer_digest=""
+        )
+        self._requests = self._loads = 0
+        self._timer: asyncio.TimerHandle | None = None
+        self._closed = False
+
+    @property
+    def info(self) -> EngineInfo:
+        """What Hello says of this engine."""
+        return self._info
+
+    @property
+    def live(self) -> Version | None:
+        """The version that samples the next token."""
+        return self._batch.live
+
+    def status(self) -> EngineStatus:
+        """Counters and gauges, up to now."""
+        self._settle()
+        return self._batch.status()
+
+    async def generate(self, request: GenerationRequest) -> list[Completion]:
+        """Play the group. When the caller is cancelled, so is the group.
+
+        Raises:
+            EngineFailure: the script says so, no weights are live, or the engine closes.
+        """
+        if self._closed:
+            raise EngineFailure("the engine is closed")
+        if self.live is None:
+            raise EngineFailure(f"group {request.group_id}: no weights are live yet: load_weights first")
+        answer: asyncio.Future[Outcome | None] = self._loop.create_future()
+        self._batch.submit(self._job(request, answer), self._loop.time())
+        self._settle()
+        try:
+            # An answer that is there already must not let a caller in a loop keep everyone else from running.
+            await asyncio.sleep(0)
+            outcome = await answer
+        except asyncio.CancelledError:
+            self.abort(request.group_id)
+            raise
+        if outcome is None:
+            raise EngineFailure(
+                f"group {request.group_id}: {'the engine was closed' if self._closed else 'as scripted'}"
+            )
+        return [self._completion(request, index, *outcome[index]) for index in range(request.num_generations)]
+
+    def abort(self, group_id: str) -> None:
+        """End the group's samples now."""
+        self._batch.abort(group_id, self._loop.time())
+        self._settle()
+
+    async def load_weights(self, weights: StagedWeights) -> float:
+        """Stand still for `swap_s`, then go on as the new version. The file is not looked at.
+
+        Raises:
+            EngineFailure: the script says so.
+        """
+        if self._closed:
+            raise EngineFailure("the engine is closed")
+        self._loads += 1
+        if self._chance(LOAD_FAILURES, self._loads) < self._options.fail_load_probability:
+            raise EngineFailure(f"weights {weights.version}: load {self._loads} fails, as scripted")
+        answer: asyncio.Future[bool] = self._loop.create_future()
+        self._batch.load(weights.version, self._options.swap_s, lambda live: _answer(answer, live), self._loop.time())
+        self._settle()
+        if not await answer:
+            raise EngineFailure("the engine was closed")
+        return self._options.swap_s
+
+    async def __aenter__(self) -> Self:
+        """Start on the running loop's clock."""
+        self._loop = asyncio.get_running_loop()
+        self._batch = ScriptedBatch(
+            room=self._info.room,
+            token_s=self._options.token_s,
+            occupancy_cost=self._options.occupancy_cost,
+            now=self._loop.time(),
+        )
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Stop; what is outstanding ends with EngineFailure."""
+        self._closed = True
+        self._batch.clear()
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _settle(self) -> None:
+        """Let due events happen and set the timer for the next one."""
+        self._batch.advance(self._loop.time())
+        if self._timer is not None:
+            self._timer.cancel()
+        event_s = self._batch.next_event_s()
+        self._timer = None if event_s is None else self._loop.call_at(event_s, self._settle)
+
+    def _job(self, request: GenerationRequest, answer: asyncio.Future[Outcome | None]) -> ScriptedJob:
+        """Draw the group's outcome."""
+        self._requests += 1
+        sampling = request.sampling
+        lengths, reasons = [], []
+        for index in range(request.num_generations):
+            length = self._length(sample_seed(request.seed, index)) if sampling.stop_token_ids else math.inf
+            stops = length <= sampling.max_completion_length
+            lengths.append(int(length) if stops else sampling.max_completion_length)
+            reasons.append(FinishReason.STOP if stops else FinishReason.LENGTH)
+
+        return ScriptedJob(
+            request=request,
+            lengths=lengths,
+            reasons=reasons,
+            fails=self._chance(FAILURES, self._requests) < self._options.fail_probability,
+            reply=lambda outcome: _answer(answer, outcome),
+        )
+
+    def _length(self, seed: int) -> int:
+        """Lognormal with median mean_length and sigma length_sigma, at least one token."""
+        uniform = (self._chance(LENGTHS, seed) + 2**-25) / (1 + 2**-24)  # inside (0, 1)
+        deviate = NormalDist().inv_cdf(uniform)
+        return max(1, round(self._options.mean_length * math.exp(self._options.length_sigma * deviate)))
+
+    def _completion(self, request: GenerationRequest, index: int, spans: Spans, reason: FinishReason) -> Completion:
+        """Invent the tokens and logprobs of a sample that ended."""
+        counts = [count for _, count in spans]
+        codes = np.array([version.incarnation << 32 | version.policy_version for version, _ in spans], np.uint64)
+        seed, versions, positions = sample_seed(request.seed, index), np.repeat(codes, counts), np.arange(sum(counts))
+        stops = request.sampling.stop_token_ids
+        hashes = hash_counters(self._key(TOKENS, seed, versions), positions.astype(np.uint64))
+        tokens = self._without(stops, hashes)
+        if reason is FinishReason.STOP:
+            tokens[-1] = stops[0]
+        return Completion(
+            completion_tokens=tokens,
+            behavior_logprobs=LOWEST_LOGPROB * uniforms(self._key(LOGPROBS, seed, versions), positions),
+            spans=spans,
+            finish_reason=reason,
+        )
+
+    def _without(self, stops: tuple[int, ...], hashes: UInt64) -> Int32:
+        """Map hashes to tokens of the vocabulary that are not stop tokens."""
+        excluded = sorted({stop for stop in stops if 0 <= stop < self._options.vocab_size})
+        tokens = (hashes % np.uint64(self._options.vocab_size - len(excluded))).astype(np.int32)
+        for stop in excluded:  # in rising order: what lies at or above it moves up by one
+            tokens += tokens >= stop
+        return tokens
+
+    def _chance(self, purpose: int, number: int) -> float:
+        """Uniform in [0, 1)."""
+        return float(uniforms(self._key(purpose), np.array([number]))[0])
+
+    def _key(self, purpose: int, *keys: int | UInt64) -> UInt64:
+        """Fold the script's seed, a purpose and further keys into seeds."""
+        key = np.array([self._options.seed], np.uint64)
+        for part in (purpose, *keys):
+            key = hash_counters(key, np.atleast_1d(np.asarray(part, np.uint64)))
+        return key
+
+
+def _answer(future: asyncio.Future[T], result: T) -> None:
+    if not future.done():  # else its caller was cancelled meanwhile
+        future.set_result(result)
