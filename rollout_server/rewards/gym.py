@@ -27,7 +27,7 @@ import reasoning_gym
 from rollout_server.rewards.builtin import text_of
 
 LONGEST_ANSWER = 4000
-"""Characters."""
+"""Characters that a scorer gets to see."""
 _ANSWER = re.compile(r"<answer>((?:(?!<answer>).)*?)</answer>", re.DOTALL)
 _NUMBER = re.compile(r"[-+]?(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?", re.ASCII)
 _JSON = re.compile(r"[\[{][\w\s\"'>,:\[\]{}-]*[\]}]", re.ASCII)
@@ -78,10 +78,10 @@ def extract_answer(text: str) -> str:
 def _is_right(found: str, task: str, expected: str | None, metadata: Mapping[str, Any]) -> bool:
     if expected is None and task not in SHAPES:
         raise ValueError(f"reasoning_gym task {task} has no reference answer and no strict rule: use your own scorer")
-    if not found or len(found) > LONGEST_ANSWER:
-        return False
     if expected is not None and found.split() == expected.split():
         return True
+    if not found or len(found) > LONGEST_ANSWER:
+        return False
     if task in ("countdown", "puzzle24"):
         return _solves_puzzle(found, metadata["numbers"], metadata.get("target", 24))
     number = expected is not None and _NUMBER.fullmatch(expected) is not None
