@@ -47,7 +47,7 @@ def test_the_running_mean_of_nothing_is_no_value():
     assert np.isnan(running_mean(np.array([math.nan, 1.0]), 3)).tolist() == [True, False]
 
 
-@pytest.mark.parametrize("name", ["addition", "$x^{ [bold] \x1b 网络"])
+@pytest.mark.parametrize("name", ["addition", "$x^{$ [bold] \x1b 网络"])
 def test_the_picture_of_a_run_whatever_its_name(tmp_path, name):
     metrics = write_metrics(tmp_path / name, [0.3, 0.2, 0.4, math.nan, 0.5])
     evals = [EvalPoint(step=s, reward=0.1 * s, oldest=s, newest=s) for s in range(6)]
