@@ -17,7 +17,7 @@ import numpy as np
 from protocol.codec import Buffer, decode
 from protocol.errors import IntegrityError, ProtocolError
 from protocol.messages import UInt8, WeightsChunk, WeightsRequest
-from protocol.weights.chunks import Arrival, ChunkPlan
+from protocol.weights.chunks import Arrival, ChunkPlan, Stretch
 from protocol.weights.layout import MappedWeights
 from protocol.weights.manifest import Hasher, Manifest, new_hasher
 
@@ -51,13 +51,13 @@ class Assembly:
         manifest: What the bytes must hash to.
         destination: A writable mapping of the manifest's layout, which nobody reads.
         counters: Where to count what arrives.
-        chunk_bytes: Bytes to ask for at a time.
+        chunk_bytes: Size in which the source answers.
     """
 
     def __init__(
         self, manifest: Manifest, destination: MappedWeights, counters: FetchCounters, chunk_bytes: int
     ) -> None:
-        self.plan = ChunkPlan([(entry.offset, entry.nbytes) for entry in manifest.tensors], chunk_bytes)
+        self.plan = ChunkPlan([Stretch(entry.offset, entry.nbytes) for entry in manifest.tensors], chunk_bytes)
         self.withdrawn = False
         """Whether the source of the moment no longer serves the version."""
         self.chunks = 0
@@ -78,12 +78,12 @@ class Assembly:
         """Whether every tensor is here and verified: a tensor that fails is missing again at once."""
         return self.plan.done
 
-    def next_request(self) -> WeightsRequest | None:
-        """Return what to ask for next; None when everything missing has been asked for."""
-        chunk = self.plan.take()
-        if chunk is None:
+    def next_request(self, most: int) -> WeightsRequest | None:
+        """Return what to ask for next, at most `most` chunks; None when everything missing has been asked for."""
+        stretch = self.plan.take(most)
+        if stretch is None:
             return None
-        return WeightsRequest(version=self._manifest.version, offset=chunk.offset, length=chunk.nbytes)
+        return WeightsRequest(version=self._manifest.version, offset=stretch.offset, length=stretch.nbytes)
 
     def take_in(self, frames: Sequence[Buffer]) -> None:
         """Use an answer, or count why not. It may be anything.
@@ -121,10 +121,10 @@ class Assembly:
         self._counters.chunks += 1
         self._counters.bytes += data.size
         begun_s = time.monotonic()
-        for tensor in self.plan.tensors_at(offset):
+        for tensor in self.plan.tensors_in(offset, data.size):
             if not self._verify(tensor):
                 self._refetch(tensor)
-                break  # its neighbors in the chunk are fetched again with it
+                break  # the chunk and what else is in it are missing again
         self.verify_s += time.monotonic() - begun_s
 
     def _verify(self, tensor: int) -> bool:

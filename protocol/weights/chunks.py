@@ -1,25 +1,24 @@
 """Which bytes of a version are missing, asked for, or here: the bookkeeping of a fetch as a pure state machine.
 
-The tensors' bytes are cut into chunks: a large tensor into several, small neighbors together into one. A chunk is
-missing, then outstanding, then done; it goes back to missing when its connection is lost, when its answer was no good,
-or when its tensor fails verification. No I/O, no clock, no digests here.
+The tensors' bytes are cut into chunks of one size, whatever the tensors' boundaries, so that neighbors can be asked for
+in one request. A chunk is missing, then outstanding, then done; it goes back to missing when its connection is lost,
+when its answer was no good, or when a tensor with bytes in it fails verification. No I/O, no clock, no digests here.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
 from enum import Enum
 from typing import NamedTuple
 
 
-class Chunk(NamedTuple):
-    """A stretch of the version's file, asked for in one request."""
+class Stretch(NamedTuple):
+    """Consecutive bytes of the version's file."""
 
     offset: int
     nbytes: int
-    tensors: range
-    """Indices of the tensors it holds bytes of: one, or several that it holds whole."""
 
 
 class Arrival(Enum):
@@ -44,60 +43,58 @@ class ChunkPlan:
     """The chunks of one version and their states.
 
     Args:
-        tensors: (offset, nbytes) of every tensor, in file order, without gaps.
-        chunk_bytes: No chunk is longer.
+        tensors: Where every tensor lies, in file order, without gaps.
+        chunk_bytes: Size of every chunk but the last.
 
     Example:
-        >>> plan = ChunkPlan([(8, 2), (10, 3), (13, 9)], chunk_bytes=6)
-        >>> [(chunk.offset, chunk.nbytes) for chunk in plan.chunks]
-        [(8, 5), (13, 6), (19, 3)]
-        >>> plan.take().offset, plan.arrive(8, 5), plan.contiguous_bytes(1)
-        (8, <Arrival.NEW: 'new'>, 3)
+        >>> plan = ChunkPlan([Stretch(8, 2), Stretch(10, 9)], chunk_bytes=4)
+        >>> plan.take(2), plan.take(2)
+        (Stretch(offset=8, nbytes=8), Stretch(offset=16, nbytes=3))
+        >>> plan.arrive(8, 4), plan.contiguous_bytes(1), plan.num_outstanding
+        (<Arrival.NEW: 'new'>, 2, 2)
     """
 
-    def __init__(self, tensors: Sequence[tuple[int, int]], chunk_bytes: int) -> None:
+    def __init__(self, tensors: Sequence[Stretch], chunk_bytes: int) -> None:
         self._tensors = list(tensors)
-        self.chunks = _cut(self._tensors, chunk_bytes)
-        self._by_offset = {chunk.offset: index for index, chunk in enumerate(self.chunks)}
-        self._states = [_State.MISSING] * len(self.chunks)
-        self._missing = deque(range(len(self.chunks)))
-        self._chunks_of: list[range] = [range(0)] * len(self._tensors)
-        for index, chunk in enumerate(self.chunks):
-            for tensor in chunk.tensors:
-                known = self._chunks_of[tensor]
-                self._chunks_of[tensor] = range(known.start if known else index, index + 1)
-        self._prefix = [chunks.start for chunks in self._chunks_of]
+        self._begins = [tensor.offset for tensor in tensors]
+        self._ends = [tensor.offset + tensor.nbytes for tensor in tensors]
+        self._chunk_bytes = chunk_bytes
+        self._begin, self._end = (self._begins[0], self._ends[-1]) if tensors else (0, 0)
+        self.num_chunks = -(-(self._end - self._begin) // chunk_bytes)
+        self._states = [_State.MISSING] * self.num_chunks
+        self._missing = deque(range(self.num_chunks))
+        self._reached = [self._chunks_of(index).start for index in range(len(self._tensors))]
+        """For every tensor, a chunk before which all its chunks are done."""
         self.num_outstanding = 0
         self.num_done = 0
 
     @property
-    def num_missing(self) -> int:
-        """Chunks that nobody has been asked for."""
-        return len(self._missing)
-
-    @property
     def done(self) -> bool:
         """Whether every byte is here."""
-        return self.num_done == len(self.chunks)
+        return self.num_done == self.num_chunks
 
-    def take(self) -> Chunk | None:
-        """Mark the next missing chunk outstanding and return it, to be asked for; None when none is missing."""
+    def take(self, most: int) -> Stretch | None:
+        """Mark the next missing chunk, and up to `most` - 1 that follow it, outstanding; None when none is missing."""
         if not self._missing:
             return None
-        index = self._missing.popleft()
-        self._states[index] = _State.OUTSTANDING
-        self.num_outstanding += 1
-        return self.chunks[index]
+        first = last = self._missing.popleft()
+        while self._missing and self._missing[0] == last + 1 < first + most:
+            last = self._missing.popleft()
+        for index in range(first, last + 1):
+            self._states[index] = _State.OUTSTANDING
+        self.num_outstanding += last + 1 - first
+        offset = self._offset(first)
+        return Stretch(offset, self._offset(last + 1) - offset)
 
     def arrive(self, offset: int, nbytes: int) -> Arrival:
         """Record an answer. The caller copies the bytes if and only if it is NEW."""
-        index = self._by_offset.get(offset)
-        if index is None:
+        index, astray = divmod(offset - self._begin, self._chunk_bytes)
+        if astray or not 0 <= index < self.num_chunks:
             return Arrival.FOREIGN
         if self._states[index] is not _State.OUTSTANDING:
             return Arrival.DUPLICATE
         self.num_outstanding -= 1
-        if nbytes != self.chunks[index].nbytes:
+        if nbytes != self._offset(index + 1) - offset:
             self._states[index] = _State.MISSING
             self._missing.append(index)  # last, so that one bad chunk does not hold up the others
             return Arrival.WRONG_SIZE
@@ -113,49 +110,37 @@ class ChunkPlan:
         self._missing.extendleft(reversed(lost))
         self.num_outstanding = 0
 
-    def tensors_at(self, offset: int) -> range:
-        """Return the indices of the tensors in the chunk that starts there."""
-        return self.chunks[self._by_offset[offset]].tensors
+    def tensors_in(self, offset: int, nbytes: int) -> range:
+        """Return the indices of the tensors that have bytes there."""
+        return range(bisect_right(self._ends, offset), bisect_left(self._begins, offset + nbytes))
 
     def contiguous_bytes(self, tensor: int) -> int:
         """Return how many bytes of the tensor are here without a gap, from its first one on."""
         offset, nbytes = self._tensors[tensor]
-        chunks, reached = self._chunks_of[tensor], self._prefix[tensor]
-        while reached < chunks.stop and self._states[reached] is _State.DONE:
+        reached, stop = self._reached[tensor], self._chunks_of(tensor).stop
+        while reached < stop and self._states[reached] is _State.DONE:
             reached += 1
-        self._prefix[tensor] = reached
-        return nbytes if reached == chunks.stop else max(0, self.chunks[reached].offset - offset)
+        self._reached[tensor] = reached
+        return min(nbytes, max(0, self._offset(reached) - offset))
 
     def refetch(self, tensor: int) -> range:
-        """Forget every arrived byte of the tensor's chunks; return the tensors that are thereby incomplete again."""
-        chunks = self._chunks_of[tensor]
+        """Forget the tensor's chunks; return all tensors that have bytes in them and are thereby incomplete."""
+        chunks = self._chunks_of(tensor)
         for index in chunks:
             if self._states[index] is _State.DONE:
                 self._states[index] = _State.MISSING
                 self._missing.append(index)
                 self.num_done -= 1
-        affected = self.chunks[chunks.start].tensors
+        begin = self._offset(chunks.start)
+        affected = self.tensors_in(begin, self._offset(chunks.stop) - begin)
         for neighbor in affected:
-            self._prefix[neighbor] = self._chunks_of[neighbor].start
+            self._reached[neighbor] = self._chunks_of(neighbor).start
         return affected
 
+    def _offset(self, index: int) -> int:
+        """File offset of a chunk; of the one after the last, the end of the file."""
+        return min(self._begin + index * self._chunk_bytes, self._end)
 
-def _cut(tensors: Sequence[tuple[int, int]], chunk_bytes: int) -> list[Chunk]:
-    """Cut so that every chunk is either a piece of one tensor or holds whole tensors: a refetch disturbs few others."""
-    chunks: list[Chunk] = []
-    gathered = range(0)  # whole tensors, `nbytes_gathered` in all, that will make one chunk
-    nbytes_gathered = 0
-    for tensor, (offset, nbytes) in enumerate(tensors):
-        if nbytes_gathered and nbytes_gathered + nbytes > chunk_bytes:
-            chunks.append(Chunk(offset - nbytes_gathered, nbytes_gathered, gathered))
-            nbytes_gathered = 0
-        if nbytes > chunk_bytes:
-            only = range(tensor, tensor + 1)
-            ends = offset + nbytes
-            chunks += [Chunk(at, min(chunk_bytes, ends - at), only) for at in range(offset, ends, chunk_bytes)]
-            continue
-        gathered = range(gathered.start if nbytes_gathered else tensor, tensor + 1)
-        nbytes_gathered += nbytes
-    if nbytes_gathered:
-        chunks.append(Chunk(sum(tensors[-1]) - nbytes_gathered, nbytes_gathered, gathered))
-    return chunks
+    def _chunks_of(self, tensor: int) -> range:
+        first = (self._begins[tensor] - self._begin) // self._chunk_bytes
+        return range(first, -(-(self._ends[tensor] - self._begin) // self._chunk_bytes))

@@ -12,6 +12,7 @@ versions to whom.
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import weakref
@@ -34,11 +35,14 @@ from protocol.weights.layout import MappedWeights
 from protocol.weights.manifest import Manifest
 
 CHUNK_BYTES = 256 << 10
-"""Measured best of 64 KiB to 4 MiB: it stays in the cache between socket, copy and hash."""
-WINDOW = 16
+"""A request is answered in chunks of this size, the last one shorter. Measured best of 64 KiB to 4 MiB: a chunk stays
+in the cache between socket, copy and hash. Part of the protocol."""
+WINDOW = 32
 """Chunks asked for and not yet here: enough to hide a round trip, little to ask again after a cut."""
+CHUNKS_PER_REQUEST = 16
+"""4 MiB, the most that a WeightsRequest may ask for."""
 VERSIONS_KEPT = 2
-STOP_CHECK_S = 0.05
+STOP_CHECK_MS = 50
 """A fetch that hears nothing looks at its stop event this often."""
 _REQUESTS_PER_POLL = 64
 
@@ -204,12 +208,8 @@ class FetchReport:
 class WeightsFetcher:
     """Fetches versions into mappings, in the thread that calls it; one fetch at a time."""
 
-    def __init__(
-        self, *, chunk_bytes: int = CHUNK_BYTES, window: int = WINDOW, insecure_plaintext: bool = False
-    ) -> None:
+    def __init__(self, *, insecure_plaintext: bool = False) -> None:
         self.counters = FetchCounters()
-        self._chunk_bytes = chunk_bytes
-        self._window = window
         self._insecure_plaintext = insecure_plaintext
 
     def fetch(
@@ -239,7 +239,7 @@ class WeightsFetcher:
         """
         if destination.layout != manifest.layout:
             raise WeightsError(f"version {manifest.version} has another layout than {destination.path}")
-        assembly = Assembly(manifest, destination, self.counters, self._chunk_bytes)
+        assembly = Assembly(manifest, destination, self.counters, CHUNK_BYTES)
         begun_s = time.monotonic()
         limits = _Limits(f"version {manifest.version}", stop, begun_s + deadline_s, stall_s)
         sources = deque(addresses)
@@ -266,6 +266,7 @@ class WeightsFetcher:
 
     def _converse(self, socket: zmq.Socket[bytes], assembly: Assembly, limits: _Limits) -> None:
         """Ask and take in over one socket until the version is complete, withdrawn here, or the source stalls."""
+        socket.set(zmq.RCVTIMEO, STOP_CHECK_MS)
         progress_s, chunks = time.monotonic(), assembly.chunks
         while not assembly.done and not assembly.withdrawn:
             now_s = time.monotonic()
@@ -274,29 +275,23 @@ class WeightsFetcher:
             if limits.stop.is_set():
                 raise Superseded(f"the fetch of {limits.what} was called off")
             if now_s >= limits.deadline_s:
-                done, wanted = assembly.plan.num_done, len(assembly.plan.chunks)
+                done, wanted = assembly.plan.num_done, assembly.plan.num_chunks
                 raise WeightsError(f"{limits.what}: only {done} of {wanted} chunks had arrived when its time was up")
-            stalled_s = progress_s + limits.stall_s
-            if now_s >= stalled_s:
+            if now_s >= progress_s + limits.stall_s:
                 return
-            self._ask(socket, assembly)
-            wait_s = min(STOP_CHECK_S, limits.deadline_s - now_s, stalled_s - now_s)
-            if socket.poll(int(1000 * wait_s) + 1):
-                self._take_in(socket, assembly)
+            _ask(socket, assembly)
+            with contextlib.suppress(zmq.Again):
+                frames = socket.recv_multipart(copy=False)
+                assembly.take_in(frames)
 
-    def _ask(self, socket: zmq.Socket[bytes], assembly: Assembly) -> None:
-        """Keep a window of chunks outstanding."""
-        while assembly.plan.num_outstanding < self._window and (request := assembly.next_request()) is not None:
-            socket.send_multipart(encode(request))
 
-    def _take_in(self, socket: zmq.Socket[bytes], assembly: Assembly) -> None:
-        """Take in the answers that are here, at most a window of them: then there is asking to do."""
-        for _ in range(self._window):
-            try:
-                frames = socket.recv_multipart(zmq.NOBLOCK, copy=False)
-            except zmq.Again:
-                return
-            assembly.take_in(frames)
+def _ask(socket: zmq.Socket[bytes], assembly: Assembly) -> None:
+    """Keep up to a window outstanding, asking in large steps: each request wakes the other side up."""
+    while assembly.plan.num_outstanding <= WINDOW - CHUNKS_PER_REQUEST:
+        request = assembly.next_request(CHUNKS_PER_REQUEST)
+        if request is None:
+            return
+        socket.send_multipart(encode(request))
 
 
 @dataclass(frozen=True, slots=True)
