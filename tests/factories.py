@@ -144,9 +144,7 @@ def make_group(
     if completions is None:
         if lengths is None:
             lengths = (
-                [3 + i % 3 for i in range(num_generations)]
-                if spans is None
-                else [sum(n for _, n in s) for s in spans]
+                [3 + i % 3 for i in range(num_generations)] if spans is None else [sum(n for _, n in s) for s in spans]
             )
         reasons = finish_reasons or [FinishReason.STOP] * num_generations
         completions = [
