@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache
 
+from protocol.completions import Completion
 from protocol.messages import FinishReason
 from protocol.versions import Version
 from rollout_server.engines.base import EngineFailure, EngineStatus
@@ -57,6 +58,7 @@ class Decoder:
         self._rows = Rows(room=room, max_length=max_length)
         self._waiting: deque[Job] = deque()
         self._jobs: set[Job] = set()
+        self._answers: list[Job] = []
         self.live: Version | None = None
         self.prompts_prefilled = 0
         self._samples_waiting = 0
@@ -98,9 +100,11 @@ class Decoder:
         mine = [s.job.request.group_id == group_id for s in self._rows.samples]
         if any(mine):
             self._retire(np.flatnonzero(mine), [FinishReason.ABORT] * sum(mine))
+        self._answer()
 
     def fail(self, error: EngineFailure) -> None:
-        """Answer every job with `error` and start afresh."""
+        """Answer every job that is not done with `error`, and start afresh."""
+        self._answer()
         jobs, self._jobs = self._jobs, set()
         self._waiting.clear()
         self._samples_waiting = 0
@@ -143,6 +147,7 @@ class Decoder:
         elapsed = self._clock() - started
         self._busy_s += elapsed
         self._occupancy_s += elapsed * running / rows.room
+        self._answer()
 
     def _admit(self) -> list[Tensor]:
         """Fill free rows from the waiting jobs, in order.
@@ -228,9 +233,17 @@ class Decoder:
             longest = int(self._rows.lengths[targets].max())
             self._cache.move(self._to_device(sources), self._to_device(targets), longest)
 
-    def _finish(self, job: Job, index: int, completion: Any) -> None:
-        if job.finish(index, completion):
+    def _finish(self, job: Job, index: int, completion: Completion) -> None:
+        job.completions[index] = completion
+        if len(job.completions) == job.request.num_generations:
             self._jobs.discard(job)
+            self._answers.append(job)
+
+    def _answer(self) -> None:
+        """Reply to the jobs that are done, last of all: who hears of it finds rows and counters up to date."""
+        for job in self._answers:
+            job.answer()
+        self._answers.clear()
 
     def _to_device(self, array: Int64) -> Tensor:
         """On a CPU a view, elsewhere a copy."""

@@ -42,13 +42,9 @@ class Job:
         """Samples without a row yet."""
         return self.request.num_generations - self.admitted
 
-    def finish(self, index: int, completion: Completion) -> bool:
-        """Take sample `index`; the last one answers the request. Returns whether it was the last."""
-        self.completions[index] = completion
-        if len(self.completions) < self.request.num_generations:
-            return False
-        self.reply([self.completions[i] for i in range(self.request.num_generations)])
-        return True
+    def answer(self) -> None:
+        """Reply with the completions, all there."""
+        self.reply([self.completions[index] for index in range(self.request.num_generations)])
 
 
 @dataclass(slots=True, eq=False)
