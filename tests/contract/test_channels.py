@@ -195,9 +195,15 @@ async def send_for_ever(listener: Listener, peer: bytes) -> None:
 
 
 def test_goodbye_leaves_although_the_channel_closes_at_once(transport, run):
+    data = np.zeros(4 << 20, np.uint8)
+
     async def body(listener: Listener, dialer: Dialer, peer: bytes) -> None:
+        for offset in range(3):  # much to send before it
+            dialer.send(WeightsChunk(version=Version(1, 1), offset=offset, data=data))
         dialer.send(Goodbye(reason="done"))
         await dialer.close()
+        for offset in range(3):
+            assert await listener.recv() == (peer, Like(offset=offset))
         assert await listener.recv() == (peer, Like(reason="done"))
 
     on_pair(transport, run, body)
