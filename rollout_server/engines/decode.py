@@ -90,6 +90,7 @@ class Decoder:
         self._waiting.append(job)
         self._samples_waiting += job.waiting
 
+    @torch.inference_mode()
     def abort(self, group_id: str) -> None:
         """End the group's samples with what they have."""
         for job in [job for job in self._waiting if job.request.group_id == group_id]:
@@ -112,6 +113,7 @@ class Decoder:
         for job in jobs:
             job.reply(error)
 
+    @torch.inference_mode()
     def load(self, staged: dict[str, Tensor], version: Version) -> float:
         """Swap checked weights in, keeping all samples under way; return the seconds it took."""
         started = self._clock()
@@ -129,6 +131,7 @@ class Decoder:
         self._occupancy_s += pause_s * self._rows.count / self._rows.room
         return pause_s
 
+    @torch.inference_mode()
     def step(self) -> None:
         """Admit what fits, draw one token for every row, and let go of the samples that end."""
         started, decoding, rows = self._clock(), self._rows.count, self._rows

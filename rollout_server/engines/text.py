@@ -21,9 +21,13 @@ def load_tokenizer(model: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(model, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
     except (OSError, ValueError) as error:
         raise ConfigError(f"model {model}: no tokenizer can be loaded from it: {first_line(error)}") from error
+    # Without tokenizer files transformers 5 makes one up from config.json that knows only its special tokens.
+    if not set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens):
+        raise ConfigError(f"model {model}: its tokenizer has no vocabulary; the directory needs tokenizer.json")
+    return tokenizer
 
 
 def load_decoder(model: Path | str) -> TextDecoder:

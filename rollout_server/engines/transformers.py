@@ -195,8 +195,7 @@ class TransformersEngine:
             started(error)
             return
         started(None)
-        with torch.inference_mode():
-            self._serve(self._decoder)
+        self._serve(self._decoder)
 
     def _load(self) -> None:
         model = load_model(self._path, dtype=self._dtype, device=self._device)
