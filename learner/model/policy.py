@@ -54,7 +54,7 @@ class Policy:
         self.model = model
         self.device = model.device
         self.shares_prefix = False
-        self._autocast = autocast
+        self._autocast = False  # while probing: what differs then is the method, not the rounding
         if share_prefix:
             obstacle = self._try_sharing()
             self.shares_prefix = not obstacle
@@ -64,6 +64,7 @@ class Policy:
                     type(model).__name__,
                     obstacle,
                 )
+        self._autocast = autocast
 
     def pack(self, step: StepTokens, token_budget: int) -> list[MicroBatch]:
         """Lay the step out in rows that this policy can run."""
