@@ -139,6 +139,9 @@ class Assembly:
         return here < entry.nbytes or self._hashers.pop(tensor).hexdigest() == entry.digest
 
     def _refetch(self, tensor: int) -> None:
+        for affected in self.plan.refetch(tensor):
+            self._hashers.pop(affected, None)
+            self._hashed[affected] = 0
         self.failures[tensor] += 1
         if self.failures[tensor] > MAX_REFETCHES:
             raise IntegrityError(
@@ -146,6 +149,3 @@ class Assembly:
                 f" hash to the manifest after {MAX_REFETCHES} refetches: the source or the path to it corrupts them"
             )
         self._counters.refetched_tensors += 1
-        for affected in self.plan.refetch(tensor):
-            self._hashers.pop(affected, None)
-            self._hashed[affected] = 0

@@ -32,8 +32,8 @@ MAX_FILE_BYTES = 1 << 44
 """16 TiB. A larger claim is a lie, refused before anything is allocated for it."""
 _METADATA = "__metadata__"
 
-Name = Annotated[str, msgspec.Meta(pattern=r"^[!-~]{1,512}$")]
-"""Printable ASCII without spaces: safe in logs and on a terminal."""
+Name = Annotated[str, msgspec.Meta(pattern=r"^[!-~]{1,512}\Z")]
+"""Printable ASCII without spaces or line breaks (which `$` would let through): safe in logs and on a terminal."""
 Size = Annotated[int, msgspec.Meta(ge=0, le=MAX_FILE_BYTES)]
 Shape = Annotated[tuple[Size, ...], msgspec.Meta(max_length=8)]
 

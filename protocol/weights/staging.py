@@ -74,7 +74,7 @@ def create_staging_file(path: Path, file_bytes: int) -> int:
     except OSError as error:
         os.close(descriptor)
         path.unlink()
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise WeightsError(f"cannot allocate the weights file {path}: {error.strerror}") from error
         space = os.statvfs(path.parent)
         raise WeightsError(
