@@ -13,7 +13,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (a few minutes the first time) ..."
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-input \
+	@$(VENV)/bin/python -m pip install -qq --disable-pip-version-check --no-input \
 		-c constraints.txt -e '.[server,learner,rewards,demo,dev]'
 	@touch $@
 
