@@ -1,0 +1,1 @@
+"""The learner: prompt order, leases, journal, policy version, weights, checkpoints, the staleness bound."""

@@ -113,6 +113,13 @@ class Trainer:
         return int(self._model.get_output_embeddings().weight.shape[0])
 
     @property
+    def eos_token_ids(self) -> list[int]:
+        """What ends a completion by the model's own generation config, else by its tokenizer; may be empty."""
+        eos = self._model.generation_config.eos_token_id if self._model.generation_config else None
+        eos = self.tokenizer.eos_token_id if eos is None else eos
+        return [] if eos is None else [eos] if isinstance(eos, int) else list(eos)
+
+    @property
     def tokenizer_digest(self) -> str:
         """What a server's tokenizer must hash to."""
         return tokenizer_digest(self.tokenizer.get_vocab())

@@ -29,6 +29,12 @@ def check_address(address: str, insecure_plaintext: bool) -> None:
     )
 
 
+def is_local(address: str) -> bool:
+    """Whether only processes of this host can reach the address."""
+    transport, host, _ = parse_address(address)
+    return transport == "ipc" or _is_loopback(host)
+
+
 def bulk_address(control_address: str) -> str:
     """Return where the weights go: the next tcp port (0 stays 0, any free one), or PATH-weights.
 

@@ -56,6 +56,14 @@ class Lineage:
             raise ValueError(f"incarnation {incarnation} must be above {self.forks[-1][0]}")
         self.forks.append((incarnation, policy_version))
 
+    def at(self, policy_version: int) -> Version:
+        """The first name under which that policy_version belongs to this history."""
+        ends = [first for _, first in self.forks[1:]]
+        for (incarnation, first), end in zip(self.forks, [*ends, policy_version], strict=True):
+            if first <= policy_version <= end:
+                return Version(incarnation, policy_version)
+        raise ValueError(f"policy_version {policy_version} is before {self.forks[0]}")
+
     def __contains__(self, version: Version) -> bool:
         starts = [first for incarnation, first in self.forks if incarnation > version.incarnation]
         own = [first for incarnation, first in self.forks if incarnation == version.incarnation]

@@ -1,0 +1,269 @@
+"""The learner process: builds the parts in order, runs one TaskGroup, ends in one place.
+
+Start: run directory (lock) -> model (compute thread) -> prompts -> incarnation grown and on disk -> sockets -> loops.
+End: train_loop returns -> last version live, final evaluation -> Drain and Goodbye -> loops end -> sockets close.
+Stopped by a signal: the step under way ends, a checkpoint is written, Goodbye; the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import signal
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from learner.arrivals import Arrivals
+from learner.buffer import Buffer
+from learner.checkpoint import Checkpoint, latest_checkpoint
+from learner.compute import Compute
+from learner.config import LearnerConfig
+from learner.coordinator import Coordinator, RunIdentity
+from learner.dashboard.terminal import Screen
+from learner.fleet import Fleet
+from learner.journal import Journal
+from learner.journal_records import IncarnationRecord
+from learner.ledger import Ledger
+from learner.monitor import Monitor
+from learner.prompts import Prompts, open_prompts, stop_token_ids
+from learner.publish import Publisher
+from learner.recorder import Recorder, eval_points
+from learner.resume import begin
+from learner.reward_curve import plot_reward_curve
+from learner.run import Run
+from learner.rundir import RunDirectory
+from learner.stats import RunStats
+from learner.summary import print_summary, write_summary
+from learner.trackers import JsonlTracker, SampleWriter
+from learner.trainer import Trainer
+from protocol.addresses import is_local, parse_address, tcp_address
+from protocol.channel import Listener, bulk_address, check_address, listen
+from protocol.errors import ConfigError
+from protocol.logs import configure_logging
+from protocol.loop_lag import LoopLag
+from protocol.tasks import on_signals, run_loop
+from protocol.waits import Waits
+from protocol.weights.staging import clean_staging, default_staging_directory
+from protocol.weights.transfer import WeightsServer
+
+log = logging.getLogger(__name__)
+
+
+def run(config: LearnerConfig, make_trainer: Callable[..., Trainer] = Trainer) -> int:
+    """Train to the end of the run, or until a signal; return the exit code.
+
+    Args:
+        config: complete and checked.
+        make_trainer: called with (config, checkpoint=...) on the compute thread.
+
+    Raises:
+        ConfigError: something in the configuration cannot work.
+        RunStopped: the run ended itself, naming its last checkpoint.
+    """
+    check_address(config.bind, config.insecure_plaintext)
+    directory = RunDirectory.open(config)
+    try:
+        with Screen() as screen:
+            configure_logging("learner", directory.logs_dir / "learner.log", stderr=False)
+            return run_loop(lambda: Learner(config, directory, screen, make_trainer).main())
+    finally:
+        directory.close()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Loaded:
+    """What a run is about, before anything is opened."""
+
+    trainer: Trainer
+    prompts: Prompts
+    eval_prompts: Prompts | None
+    checkpoint: Checkpoint | None
+    incarnation: int
+
+
+class Learner:
+    """One process: its parts come to life in the order of the methods below."""
+
+    def __init__(
+        self,
+        config: LearnerConfig,
+        directory: RunDirectory,
+        screen: Screen,
+        make_trainer: Callable[..., Trainer] = Trainer,
+    ) -> None:
+        self.config = config
+        self.directory = directory
+        self.screen = screen
+        self.make_trainer = make_trainer
+        self.waits = Waits()
+        self.lag = LoopLag()
+        self.compute = Compute()
+
+    async def main(self) -> int:
+        """Load, open, run, close."""
+        async with contextlib.AsyncExitStack() as stack:
+            stack.push_async_callback(self.compute.close)
+            loaded = await self._load()
+            insecure = self.config.insecure_plaintext
+            channel = await stack.enter_async_context(listen(self.config.bind, insecure_plaintext=insecure))
+            server = stack.enter_context(WeightsServer(bulk_address(channel.address), insecure_plaintext=insecure))
+            journal = await asyncio.to_thread(Journal.open, self.directory.journal_dir)
+            stack.push_async_callback(journal.close)
+            async with asyncio.TaskGroup() as tasks:
+                run = await self._build(loaded, channel, server, journal, tasks)
+                stack.push_async_callback(run.publisher.close)
+                loops = run.start(tasks)
+                with on_signals(run.interrupt, signal.SIGTERM, signal.SIGINT):
+                    finished = await run.train(tasks)
+                for loop in loops:
+                    loop.cancel()
+        return self._conclude(run, finished)
+
+    async def _load(self) -> Loaded:
+        """Model and data, checked against each other and against the run that is continued."""
+        config, directory = self.config, self.directory
+        checkpoint = await asyncio.to_thread(latest_checkpoint, directory.checkpoints_dir)
+        self.screen.print_notice(opening_line(config, checkpoint))
+        trainer = await self.compute(self.make_trainer, config, checkpoint=checkpoint.path if checkpoint else None)
+        if trainer.policy_version >= config.max_steps:
+            raise ConfigError(
+                f"run {directory.path} has trained its {trainer.policy_version} steps: raise max_steps to go on, or"
+                " choose another run_name"
+            )
+        prompts = open_prompts(config, trainer.tokenizer)
+        eval_prompts = open_prompts(config, trainer.tokenizer, evaluation=True) if config.eval_dataset else None
+        fingerprints = {"dataset": prompts.fingerprint, "tokenizer": trainer.tokenizer_digest}
+        if eval_prompts is not None:
+            fingerprints["eval_dataset"] = eval_prompts.fingerprint
+        directory.check_fingerprints(fingerprints)
+        return Loaded(
+            trainer=trainer,
+            prompts=prompts,
+            eval_prompts=eval_prompts,
+            checkpoint=checkpoint,
+            incarnation=directory.begin_incarnation(),  # on disk before a socket opens: it fences off the dead
+        )
+
+    async def _build(
+        self, loaded: Loaded, channel: Listener, server: WeightsServer, journal: Journal, tasks: asyncio.TaskGroup
+    ) -> Run:
+        """Put the parts together; nothing runs yet."""
+        config, directory, trainer = self.config, self.directory, loaded.trainer
+        ledger = Ledger(
+            config.granted_bounds, max_attempts=config.max_attempts, max_refill_ratio=config.max_refill_ratio
+        )
+        start = await asyncio.to_thread(
+            begin, ledger, loaded.checkpoint, incarnation=loaded.incarnation, journal_dir=directory.journal_dir
+        )
+        identity = RunIdentity(
+            run_id=directory.run_id,
+            incarnation=loaded.incarnation,
+            vocab_size=trainer.vocab_size,
+            model_digest=trainer.model_digest,
+            tokenizer_digest=trainer.tokenizer_digest,
+            stop_token_ids=stop_token_ids(trainer.tokenizer, config.stop, trainer.eos_token_ids),
+        )
+        coordinator = Coordinator(
+            config=config,
+            identity=identity,
+            lineage=start.lineage,
+            channel=channel,
+            ledger=ledger,
+            fleet=Fleet(start.lineage, liveness_s=config.liveness_s),
+            prompts=loaded.prompts,
+            eval_prompts=loaded.eval_prompts,
+        )
+        stats, buffer = RunStats(), Buffer()
+        arrivals = Arrivals(coordinator, buffer, journal, stats)
+        arrivals.restore(start.restored)
+        staging = default_staging_directory()
+        clean_staging(staging)
+        publisher = Publisher(
+            trainer,
+            server,
+            directory=staging,
+            algorithm="xxh3_128" if is_local(config.bind) else "blake3",
+            bulk_address=announced_address(server.address),
+            announce=coordinator.announce,
+            tasks=tasks,
+            waits=self.waits,
+        )
+        recorder = make_recorder(directory, trainer, coordinator, journal, stats, self.lag, loaded.checkpoint)
+        monitor = Monitor(coordinator, recorder, buffer, self.waits, self.lag, self.compute, address=channel.address)
+        recorder.step_done = lambda row: self.screen.print_step(monitor.view())
+        resumed_from = loaded.checkpoint.policy_version if loaded.checkpoint else 0
+        await journal.append(IncarnationRecord(incarnation=loaded.incarnation, resumed_from=resumed_from))
+        return Run(
+            config=config, trainer=trainer, coordinator=coordinator, arrivals=arrivals, buffer=buffer, journal=journal,
+            publisher=publisher, recorder=recorder, monitor=monitor, waits=self.waits, lag=self.lag, compute=self.compute,
+            screen=self.screen,
+        )  # fmt: skip
+
+    def _conclude(self, run: Run, finished: bool) -> int:
+        """Write what is left of the run."""
+        summary = run.recorder.summary(weights_published=run.publisher.published)
+        if finished:
+            write_summary(self.directory.summary_path, summary)
+            plot_reward_curve(
+                self.directory.metrics_path,
+                self.directory.path / "reward.png",
+                run.recorder.evals,
+                max_staleness=self.config.max_staleness,
+            )
+            print_summary(summary)
+            return 0
+        self.screen.print_notice(
+            f"stopped by {run.interrupted} at step {run.trainer.policy_version}; the same command goes on"
+        )
+        return 128 + signal.Signals[run.interrupted].value
+
+
+def opening_line(config: LearnerConfig, checkpoint: Checkpoint | None) -> str:
+    """What the run says first."""
+    where = f"resuming from step {checkpoint.policy_version}" if checkpoint else "starting"
+    bounds = config.granted_bounds
+    lowered = " (lowered: buffer_bytes holds no more)" if bounds.steps_ahead < config.bounds.steps_ahead else ""
+    return (
+        f"{config.run_dir}: {where}; max_staleness {bounds.max_staleness}, rollouts at most {bounds.steps_ahead} steps"
+        f" ahead{lowered}, window {bounds.reorder_window}, {bounds.slots_total} slots"
+    )
+
+
+def announced_address(bound: str) -> str:
+    """The bulk address as servers are told it: any other interface is the host that the server dialed."""
+    transport, _, port = parse_address(bound)
+    return bound if transport == "ipc" or is_local(bound) else tcp_address("*", port)
+
+
+def make_recorder(
+    directory: RunDirectory,
+    trainer: Trainer,
+    coordinator: Coordinator,
+    journal: Journal,
+    stats: RunStats,
+    lag: LoopLag,
+    checkpoint: Checkpoint | None,
+) -> Recorder:
+    """Open the run's files, cut back to where this incarnation begins."""
+    tracker = JsonlTracker(directory.metrics_path)
+    samples = SampleWriter(
+        directory.samples_dir,
+        coordinator.config.num_completions_logged,
+        lambda ids: trainer.tokenizer.decode(ids.tolist()),
+    )
+    tracker.truncate_after(trainer.policy_version)
+    samples.truncate_after(trainer.policy_version)
+    stats.resume(tracker.rows())
+    return Recorder(
+        run=directory,
+        trainer=trainer,
+        coordinator=coordinator,
+        journal=journal,
+        stats=stats,
+        tracker=tracker,
+        samples=samples,
+        lag=lag,
+        evals=eval_points(checkpoint.state.evaluations) if checkpoint else [],
+        checkpoint=checkpoint.path if checkpoint else None,
+    )

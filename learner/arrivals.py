@@ -1,0 +1,220 @@
+"""Groups that arrive: put together, validated, journaled, acknowledged, offered to the buffer. In that order.
+
+I6: what is malformed or out of range is refused with its reason, and its lease is given out again. I7: the Ack leaves
+only when the journal has the group on disk. A group is judged by what it is (its ordinal, the versions of its tokens),
+never by which attempt or connection it came over: a late answer to a lost lease is as good as any.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import dataclasses
+import logging
+from typing import Protocol
+
+from learner.batch import TrainGroup
+from learner.buffer import Buffer, why_filtered
+from learner.coordinator import Coordinator, prompt_text
+from learner.journal_records import GroupRecord, Record
+from learner.ledger import End, Entry, Verdict
+from protocol.completions import group_versions
+from protocol.errors import InvalidGroup, PeerGone
+from protocol.logs import event
+from protocol.messages import Ack, AckStatus, Cancel, Group, Purpose
+from protocol.parts import PartAssembler
+from protocol.validation import validate_group
+
+log = logging.getLogger(__name__)
+
+MOST_AT_ONCE = 64
+"""Groups that share one journal append."""
+
+
+class GroupJournal(Protocol):
+    """What arrivals need of the journal."""
+
+    async def append(self, *records: Record) -> None:
+        """Return when the records are on disk."""
+
+
+class FilteredGroups(Protocol):
+    """Who is told of groups that will not train (stats)."""
+
+    def record_filtered(self, group: Group) -> None:
+        """Count its rewards and lengths."""
+
+
+class Arrivals:
+    """Owns the path of a group from the connection to the buffer."""
+
+    def __init__(self, coordinator: Coordinator, buffer: Buffer, journal: GroupJournal, stats: FilteredGroups) -> None:
+        self._coordinator = coordinator
+        self._buffer = buffer
+        self._journal = journal
+        self._stats = stats
+        self._parts = PartAssembler()
+        self.queue: asyncio.Queue[tuple[bytes, Group]] = asyncio.Queue()
+        """Whole groups, not yet judged. Bounded by the leases that are out."""
+        self.restored: dict[int, TrainGroup] = {}
+        """Groups of an earlier incarnation, by ordinal, whose prompt has not been granted again yet."""
+
+    def receive(self, peer: bytes, group: Group) -> None:
+        """Take in a message: a whole group, or a part of one."""
+        try:
+            whole = group if group.num_parts == 1 else self._parts.add(group)
+        except InvalidGroup as error:
+            self._refuse(peer, group, error)
+            return
+        if whole is not None:
+            self.queue.put_nowait((peer, whole))
+
+    async def accept_next(self) -> None:
+        """Wait for groups, then deal with all that are there.
+
+        Raises:
+            JournalError: the disk refused; none of them is acknowledged.
+        """
+        arrived = [await self.queue.get()]
+        while not self.queue.empty() and len(arrived) < MOST_AT_ONCE:
+            arrived.append(self.queue.get_nowait())
+        accepted = [(peer, group) for peer, group in arrived if self._judge(peer, group)]
+        if not accepted:
+            return
+        await self._journal.append(*[self._record(group) for _, group in accepted])
+        for peer, group in accepted:
+            self._ack(peer, group, AckStatus.OK)
+            if self._coordinator.ledger.judge(group.ordinal, _oldest(group)) is Verdict.ACCEPT:  # not its own duplicate
+                self._admit(self._train_group(group), peer)
+        self._coordinator.changed.notify()
+
+    def restore(self, restored: dict[int, TrainGroup]) -> None:
+        """Take over what an earlier incarnation journaled: now, or when the prompt is granted again."""
+        self.restored = restored
+        self._coordinator.granted = self.granted
+        for entry in list(self._coordinator.ledger.entries.values()):
+            self.granted(entry)
+
+    def granted(self, entry: Entry) -> None:
+        """A prompt got its slot: if an earlier incarnation journaled its group, nobody needs to sample it again."""
+        group = self.restored.pop(entry.ordinal, None)
+        if group is not None and self._coordinator.ledger.judge(entry.ordinal, _oldest(group.group)) is Verdict.ACCEPT:
+            self._admit(dataclasses.replace(group, sequence=entry.sequence), None)
+            self._coordinator.counters["groups_restored"] += 1
+
+    def _judge(self, peer: bytes, group: Group) -> bool:
+        """Answer at once what need not be journaled; say whether the group is to be."""
+        coordinator, config = self._coordinator, self._coordinator.config
+        evaluation = group.purpose is Purpose.EVAL
+        limits = (config.eval_num_generations, config.eval_max_completion_length or config.max_completion_length)
+        try:
+            validate_group(
+                group,
+                num_generations=limits[0] if evaluation else config.num_generations,
+                max_completion_length=limits[1] if evaluation else config.max_completion_length,
+                vocab_size=coordinator.identity.vocab_size,
+                reward_functions=coordinator.reward_functions,
+            )
+            self._check_identity(group)
+        except InvalidGroup as error:
+            self._refuse(peer, group, error)
+            return False
+        if evaluation:
+            self._evaluated(peer, group)
+            return False
+        orphaned = [version for version in group_versions(group) if version not in coordinator.lineage]
+        verdict = coordinator.ledger.judge(group.ordinal, _oldest(group))
+        if verdict in (Verdict.DUPLICATE, Verdict.UNKNOWN):
+            coordinator.counters["groups_duplicate"] += 1
+            self._ack(
+                peer, group, AckStatus.DUPLICATE, "" if verdict is Verdict.DUPLICATE else "not leased by this run"
+            )
+            return False
+        if orphaned or verdict is Verdict.STALE:
+            reason = f"sampled by version {min(orphaned)}, which this run has left" if orphaned else "too old to train"
+            coordinator.counters["groups_stale"] += 1
+            self._ack(peer, group, AckStatus.STALE, reason)
+            self._release(group, fault=False, reason=reason)
+            return False
+        return True
+
+    def _check_identity(self, group: Group) -> None:
+        coordinator = self._coordinator
+        if group.purpose is Purpose.EVAL:
+            current = coordinator.evaluation
+            known = current is not None and group.group_id == coordinator.eval_id(group.ordinal)
+        else:
+            known = group.group_id == coordinator.train_id(group.ordinal)
+            leased = coordinator.config.temperature
+            if group.temperature != leased:
+                raise InvalidGroup(f"group {group.ordinal}: temperature {group.temperature:g}, leased at {leased:g}")
+        if not known:
+            raise InvalidGroup(f"group {group.ordinal}: id {group.group_id} is not that of any lease of this run")
+
+    def _evaluated(self, peer: bytes, group: Group) -> None:
+        coordinator = self._coordinator
+        assert coordinator.evaluation is not None
+        self._ack(peer, group, AckStatus.OK)
+        coordinator.fleet.release(group.group_id)
+        coordinator.evaluation.delivered(group.ordinal, group)
+        coordinator.changed.notify()
+
+    def _refuse(self, peer: bytes, group: Group, error: InvalidGroup) -> None:
+        coordinator = self._coordinator
+        coordinator.counters["groups_refused"] += 1
+        server = coordinator.fleet.servers.get(peer)
+        coordinator.notice(
+            "group_refused", f"refused {error}", server=server.name if server else "?", ordinal=group.ordinal
+        )
+        self._parts.discard(group.group_id)
+        self._ack(peer, group, AckStatus.REFUSED, str(error))
+        self._release(group, fault=True, reason=str(error))
+
+    def _release(self, group: Group, *, fault: bool, reason: str) -> None:
+        """Give a refused group's lease out again, if it is the lease that this message answers."""
+        coordinator = self._coordinator
+        entry = coordinator.ledger.find(group.ordinal) if group.purpose is Purpose.TRAIN else None
+        if group.purpose is Purpose.EVAL or (entry is not None and entry.attempt == group.attempt):
+            coordinator.lost(group.group_id, fault=fault, reason=reason)
+
+    def _ack(self, peer: bytes, group: Group, status: AckStatus, reason: str = "") -> None:
+        ack = Ack(group_id=group.group_id, attempt=group.attempt, status=status, reason=reason)
+        with contextlib.suppress(PeerGone):  # it will send the group again, and hear that it is a duplicate
+            self._coordinator.channel.send(peer, ack)
+
+    def _record(self, group: Group) -> GroupRecord:
+        row = self._coordinator.row(group.ordinal)
+        return GroupRecord(
+            incarnation=self._coordinator.identity.incarnation,
+            prompt=prompt_text(row),
+            prompt_tokens=row.prompt_tokens,
+            group=group,
+        )
+
+    def _train_group(self, group: Group) -> TrainGroup:
+        entry = self._coordinator.ledger.find(group.ordinal)
+        assert entry is not None
+        return dataclasses.replace(self._record(group).train_group(), sequence=entry.sequence)
+
+    def _admit(self, group: TrainGroup, sender: bytes | None) -> None:
+        """The group is on disk and wanted: filter it, or hold it for a batch. Whoever else works on it may stop."""
+        coordinator = self._coordinator
+        entry = coordinator.ledger.find(group.ordinal)
+        assert entry is not None
+        holder = coordinator.fleet.release(group.group.group_id)
+        if holder is not None and holder.peer != sender:
+            coordinator.send(holder, Cancel(group_id=group.group.group_id, attempt=entry.attempt, reason="answered"))
+        coordinator.ledger.delivered(group.ordinal, _oldest(group.group))
+        reason = why_filtered(group.group, filter_zero_std=coordinator.config.filter_zero_std)
+        if reason is None:
+            self._buffer.offer(group)
+            return
+        coordinator.ledger.end(entry.sequence, End.FILTERED)
+        coordinator.ended(entry, End.FILTERED, reason)
+        self._stats.record_filtered(group.group)
+        event(log, "group_filtered", ordinal=group.ordinal, reason=reason)
+
+
+def _oldest(group: Group) -> int:
+    """policy_version of the group's oldest token."""
+    return min((version.policy_version for version in group_versions(group)), default=0)

@@ -1,0 +1,373 @@
+"""The learner's side of the conversation: who gets which lease, and what becomes of it when a server goes.
+
+Puts the pure state machines (ledger, fleet, evaluation) and the connection together. Runs on the event loop only, never
+waits, does no I/O but queueing messages. What arrives from servers is arrivals.py's business.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import msgspec
+import numpy as np
+
+from learner.config import LearnerConfig
+from learner.evaluation import Evaluation
+from learner.fleet import Fleet, Server
+from learner.journal_records import EndRecord, Record
+from learner.ledger import End, Entry, Ledger, State
+from learner.prompts import PromptRow, Prompts
+from protocol.channel import Listener
+from protocol.errors import PeerGone
+from protocol.logs import event
+from protocol.messages import (
+    AnyMessage,
+    Cancel,
+    Hello,
+    Lease,
+    Purpose,
+    Refused,
+    Sampling,
+    WeightsReady,
+    Welcome,
+    group_id,
+    group_seed,
+)
+from protocol.signals import Signal
+from protocol.versions import Lineage
+
+log = logging.getLogger(__name__)
+
+ROWS_PER_PUMP = 16
+"""Rows tokenized in one go on the event loop (I9)."""
+NOTICES_KEPT = 8
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class RunIdentity:
+    """What a server must fit."""
+
+    run_id: str
+    incarnation: int
+    vocab_size: int
+    model_digest: str
+    tokenizer_digest: str
+    stop_token_ids: tuple[int, ...]
+
+
+@dataclass(kw_only=True)
+class Coordinator:
+    """See the module's text. One per learner."""
+
+    config: LearnerConfig
+    identity: RunIdentity
+    lineage: Lineage
+    channel: Listener
+    ledger: Ledger
+    fleet: Fleet
+    prompts: Prompts
+    eval_prompts: Prompts | None = None
+    clock: Callable[[], float] = time.monotonic
+    changed: Signal = field(default_factory=Signal)
+    """Something happened that may let a lease, a batch or an evaluation go on."""
+    evaluation: Evaluation | None = None
+    current_weights: WeightsReady | None = None
+    training: bool = True
+    """Whether new groups are granted and leased."""
+    reward_functions: tuple[str, ...] = ()
+    rows: dict[int, PromptRow] = field(default_factory=dict)
+    """Rows of ordinals under way."""
+    begun: Callable[[], None] = lambda: None
+    """Called at the first lease."""
+    granted: Callable[[Entry], None] = lambda entry: None
+    """Told of every new entry (arrivals.py may hold its group from an earlier incarnation)."""
+    unjournaled: list[Record] = field(default_factory=list)
+    """Ends to be journaled with the next append."""
+    counters: Counter[str] = field(default_factory=Counter)
+    notices: deque[str] = field(default_factory=lambda: deque(maxlen=NOTICES_KEPT))
+    first_lease_s: float | None = None
+
+    def __post_init__(self) -> None:
+        """Expect the reward functions that the user named."""
+        self.reward_functions = tuple(self.config.reward_funcs)
+
+    def notice(self, name: str, text: str, **fields: object) -> None:
+        """Log an event and show it on the screen."""
+        event(log, name, level=logging.WARNING, text=text, **fields)
+        self.notices.append(text)
+
+    def send(self, server: Server, message: AnyMessage) -> bool:
+        """Queue a message; a server that is gone loses its leases to others."""
+        try:
+            self.channel.send(server.peer, message)
+        except PeerGone:
+            self.drop_server(server, "its connection is gone")
+            return False
+        return True
+
+    def announce(self, ready: WeightsReady) -> None:
+        """Tell every server of a version."""
+        self.current_weights = ready
+        for server in list(self.fleet.servers.values()):
+            self.send(server, ready)
+
+    def hello(self, peer: bytes, hello: Hello) -> None:
+        """Welcome a server, or refuse it saying why."""
+        refusal = self.why_refused(hello)
+        if refusal is not None:
+            code, reason = refusal
+            self.counters["servers_refused"] += 1
+            self.notice("server_refused", f"refused server {hello.server}: {reason}", server=hello.server, code=code)
+            self.channel.send(peer, Refused(code=code, reason=reason))
+            return
+        older = self.fleet.named(hello.server)
+        if older is not None:
+            if older.peer != peer:
+                self.send(older, Refused(code="name_in_use", reason=f"another server named {hello.server} has joined"))
+            self.drop_server(older, "it joined anew", fault=False)
+        self.reward_functions = self.reward_functions or hello.reward_functions
+        server = self.fleet.join(peer, hello, self.clock())
+        keep = tuple(g for g in hello.unacked if self._wanted(g)) + tuple(
+            g for g in hello.in_flight if self._adopt(server, g)
+        )
+        event(
+            log, "server_joined", server=server.name, engine=hello.engine, room=hello.room, live=hello.live,
+            session=hello.session, kept=len(keep),
+        )  # fmt: skip
+        welcome = Welcome(
+            session=hello.session,
+            run_id=self.identity.run_id,
+            incarnation=self.identity.incarnation,
+            keep=keep,
+            heartbeat_s=self.config.heartbeat_s,
+            liveness_s=self.config.liveness_s,
+        )
+        if self.send(server, welcome) and self.current_weights is not None:
+            self.send(server, self.current_weights)
+        self.changed.notify()
+
+    def why_refused(self, hello: Hello) -> tuple[str, str] | None:
+        """(code, reason) when this server does not fit the run."""
+        mine = self.identity
+        if hello.run_id == mine.run_id and hello.incarnation > mine.incarnation:
+            return "incarnation", f"it has worked for incarnation {hello.incarnation}; this is {mine.incarnation}"
+        if hello.engine == "scripted":
+            if hello.vocab_size > mine.vocab_size:
+                return "model", f"it invents {hello.vocab_size} tokens, the model has {mine.vocab_size}"
+        elif (hello.vocab_size, hello.model_digest) != (mine.vocab_size, mine.model_digest):
+            return "model", (
+                f"its model has another shape (vocabulary {hello.vocab_size}, weights {hello.model_digest[:12]}) than"
+                f" the learner's ({mine.vocab_size}, {mine.model_digest[:12]}): give both the same --model"
+            )
+        elif hello.tokenizer_digest != mine.tokenizer_digest:
+            return "tokenizer", "its tokenizer has another vocabulary than the learner's: give both the same --model"
+        if self.reward_functions and hello.reward_functions != self.reward_functions:
+            return "reward_functions", (
+                f"it scores with {', '.join(hello.reward_functions) or 'nothing'}; this run expects"
+                f" {', '.join(self.reward_functions)}"
+            )
+        return None
+
+    def drop_server(self, server: Server, reason: str, *, fault: bool = True) -> None:
+        """The server is gone: its leases go to others. Whether that counts against the groups is `fault`."""
+        held = self.fleet.leave(server.peer)
+        self.notice("server_left", f"server {server.name} left: {reason}", server=server.name, groups=len(held))
+        for held_id in held:
+            self.lost(held_id, fault=fault, reason=reason)
+        self.changed.notify()
+
+    def lost(self, held_id: str, *, fault: bool, reason: str) -> None:
+        """A lease will not be answered: give it out again, or give the group up after max_attempts."""
+        self.fleet.release(held_id)
+        if self.evaluation is not None:
+            for row in list(self.evaluation.leased):
+                if self.eval_id(row) == held_id:
+                    self.evaluation.lost(row, fault=fault)
+        entry = self.entry_of(held_id)
+        if entry is not None and entry.state is State.LEASED:
+            event(log, "lease_lost", group=held_id, ordinal=entry.ordinal, attempt=entry.attempt, reason=reason)
+            if self.ledger.lost(entry.sequence, fault=fault) is None:
+                self.ended(entry, End.QUARANTINED, reason)
+        self.changed.notify()
+
+    def ended(self, entry: Entry, how: End, reason: str) -> None:
+        """Note an end that the ledger has already made."""
+        self.rows.pop(entry.ordinal, None)
+        if how is End.QUARANTINED:
+            self.notice("quarantined", f"group {entry.ordinal} quarantined: {reason}", ordinal=entry.ordinal)
+        self.unjournaled.append(
+            EndRecord(
+                incarnation=self.identity.incarnation, ordinal=entry.ordinal, sequence=entry.sequence, end=how.value,
+                step=self.ledger.policy_version, reason=reason[:500],
+            )
+        )  # fmt: skip
+
+    def take_unjournaled(self) -> list[Record]:
+        """Hand over the ends that the journal has not got yet."""
+        records, self.unjournaled = self.unjournaled, []
+        return records
+
+    def tick(self) -> None:
+        """Declare silent servers dead."""
+        for server in self.fleet.silent(self.clock()):
+            self.drop_server(server, f"nothing heard for {self.fleet.liveness_s:g} s")
+
+    def pump(self) -> bool:
+        """Grant free slots and lease what is pending. True when there is more to do right away."""
+        more = self._grant() if self.training else False
+        if self.evaluation is not None and self.eval_prompts is not None:
+            self._lease_evaluation(self.evaluation, self.eval_prompts)
+        if self.training:
+            self._lease_pending()
+        return more
+
+    def stop_training(self) -> None:
+        """Lease nothing more for training and call back what is out; the ledger keeps it for a continued run."""
+        self.training = False
+        for server in list(self.fleet.servers.values()):
+            for held_id in [g for g in server.outstanding if g not in server.eval_outstanding]:
+                self.fleet.release(held_id)
+                self.send(server, Cancel(group_id=held_id, attempt=0, reason="the training steps are done"))
+
+    def entry_of(self, held_id: str) -> Entry | None:
+        """The ledger's entry of a training group id."""
+        return next((e for e in self.ledger.entries.values() if self.train_id(e.ordinal) == held_id), None)
+
+    def train_id(self, ordinal: int) -> str:
+        """Group id of a training ordinal."""
+        return group_id(self.identity.run_id, ordinal)
+
+    def eval_id(self, row: int) -> str:
+        """Group id of an evaluation row of the evaluation going on."""
+        assert self.evaluation is not None
+        return group_id(f"{self.identity.run_id}/{self.evaluation.policy_version}", row, Purpose.EVAL)
+
+    def _wanted(self, held_id: str) -> bool:
+        entry = self.entry_of(held_id)
+        return entry is not None and entry.state in (State.PENDING, State.LEASED)
+
+    def _adopt(self, server: Server, held_id: str) -> bool:
+        """Let a server that comes back go on with a group nobody else has been given."""
+        entry = self.entry_of(held_id)
+        if entry is None or entry.state is not State.PENDING or server.live is None or not self.training:
+            return False
+        if server.live.policy_version < self.ledger.min_policy_version(entry.sequence):
+            return False
+        self.ledger.dispatched(entry.sequence, server.name, server.live.policy_version)
+        self.fleet.assign(server, held_id, self.config.num_generations)
+        return True
+
+    def _grant(self) -> bool:
+        for _ in range(ROWS_PER_PUMP):
+            if not self.ledger.can_grant():
+                return False
+            row = self.prompts.row(self.ledger.cursor)
+            if row is None:
+                self._filter_row()
+                continue
+            entry = self.ledger.grant()
+            self.rows[entry.ordinal] = row
+            self.granted(entry)
+        return True
+
+    def _filter_row(self) -> None:
+        ordinal = self.ledger.filter_unleased()
+        self.counters["rows_too_long"] += 1
+        self.unjournaled.append(
+            EndRecord(
+                incarnation=self.identity.incarnation, ordinal=ordinal, sequence=-1, end=End.FILTERED.value,
+                step=self.ledger.policy_version, reason=f"prompt longer than {self.config.max_prompt_length} tokens",
+            )
+        )  # fmt: skip
+
+    def _lease_pending(self) -> None:
+        for entry in self.ledger.pending():
+            server = self.fleet.choose(
+                min_policy_version=self.ledger.min_policy_version(entry.sequence),
+                samples=self.config.num_generations,
+                now_s=self.clock(),
+            )
+            if server is None or server.live is None:
+                return  # those behind it need the same room and at least the same version
+            self.ledger.dispatched(entry.sequence, server.name, server.live.policy_version)
+            self.fleet.assign(server, self.train_id(entry.ordinal), self.config.num_generations)
+            if self.first_lease_s is None:
+                self.first_lease_s = self.clock()
+                self.begun()
+            self.send(server, self._train_lease(entry))
+
+    def _train_lease(self, entry: Entry) -> Lease:
+        row = self.row(entry.ordinal)
+        return Lease(
+            group_id=self.train_id(entry.ordinal),
+            ordinal=entry.ordinal,
+            sequence=entry.sequence,
+            attempt=entry.attempt,
+            purpose=Purpose.TRAIN,
+            num_generations=self.config.num_generations,
+            sampling=Sampling(
+                temperature=self.config.temperature,
+                max_completion_length=self.config.max_completion_length,
+                stop_token_ids=self.identity.stop_token_ids,
+            ),
+            seed=group_seed(self.config.seed, entry.ordinal),
+            min_version=self.lineage.at(self.ledger.min_policy_version(entry.sequence)),
+            prompt_tokens=row.prompt_tokens,
+            row=np.frombuffer(row.row_json, np.uint8),
+        )
+
+    def row(self, ordinal: int) -> PromptRow:
+        """The row of an ordinal under way."""
+        if ordinal not in self.rows:  # an entry from a checkpoint: rows are a pure function of the ordinal
+            row = self.prompts.row(ordinal)
+            assert row is not None, f"row {ordinal} was granted, so it fits"
+            self.rows[ordinal] = row
+        return self.rows[ordinal]
+
+    def _lease_evaluation(self, evaluation: Evaluation, prompts: Prompts) -> None:
+        while evaluation.pending:
+            index = evaluation.pending[0]
+            row = prompts.row(index)
+            if row is None:
+                evaluation.pending.popleft()
+                self.counters["rows_too_long"] += 1
+                continue
+            samples = self.config.eval_num_generations
+            server = self.fleet.choose(
+                min_policy_version=evaluation.policy_version, samples=samples, now_s=self.clock(),
+                exact=evaluation.pinned, evaluation=True,
+            )  # fmt: skip
+            if server is None:
+                return
+            attempt = evaluation.dispatched(index)
+            self.fleet.assign(server, self.eval_id(index), samples, evaluation=True)
+            self.send(server, self._eval_lease(evaluation, row, attempt))
+
+    def _eval_lease(self, evaluation: Evaluation, row: PromptRow, attempt: int) -> Lease:
+        config = self.config
+        return Lease(
+            group_id=self.eval_id(row.ordinal),
+            ordinal=row.ordinal,
+            sequence=row.ordinal,
+            attempt=attempt,
+            purpose=Purpose.EVAL,
+            num_generations=config.eval_num_generations,
+            sampling=Sampling(
+                temperature=config.eval_temperature,
+                max_completion_length=config.eval_max_completion_length or config.max_completion_length,
+                stop_token_ids=self.identity.stop_token_ids,
+            ),
+            seed=group_seed(config.seed, -1 - row.ordinal),
+            min_version=self.lineage.at(evaluation.policy_version),
+            prompt_tokens=row.prompt_tokens,
+            row=np.frombuffer(row.row_json, np.uint8),
+        )
+
+
+def prompt_text(row: PromptRow) -> str:
+    """The prompt as one string, for samples/."""
+    return row.prompt if isinstance(row.prompt, str) else msgspec.json.encode(row.prompt).decode()

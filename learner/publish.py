@@ -1,0 +1,160 @@
+"""Publishing: a snapshot of the weights into a safetensors mapping, served and announced while training goes on.
+
+`start(version)` returns at once. The snapshot is taken beside the next forward/backward; `wait_previous` must be
+awaited before the optimizer changes the weights again, so that a version's bytes are always those of one step (I5).
+Snapshot, hashing and serving each have their thread; only announcing happens on the event loop.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+from protocol.errors import WeightsError
+from protocol.logs import event
+from protocol.messages import WeightsReady
+from protocol.versions import Version
+from protocol.waits import Waits
+from protocol.weights.layout import MappedWeights, build_manifest
+from protocol.weights.manifest import Algorithm, Manifest, TensorSpec
+from protocol.weights.specs import Layout
+from protocol.weights.staging import staging_path
+from protocol.weights.transfer import WeightsServer
+
+log = logging.getLogger(__name__)
+
+BUFFERS = 4
+"""Two versions served, one being written, and one that slow readers still hold."""
+FREE_BUFFER_S = 60.0
+
+
+class WeightsSource(Protocol):
+    """What publishing needs of the trainer."""
+
+    def specs(self) -> list[TensorSpec]:
+        """Names, published dtypes and shapes."""
+
+    def write_weights(self, mapped: MappedWeights) -> None:
+        """Cast and copy every tensor into the mapping.
+
+        Raises:
+            WeightsError: a tensor holds a non-finite number.
+        """
+
+
+class Publisher:
+    """Owns the published mappings and the bulk plane's serving thread."""
+
+    def __init__(
+        self,
+        source: WeightsSource,
+        server: WeightsServer,
+        *,
+        directory: Path,
+        algorithm: Algorithm,
+        bulk_address: str,
+        announce: Callable[[WeightsReady], None],
+        tasks: asyncio.TaskGroup,
+        waits: Waits,
+    ) -> None:
+        self._source = source
+        self._server = server
+        self._layout = Layout(source.specs())
+        self._directory = directory
+        self._algorithm = algorithm
+        self._bulk_address = bulk_address
+        self._announce = announce
+        self._tasks = tasks
+        self._waits = waits
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._buffers: list[MappedWeights] = []
+        self._snapshot: asyncio.Future[None] | None = None
+        self._held_at: int | None = None
+        self._held_back: tuple[Manifest, MappedWeights] | None = None
+        self.current: WeightsReady | None = None
+        """The newest announced version: what a joining server is told."""
+        self.published = 0
+
+    def start(self, version: Version) -> None:
+        """Begin to publish the weights as they are now under that version."""
+        assert self._snapshot is None, "wait_previous first"
+        self._snapshot = asyncio.get_running_loop().create_future()
+        self._tasks.create_task(self._publish(version, self._snapshot), name=f"publish {version}")
+
+    async def wait_previous(self) -> None:
+        """Wait until the previous snapshot is complete: from then on the weights may change."""
+        if self._snapshot is not None:
+            await self._waits.wait(self._snapshot, name="publish", owner="publisher", deadline_s=FREE_BUFFER_S * 2)
+            self._snapshot = None
+
+    def hold(self, policy_version: int) -> None:
+        """Announce nothing newer until `release`: a pinned evaluation samples with that version. Snapshots go on."""
+        self._held_at = policy_version
+
+    def release(self) -> None:
+        """Announce again, at once what was held back (the newest of it)."""
+        self._held_at = None
+        if self._held_back is not None:
+            manifest, mapped = self._held_back
+            self._held_back = None
+            self._serve(manifest, mapped)
+
+    async def close(self) -> None:
+        """End the thread and give the mappings back."""
+        await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
+        for mapped in self._buffers:
+            mapped.remove()
+
+    async def _publish(self, version: Version, snapshot: asyncio.Future[None]) -> None:
+        """Snapshot, hash, serve, announce one version.
+
+        consumes: the trainer's weights      waits for: a free mapping      unblocked by: readers
+        produces: the snapshot future, then WeightsReady to every server
+        """
+        loop = asyncio.get_running_loop()
+        mapped = await self._free_buffer()
+        begun_s = loop.time()
+        await loop.run_in_executor(self._thread, self._source.write_weights, mapped)
+        snapshot_s = loop.time() - begun_s
+        snapshot.set_result(None)
+        manifest = await loop.run_in_executor(self._thread, build_manifest, version, mapped, self._algorithm)
+        event(
+            log, "published", version=version, bytes=manifest.file_bytes, snapshot_s=snapshot_s,
+            hash_s=loop.time() - begun_s - snapshot_s,
+        )  # fmt: skip
+        self.published += 1
+        if self._held_at is not None and version.policy_version > self._held_at:
+            self._held_back = (manifest, mapped)  # what was held back before is superseded
+        else:
+            self._serve(manifest, mapped)
+
+    def _serve(self, manifest: Manifest, mapped: MappedWeights) -> None:
+        self._server.serve(manifest, mapped)
+        self.current = WeightsReady(
+            version=manifest.version,
+            manifest=np.frombuffer(manifest.to_json(), np.uint8),
+            addresses=(self._bulk_address,),
+        )
+        self._announce(self.current)
+
+    async def _free_buffer(self) -> MappedWeights:
+        """A mapping that nobody reads: at most BUFFERS exist; the wait for one ends when a slow reader is done."""
+        deadline_s = asyncio.get_running_loop().time() + FREE_BUFFER_S
+        while True:
+            held = self._held_back[1] if self._held_back else None
+            for mapped in self._buffers:
+                if mapped is not held and self._server.is_free(mapped):
+                    return mapped
+            if len(self._buffers) < BUFFERS:
+                create = asyncio.to_thread(MappedWeights.create, staging_path(self._directory), self._layout)
+                self._buffers.append(await create)
+                return self._buffers[-1]
+            if asyncio.get_running_loop().time() > deadline_s:
+                raise WeightsError(f"all {BUFFERS} published versions are still being read after {FREE_BUFFER_S:g} s")
+            await asyncio.sleep(0.05)  # readers finish on another thread, and only is_free tells

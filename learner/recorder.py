@@ -1,0 +1,220 @@
+"""What a run leaves behind: metrics, samples, evaluation results, checkpoints, summary. Called by train_loop.
+
+Everything on disk here can be read while the run goes on and after it; nothing here decides anything.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from learner.batch import Batch, StepResult
+from learner.batch_metrics import Row
+from learner.checkpoint import CheckpointState, save_checkpoint
+from learner.compute import Compute
+from learner.coordinator import Coordinator
+from learner.evaluation import Evaluation
+from learner.fleet import Server
+from learner.ledger import LedgerSnapshot
+from learner.rundir import RunDirectory
+from learner.stats import EvalPoint, RunStats, ServerView
+from learner.summary import Summary, summarize
+from learner.trackers import JsonlTracker, SampleWriter
+from protocol.logs import event
+from protocol.loop_lag import LoopLag
+
+log = logging.getLogger(__name__)
+
+
+class StepTimer:
+    """Seconds of the stages of one iteration of the train loop."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._started_s = clock()
+        self.timings = dict.fromkeys(
+            ("wait_s", "forward_backward_s", "wait_publish_s", "optimizer_s", "journal_s"), 0.0
+        )
+
+    @contextlib.contextmanager
+    def measure(self, stage: str) -> Iterator[None]:
+        """Add the time spent inside to a stage."""
+        begun_s = self._clock()
+        try:
+            yield
+        finally:
+            self.timings[stage] += self._clock() - begun_s
+
+    @property
+    def elapsed_s(self) -> float:
+        """Since the iteration began."""
+        return self._clock() - self._started_s
+
+
+class Saver(Protocol):
+    """What a checkpoint needs of the trainer."""
+
+    policy_version: int
+
+    def save(self, directory: Path) -> None:
+        """Write model, optimizer and random state into an empty directory."""
+
+
+class PrunableJournal(Protocol):
+    """What a checkpoint does to the journal."""
+
+    async def prune(self, finished: Callable[[int], bool]) -> list[Path]:
+        """Delete segments that no resumable checkpoint needs."""
+
+
+@dataclass(kw_only=True)
+class Recorder:
+    """See the module's text. One per learner, on the event loop."""
+
+    run: RunDirectory
+    trainer: Saver
+    coordinator: Coordinator
+    journal: PrunableJournal
+    stats: RunStats
+    tracker: JsonlTracker
+    samples: SampleWriter
+    lag: LoopLag
+    step_done: Callable[[Row], None] = lambda row: None
+    """Told of every row (the screen's plain line)."""
+    requests: asyncio.Queue[tuple[int, bool]] = field(default_factory=asyncio.Queue)
+    """Evaluations to make: (policy_version, pinned)."""
+    evals: list[EvalPoint] = field(default_factory=list)
+    checkpoint: Path | None = None
+    """The last good one."""
+    last_row: Row | None = None
+    _saved: deque[LedgerSnapshot] = field(default_factory=deque)
+
+    def __post_init__(self) -> None:
+        """What servers did before the first lease is not this run's."""
+        self.coordinator.begun = lambda: self.stats.begin(self.server_views())
+
+    def step(self, batch: Batch, result: StepResult, timer: StepTimer, *, learning_rate: float) -> None:
+        """Record one step, trained or skipped."""
+        coordinator = self.coordinator
+        ledger, now_s = coordinator.ledger, coordinator.clock()
+        first_s = coordinator.first_lease_s if coordinator.first_lease_s is not None else now_s
+        row = self.stats.record_step(
+            batch,
+            result,
+            policy_version=ledger.policy_version,
+            learning_rate=learning_rate,
+            timings=timer.timings,
+            step_time_s=timer.elapsed_s,
+            servers=self.server_views(),
+            counts={
+                **ledger.counts(),
+                "unaccounted": ledger.unaccounted,
+                "slots_in_use": ledger.slots_in_use,
+                "slots_total": ledger.bounds.slots_total,
+                **coordinator.counters,
+            },
+            wall_s=now_s - first_s,
+        )
+        row["loop_lag_ms"] = self.lag.p99_ms()
+        self.tracker.log(row)
+        if result.finite:
+            self.samples.write(batch)
+        self.last_row = row
+        self.step_done(row)
+
+    async def save(self, compute: Compute) -> None:
+        """Write a checkpoint of this moment; then the journal may forget what none of the kept ones needs."""
+        config, ledger = self.coordinator.config, self.coordinator.ledger
+        snapshot = ledger.snapshot()
+        state = CheckpointState(
+            run_id=self.run.run_id,
+            incarnation=self.coordinator.identity.incarnation,
+            forks=tuple(self.coordinator.lineage.forks),
+            policy_version=self.trainer.policy_version,
+            config_fingerprint=self.run.config_fingerprint,
+            ledger=snapshot,
+            evaluations=[eval_row(point) for point in self.evals],
+        )
+        begun_s = self.coordinator.clock()
+        self.checkpoint = await compute(
+            save_checkpoint,
+            self.run.checkpoints_dir,
+            self.trainer.policy_version,
+            self.trainer.save,
+            state,
+            keep=config.save_total_limit,
+        )
+        event(log, "saved", checkpoint=self.checkpoint, seconds=self.coordinator.clock() - begun_s)
+        self._saved.append(snapshot)
+        if len(self._saved) >= config.save_total_limit:
+            oldest = self._saved.popleft()
+            needed = {ordinal for ordinal, *_ in oldest["entries"]}
+            cursor = oldest["cursor"]
+            await self.journal.prune(lambda ordinal: ordinal < cursor and ordinal not in needed)
+
+    def request_evaluation(self, policy_version: int) -> None:
+        """Ask for an evaluation when one is due and none is going on; the last one is app.py's."""
+        config = self.coordinator.config
+        due = config.eval_steps and policy_version % config.eval_steps == 0 and policy_version < config.max_steps
+        if due and self.coordinator.eval_prompts is not None:
+            if self.coordinator.evaluation is None and self.requests.empty():
+                self.requests.put_nowait((policy_version, False))
+            else:
+                event(log, "evaluation_left_out", policy_version=policy_version, reason="the previous one is going on")
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        """Keep a result."""
+        point = evaluation.result()
+        self.evals.append(point)
+        event(
+            log, "evaluated", version=point.label, reward=point.reward, rows=evaluation.num_rows,
+            failed=evaluation.failed,
+        )  # fmt: skip
+
+    def server_views(self) -> list[ServerView]:
+        """What is known of each server now."""
+        fleet, now_s = self.coordinator.fleet, self.coordinator.clock()
+        return [server_view(server, fleet.health(server, now_s), now_s) for server in fleet.servers.values()]
+
+    def summary(self, *, weights_published: int) -> Summary:
+        """The run in one object."""
+        config, ledger = self.coordinator.config, self.coordinator.ledger
+        return summarize(
+            self.stats.totals(),
+            task=config.dataset,
+            model=config.model,
+            max_staleness=config.max_staleness,
+            counts={**ledger.counts(), "unaccounted": ledger.unaccounted},
+            evals=self.evals,
+            weights_published=weights_published,
+            checkpoint=self.checkpoint or Path(),
+        )
+
+
+def server_view(server: Server, health: str, now_s: float) -> ServerView:
+    """Reduce a fleet entry to what is shown."""
+    return ServerView(
+        name=server.name,
+        state=str(health),
+        policy_version=server.live.policy_version if server.live else None,
+        samples_running=server.status.samples_running if server.status else 0,
+        room=server.hello.room,
+        status=server.status,
+        connected_s=now_s - server.joined_s,
+    )
+
+
+def eval_row(point: EvalPoint) -> dict[str, Any]:
+    """An evaluation result as a checkpoint keeps it."""
+    return {"step": point.step, "reward": point.reward, "oldest": point.oldest, "newest": point.newest}
+
+
+def eval_points(rows: Sequence[Mapping[str, Any]]) -> list[EvalPoint]:
+    """Read them back."""
+    return [EvalPoint(**{**row, "reward": float("nan") if row["reward"] is None else row["reward"]}) for row in rows]

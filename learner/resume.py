@@ -1,0 +1,61 @@
+"""Where a run begins: at the initial weights, or where the last learner was cut off.
+
+Versions up to the checkpoint stay valid; what the old incarnation trained after it is orphaned. Groups in the journal
+that the checkpoint has not trained, and whose tokens all belong to the surviving lineage, go back to the buffer
+(`requeue`); everything else that was under way is leased again, under the same ordinal.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from learner.batch import TrainGroup
+from learner.checkpoint import Checkpoint
+from learner.journal_records import GroupRecord
+from learner.journal_segments import JournalReport, read_journal
+from learner.ledger import Ledger, LedgerSnapshot
+from protocol.completions import group_versions
+from protocol.logs import event
+from protocol.versions import Lineage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Start:
+    """From where this incarnation goes on."""
+
+    lineage: Lineage
+    restored: dict[int, TrainGroup]
+    """Journaled groups that may still train, by ordinal."""
+
+
+def begin(ledger: Ledger, checkpoint: Checkpoint | None, *, incarnation: int, journal_dir: Path) -> Start:
+    """Restore the ledger and find the groups that need not be sampled again. Reads the journal: not on the loop."""
+    lineage = Lineage([] if checkpoint is None else [tuple(fork) for fork in checkpoint.state.forks])
+    lineage.fork(incarnation, ledger.policy_version if checkpoint is None else checkpoint.policy_version)
+    if checkpoint is not None:
+        ledger.restore(cast("LedgerSnapshot", checkpoint.state.ledger))
+    report = JournalReport()
+    restored: dict[int, TrainGroup] = {}
+    orphaned = 0
+    for record in read_journal(journal_dir, report):
+        if not isinstance(record, GroupRecord):
+            continue
+        ordinal = record.group.ordinal
+        if ordinal < ledger.cursor and ledger.find(ordinal) is None:
+            continue  # it has ended in this lineage
+        if all(version in lineage for version in group_versions(record.group)):
+            restored[ordinal] = record.train_group()
+        else:
+            orphaned += 1
+    for damage in report.damages:
+        event(log, "journal_damage", level=logging.WARNING, text=damage)
+    event(
+        log, "begun", incarnation=incarnation, policy_version=ledger.policy_version, records=report.num_records,
+        restored=len(restored), orphaned=orphaned,
+    )  # fmt: skip
+    return Start(lineage, restored)

@@ -1,0 +1,58 @@
+"""What the server owes the learner: leases under way, and finished groups until they are acknowledged. Pure.
+
+    accept -> in flight -> finish -> unacknowledged -> ack -> (gone)
+                        -> drop (cancelled, failed, returned) -> (gone)
+
+The server is nearly stateless: this book is all it has, and losing it costs only the work in it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import msgspec
+
+from protocol.messages import Group, Lease
+
+
+class LeaseBook:
+    """Leases and unacknowledged groups by group id."""
+
+    def __init__(self) -> None:
+        self.in_flight: dict[str, Lease] = {}
+        self.unacked: dict[str, Group] = {}
+        self.finished = 0
+        """Groups finished since the start."""
+
+    def accept(self, lease: Lease) -> bool:
+        """Take a lease. False when the group is known already: a newer attempt only renames what is under way."""
+        known = lease.group_id in self.in_flight or lease.group_id in self.unacked
+        if lease.group_id not in self.unacked:
+            self.in_flight[lease.group_id] = lease
+        else:
+            group = self.unacked[lease.group_id]
+            self.unacked[lease.group_id] = msgspec.structs.replace(group, attempt=lease.attempt)
+        return not known
+
+    def finish(self, group: Group) -> Group | None:
+        """Hold a finished group until its Ack. None when nobody wants it any more."""
+        lease = self.in_flight.pop(group.group_id, None)
+        if lease is None:
+            return None
+        group = msgspec.structs.replace(group, attempt=lease.attempt)
+        self.unacked[group.group_id] = group
+        self.finished += 1
+        return group
+
+    def drop(self, group_id: str) -> Lease | None:
+        """Forget a group in whatever state. Return its lease if it was in flight."""
+        self.unacked.pop(group_id, None)
+        return self.in_flight.pop(group_id, None)
+
+    def keep(self, wanted: Iterable[str]) -> list[str]:
+        """Forget all but `wanted` (after a new Welcome) and return the ids in flight that are to be aborted."""
+        kept = set(wanted)
+        unwanted = [group_id for group_id in self.in_flight if group_id not in kept]
+        for group_id in [*unwanted, *(g for g in self.unacked if g not in kept)]:
+            self.drop(group_id)
+        return unwanted

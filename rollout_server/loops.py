@@ -1,0 +1,295 @@
+"""The server's loops. They meet in the LeaseBook and in the connection; each says what it waits for.
+
+    control_loop --Lease--> one group_task each --Group--> learner --Ack--> control_loop
+         '---WeightsReady--> WeightsReceiver.loop --reports--> report_loop --WeightsLive--> learner
+
+Each lease is one task, owned by the process's TaskGroup. A failure of generation or scoring is data (Return, or a
+reward status); an exception out of here is a bug and ends the process.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+from protocol.channel import Dialer
+from protocol.errors import MalformedMessage, PeerSilent, ProtocolError
+from protocol.errors import Refused as RefusedError
+from protocol.logs import event
+from protocol.loop_lag import LoopLag
+from protocol.messages import (
+    Ack,
+    Cancel,
+    Drain,
+    Fault,
+    Goodbye,
+    Group,
+    Hello,
+    Lease,
+    Ping,
+    Refused,
+    Return,
+    ServerStatus,
+    WeightsLive,
+    WeightsReady,
+    Welcome,
+)
+from protocol.parts import split_group
+from protocol.waits import Waits
+from rollout_server.engines.base import Engine, EngineFailure, GenerationRequest
+from rollout_server.groups import build_group, reward_call
+from rollout_server.leases import LeaseBook
+from rollout_server.scorers import Scorer
+from rollout_server.weights import WeightsReceiver
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(kw_only=True)
+class Parts:
+    """What the loops share; built and owned by app.py."""
+
+    name: str
+    address: str
+    dialer: Dialer
+    engine: Engine
+    scorer: Scorer
+    reward_weights: Sequence[float]
+    decode: Callable[[Sequence[int]], str]
+    weights: WeightsReceiver
+    tasks: asyncio.TaskGroup
+    waits: Waits
+    lag: LoopLag
+    book: LeaseBook = field(default_factory=LeaseBook)
+    started_s: float = field(default_factory=time.monotonic)
+    stop: asyncio.Event = field(default_factory=asyncio.Event)
+    stop_reason: str = ""
+    welcome: Welcome = field(default_factory=lambda: Welcome(session="", run_id="", incarnation=0))
+    malformed: int = 0
+    reward_timeouts: int = 0
+    reward_errors: int = 0
+
+    def end(self, reason: str) -> None:
+        """Ask the process to drain and end."""
+        self.stop_reason = self.stop_reason or reason
+        self.stop.set()
+
+
+async def control_loop(parts: Parts) -> None:
+    """Do what the learner says.
+
+    consumes: its messages      waits for: the learner      unblocked by: any message, or its silence
+    produces: group tasks, announcements of weights, forgotten groups
+    """
+    await connect(parts)
+    while True:
+        try:
+            received = parts.dialer.recv(silence_s=parts.welcome.liveness_s)
+            message = await parts.waits.wait(received, name="message", owner="learner", deadline_s=None)
+        except PeerSilent as silence:
+            event(log, "learner_lost", level=logging.WARNING, address=parts.address, reason=silence)
+            parts.dialer.reconnect()
+            await connect(parts)
+            continue
+        if isinstance(message, Refused) and message.code == "hello_required":
+            event(log, "learner_restarted", address=parts.address)
+            parts.dialer.reconnect()
+            await connect(parts)
+        else:
+            handle(parts, message)
+
+
+async def connect(parts: Parts) -> None:
+    """Say Hello until welcomed; what the learner no longer wants is dropped, what is finished is sent again.
+
+    Raises:
+        Refused: this server does not fit the learner's run.
+    """
+    event(log, "waiting_for_learner", address=parts.address)
+    while True:
+        hello = make_hello(parts)
+        parts.dialer.send(hello)
+        answer: object = None
+        while not (isinstance(answer, Welcome) and answer.session == hello.session):
+            try:
+                received = parts.dialer.recv(silence_s=parts.welcome.liveness_s)
+                answer = await parts.waits.wait(received, name="welcome", owner="learner", deadline_s=None)
+            except PeerSilent:
+                parts.dialer.reconnect()
+                break
+            if isinstance(answer, Refused) and answer.code != "hello_required":
+                raise RefusedError(
+                    f"the learner at {parts.address} refused this server ({answer.code}): {answer.reason}"
+                )
+        else:
+            welcomed(parts, answer)
+            return
+
+
+def make_hello(parts: Parts) -> Hello:
+    """Introduce this server, with what it still holds of an earlier connection."""
+    info = parts.engine.info
+    return Hello(
+        session=secrets.token_hex(8),
+        server=parts.name,
+        engine=info.engine,
+        room=info.room,
+        vocab_size=info.vocab_size,
+        model_digest=info.model_digest,
+        tokenizer_digest=info.tokenizer_digest,
+        reward_functions=parts.scorer.names,
+        run_id=parts.welcome.run_id,
+        incarnation=parts.welcome.incarnation,
+        live=parts.engine.live,
+        unacked=tuple(parts.book.unacked),
+        in_flight=tuple(parts.book.in_flight),
+    )
+
+
+def welcomed(parts: Parts, welcome: Welcome) -> None:
+    """Take up the connection."""
+    parts.welcome = welcome
+    for group_id in parts.book.keep(welcome.keep):
+        parts.engine.abort(group_id)
+    for group in list(parts.book.unacked.values()):
+        send_group(parts, group)
+    event(
+        log, "welcomed", run=welcome.run_id, incarnation=welcome.incarnation, session=welcome.session,
+        resent=len(parts.book.unacked), kept=len(parts.book.in_flight),
+    )  # fmt: skip
+
+
+def handle(parts: Parts, message: object) -> None:
+    """Act on one message."""
+    match message:
+        case Lease():
+            accept_lease(parts, message)
+        case Ack():
+            parts.book.drop(message.group_id)
+        case Cancel():
+            if parts.book.drop(message.group_id) is not None:
+                parts.engine.abort(message.group_id)
+        case WeightsReady():
+            try:
+                parts.weights.announce(message)
+            except MalformedMessage as error:
+                refuse(parts, error)
+        case Drain():
+            parts.end(f"the learner ends the run: {message.reason}")
+        case Goodbye():
+            event(log, "learner_left", reason=message.reason)
+        case Fault() | Refused():
+            event(log, "learner_fault", level=logging.WARNING, code=message.code, reason=message.reason)
+        case ProtocolError():
+            refuse(parts, message)
+
+
+def refuse(parts: Parts, error: ProtocolError) -> None:
+    """Count and tell of a message that is none; the process lives on."""
+    parts.malformed += 1
+    event(log, "malformed", level=logging.WARNING, reason=error)
+    parts.dialer.send(Fault(code="malformed", reason=str(error)))
+
+
+def accept_lease(parts: Parts, lease: Lease) -> None:
+    """Begin a group, or give the lease back at once when this engine must not sample it."""
+    live = parts.engine.live
+    if parts.stop.is_set() or live is None or live < lease.min_version:
+        reason = "draining" if parts.stop.is_set() else f"live at {live}, the lease asks for {lease.min_version}"
+        parts.dialer.send(Return(group_id=lease.group_id, attempt=lease.attempt, reason=reason, fault=False))
+    elif parts.book.accept(lease):
+        parts.tasks.create_task(group_task(parts, lease), name=f"group {lease.group_id}")
+
+
+async def group_task(parts: Parts, lease: Lease) -> None:
+    """Turn one lease into one group: sample, score, send.
+
+    consumes: one Lease      waits for: engine, reward workers      unblocked by: their results, or abort
+    produces: one Group, or one Return
+    """
+    begun_s = time.monotonic()
+    request = GenerationRequest(
+        group_id=lease.group_id,
+        prompt_tokens=lease.prompt_tokens,
+        num_generations=lease.num_generations,
+        sampling=lease.sampling,
+        seed=lease.seed,
+    )
+    try:
+        completions = await parts.engine.generate(request)
+        sampled_s = time.monotonic()
+        if lease.group_id not in parts.book.in_flight:
+            return  # cancelled meanwhile
+        scores = await parts.scorer.score(reward_call(lease, completions, parts.decode))
+    except (EngineFailure, MalformedMessage) as error:
+        current = parts.book.drop(lease.group_id)
+        event(log, "group_failed", level=logging.WARNING, group=lease.group_id, ordinal=lease.ordinal, reason=error)
+        if current is not None:
+            reason = str(error)[:500]
+            parts.dialer.send(Return(group_id=lease.group_id, attempt=current.attempt, reason=reason))
+        return
+    group = build_group(
+        lease, completions, scores, parts.reward_weights, reward_names=parts.scorer.names,
+        generate_s=sampled_s - begun_s, reward_s=time.monotonic() - sampled_s,
+    )  # fmt: skip
+    parts.reward_timeouts += int((group.reward_statuses == 1).sum())
+    parts.reward_errors += int((group.reward_statuses == 2).sum())
+    finished = parts.book.finish(group)
+    if finished is not None:
+        send_group(parts, finished)
+
+
+def send_group(parts: Parts, group: Group) -> None:
+    """Send a group, in parts when it is large: a whole one on a slow link would look like death."""
+    for part in split_group(group):
+        parts.dialer.send(part)
+
+
+async def report_loop(parts: Parts) -> None:
+    """Tell the learner what became of weights, as it happens.
+
+    consumes: reports      waits for: WeightsReceiver      unblocked by: its queue
+    """
+    while True:
+        report = await parts.waits.wait(parts.weights.reports.get(), name="report", owner="weights", deadline_s=None)
+        if isinstance(report, WeightsLive) and report.version.incarnation < parts.welcome.incarnation:
+            continue  # of a learner that is gone: the new one has announced its own
+        parts.dialer.send(report)
+
+
+async def heartbeat_loop(parts: Parts) -> None:
+    """Show life, and how this server does.
+
+    waits for: its own timer      produces: one Ping per heartbeat_s
+    """
+    while True:
+        await asyncio.sleep(parts.welcome.heartbeat_s)
+        if parts.welcome.session:
+            parts.dialer.send(Ping(sent_s=time.monotonic(), status=make_status(parts)))
+
+
+def make_status(parts: Parts) -> ServerStatus:
+    """Gauges and counters of this moment."""
+    engine = parts.engine.status()
+    waiting = [w for w in parts.waits.current() if w.name not in ("message", "report")]
+    return ServerStatus(
+        samples_running=engine.samples_running,
+        samples_waiting=engine.samples_waiting,
+        groups_in_flight=len(parts.book.in_flight),
+        groups_unacked=len(parts.book.unacked),
+        groups_finished=parts.book.finished,
+        tokens_generated=engine.tokens_generated,
+        wall_s=time.monotonic() - parts.started_s,
+        busy_s=engine.busy_s,
+        paused_s=engine.paused_s,
+        occupancy_s=engine.occupancy_s,
+        reward_timeouts=parts.reward_timeouts,
+        reward_errors=parts.reward_errors,
+        malformed=parts.malformed,
+        loop_lag_ms=parts.lag.p99_ms(),
+        waiting_for=waiting[0].name if waiting else "",
+    )
