@@ -63,7 +63,7 @@ class JsonlRows:
         self._prompt_column = prompt_column
         self._prompt_format = prompt_format
         text = _read(path)
-        self.fingerprint = hashlib.blake2b(text, digest_size=16).hexdigest()
+        self.fingerprint = f"{prompt_column} {hashlib.blake2b(text, digest_size=16).hexdigest()}"
         numbered = [(number, line) for number, line in enumerate(text.split(b"\n"), 1) if line.strip()]
         self._numbers = [number for number, _ in numbered]
         self._lines = [line for _, line in numbered]
@@ -138,8 +138,8 @@ class GymRows:
     def __getitem__(self, index: int) -> Row:
         """Make an item, always the same."""
         block, offset = divmod(index, self._size)
-        # Through JSON, which is how reward functions will see it: some tasks have tuples and numpy strings.
-        item = json.loads(json.dumps(self._block(block)[offset]))
+        # Through JSON, which is how reward functions will see it: tasks have tuples, numpy strings, fractions.
+        item = json.loads(json.dumps(self._block(block)[offset], default=str))
         return item["question"], {"answer": item["answer"], "metadata": item["metadata"], "task": self._task}
 
     def place(self, index: int) -> str:
@@ -167,10 +167,7 @@ class GymRows:
 
     def _check(self) -> None:
         """Encode the first item: a task's items all have one form."""
-        try:
-            prompt, columns = self[0]
-        except TypeError as error:
-            raise ConfigError(f"{self.name}: its items do not fit into JSON: {error}") from error
+        prompt, columns = self[0]
         _check_prompt(prompt, self.place(0))
         size = len(msgspec.json.encode([prompt, columns]))
         if size > MAX_ROW_BYTES:

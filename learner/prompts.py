@@ -106,7 +106,11 @@ class Prompts:
         return self._length
 
     def row(self, ordinal: int) -> PromptRow | None:
-        """Return the row of an ordinal (0, 1, ...), or None when its prompt is longer than max_prompt_length."""
+        """Return the row of an ordinal (0, 1, ...), or None when its prompt is longer than max_prompt_length.
+
+        Computes: a millisecond for most rows, seconds for the items of a few reasoning_gym tasks (knight_swap). Call
+        it where that does not matter, never on an event loop (I9). Safe to call from several threads.
+        """
         tokens, prompt, columns = self._render(self._index(ordinal))
         if len(tokens) > self._max_prompt_length:
             return None
