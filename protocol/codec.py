@@ -7,15 +7,14 @@ fields; an array that is None has no frame. Numbers never travel in msgpack list
 Both ways without a copy: encoded frames are views of the message's arrays (do not write to them before they are
 sent), decoded arrays are read-only views of the received frames. All limits hold before anything is allocated on the
 sender's word. Whatever a peer sends, `decode` returns a message or raises ProtocolError, and its text never repeats
-what was sent. Knows nothing of sockets and of what messages are for.
+what was sent. No state, so any thread may use it. Knows nothing of sockets and of what messages are for.
 """
 
 from __future__ import annotations
 
 import re
-import threading
-from collections.abc import Iterator, Sequence
-from typing import Any, Final, TypeAlias
+from collections.abc import Callable, Sequence
+from typing import Annotated, Any, Final, NamedTuple, TypeAlias, Union, get_args
 
 import msgspec
 import numpy as np
@@ -36,8 +35,7 @@ Buffer: TypeAlias = Any
 """bytes, memoryview, zmq.Frame: whatever has the buffer protocol (a type for it exists from Python 3.12 on)."""
 
 _CODES: Final[dict[Any, str]] = {Int32: "<i4", Float32: "<f4", UInt8: "|u1", UInt16: "<u2"}
-_EXPECTED: Final = {alias: (code, np.dtype(code)) for alias, code in _CODES.items()}
-"""Declared type of a field -> what its frame must be."""
+"""Declared type of an array field -> its dtype on the wire."""
 _CODE_OF_DTYPE: Final = {np.dtype(code): code for code in _CODES.values()}
 _SAFE_REASON: Final = re.compile(r"Expected `|Object missing required field")
 """msgspec's texts that hold names of types and fields of ours only, nothing that was sent."""
@@ -50,7 +48,24 @@ def encode(message: AnyMessage) -> list[bytes | memoryview]:
         TypeError: an array has a dtype that no field has.
         ValueError: the header or an array is larger than any peer accepts.
     """
-    return _codec.encoder.encode(message)
+    frames: list[bytes | memoryview] = [b""]
+
+    def describe(array: Array) -> list[str | int]:
+        code = _CODE_OF_DTYPE.get(array.dtype)
+        if code is None:
+            raise TypeError(f"array of {array.dtype}, the wire has {', '.join(map(str, _CODE_OF_DTYPE))}")
+        view = array.data
+        if not view.c_contiguous:
+            view = array.copy(order="C").data
+        if view.nbytes > MAX_FRAME_BYTES:
+            raise ValueError(f"array of {view.nbytes} bytes, allowed are {MAX_FRAME_BYTES}: send it in parts")
+        frames.append(view)
+        return [code, *array.shape]
+
+    header = frames[0] = msgspec.msgpack.encode(message, enc_hook=describe)
+    if len(header) > MAX_HEADER_BYTES:
+        raise ValueError(f"{type(message).__name__}: header of {len(header)} bytes, allowed are {MAX_HEADER_BYTES}")
+    return frames
 
 
 def decode(frames: Sequence[Buffer]) -> AnyMessage:
@@ -60,102 +75,103 @@ def decode(frames: Sequence[Buffer]) -> AnyMessage:
         MalformedMessage: the frames are no message of this protocol.
         VersionMismatch: they are, or may be, a message of another PROTOCOL_VERSION.
     """
-    return _codec.decoder.decode(frames)
+    if not 0 < len(frames) <= MAX_FRAMES:
+        raise MalformedMessage(f"{len(frames)} frames, allowed are 1 to {MAX_FRAMES}")
+    if len(frames[0]) > MAX_HEADER_BYTES:
+        raise MalformedMessage(f"header of {len(frames[0])} bytes, allowed are {MAX_HEADER_BYTES}")
+    try:
+        header = _decoder.decode(frames[0])
+    except (msgspec.MsgspecError, RecursionError) as error:
+        raise _refusal(frames[0], error) from None
+    if header.protocol_version != PROTOCOL_VERSION:
+        raise _version_mismatch(header.protocol_version)
+    layout = _LAYOUTS.get(type(header))
+    if layout is not None:
+        return _fill_in(header, layout, frames)
+    if len(frames) > 1:
+        raise MalformedMessage(f"{len(frames)} frames: {type(header).__name__} has no arrays")
+    message: AnyMessage = header
+    return message
 
 
-class _Encoder:
-    """Collects the array frames of one message while msgspec writes its header."""
+class _Described(msgspec.Struct, array_like=True, forbid_unknown_fields=True, frozen=True, gc=False):
+    """What stands in a header for an array."""
 
-    def __init__(self) -> None:
-        self._encoder = msgspec.msgpack.Encoder(enc_hook=self._add_array)
-        self._frames: list[bytes | memoryview] = []
-
-    def encode(self, message: AnyMessage) -> list[bytes | memoryview]:
-        frames = self._frames = [b""]
-        try:
-            frames[0] = header = self._encoder.encode(message)
-        except KeyError as error:
-            raise TypeError(f"array of {error}: the wire has {', '.join(map(str, _CODE_OF_DTYPE))}") from None
-        finally:
-            self._frames = []  # else the arrays would live until the next message
-        if len(header) > MAX_HEADER_BYTES:
-            raise ValueError(f"{type(message).__name__}: header of {len(header)} bytes, allowed are {MAX_HEADER_BYTES}")
-        return frames
-
-    def _add_array(self, array: Array) -> list[str | int]:
-        code = _CODE_OF_DTYPE[array.dtype]
-        view = array.data
-        if not view.c_contiguous:
-            view = array.copy(order="C").data
-        if view.nbytes > MAX_FRAME_BYTES:
-            raise ValueError(f"array of {view.nbytes} bytes, allowed are {MAX_FRAME_BYTES}: send it in parts")
-        self._frames.append(view)
-        return [code, *array.shape]
+    dtype: str
+    length: Annotated[int, msgspec.Meta(ge=0)]
+    """Rows, if there are columns."""
+    columns: Annotated[int, msgspec.Meta(ge=0)] | None = None
 
 
-class _Decoder:
-    """Hands the array frames of one message to its fields while msgspec reads its header."""
+class _Layout(NamedTuple):
+    """How a header becomes a message."""
 
-    def __init__(self) -> None:
-        self._decoder = msgspec.msgpack.Decoder(AnyMessage, dec_hook=self._take_array)
-        self._frames: Iterator[Buffer] = iter(())
+    make_message: Callable[..., AnyMessage]
+    arrays: tuple[tuple[str, str, np.dtype[Any]], ...]
+    """(field, dtype on the wire, dtype), in the order of the frames."""
 
-    def decode(self, frames: Sequence[Buffer]) -> AnyMessage:
-        if not 0 < len(frames) <= MAX_FRAMES:
-            raise MalformedMessage(f"{len(frames)} frames: allowed are 1 to {MAX_FRAMES}")
-        self._frames = iter(frames)
-        header = next(self._frames)
-        if len(header) > MAX_HEADER_BYTES:
-            raise MalformedMessage(f"header of {len(header)} bytes: allowed are {MAX_HEADER_BYTES}")
-        try:
-            message: AnyMessage = self._decoder.decode(header)
-            complete = next(self._frames, None) is None
-        except (msgspec.MsgspecError, RecursionError) as error:
-            raise _refusal(header, error) from None
-        except StopIteration:
-            raise MalformedMessage(f"{len(frames)} frames: fewer than the header has arrays") from None
-        finally:
-            self._frames = iter(())  # else the frames would live until the next message
-        if message.protocol_version != PROTOCOL_VERSION:
-            raise _version_mismatch(message.protocol_version)
-        if not complete:
-            raise MalformedMessage(f"{len(frames)} frames: more than the header has arrays")
-        return message
 
-    def _take_array(self, declared: Any, described: Any) -> Array:
-        """Make a view of the next frame. What it raises, msgspec prefixes with the field's path."""
-        code, dtype = _EXPECTED[declared]
-        frame = next(self._frames)
+def _fill_in(header: msgspec.Struct, layout: _Layout, frames: Sequence[Buffer]) -> AnyMessage:
+    """Make the message of a header, with views of the frames where it describes arrays."""
+    fields = msgspec.structs.asdict(header)
+    rest = iter(frames[1:])
+    for name, code, dtype in layout.arrays:
+        described = fields[name]
+        if described is None:
+            continue
+        frame = next(rest, None)
+        if frame is None:
+            raise MalformedMessage(f"{len(frames)} frames, fewer than the header has arrays")
         if type(frame) is not bytes:
             frame = memoryview(frame).toreadonly()
-            if frame.nbytes > MAX_FRAME_BYTES:
-                raise MalformedMessage(f"a frame of {frame.nbytes} bytes: allowed are {MAX_FRAME_BYTES}")
-        array: Array = np.frombuffer(frame, dtype)
-        if described == [code, len(array)]:
-            return array
-        return _as_matrix(array, code, described)
+        try:
+            array: Array = np.frombuffer(frame, dtype)
+            if described.columns is not None:
+                array = array.reshape(described.length, described.columns)
+        except (ValueError, OverflowError):
+            raise MalformedMessage(f"{name}: its frame does not fill the described array") from None
+        if len(array) != described.length or described.dtype != code or array.nbytes > MAX_FRAME_BYTES:
+            raise MalformedMessage(f"{name}: expected {code} that fills its frame, up to {MAX_FRAME_BYTES} bytes")
+        fields[name] = array
+    if next(rest, None) is not None:
+        raise MalformedMessage(f"{len(frames)} frames, more than the header has arrays")
+    try:
+        return layout.make_message(**fields)
+    except ValueError as error:  # of the message's own checks, which speak of sizes and ranges only
+        raise MalformedMessage(str(error)) from None
 
 
-def _as_matrix(array: Array, code: str, described: Any) -> Array:
-    """Shape a two-dimensional array; whatever else is described is refused."""
-    if type(described) is not list or len(described) not in (2, 3) or described[0] != code:
-        raise MalformedMessage(f"expected an array [{code!r}, length] or [{code!r}, rows, columns]")
-    if len(described) == 3:
-        _, rows, columns = described
-        if rows >= 0 and columns >= 0 and rows * columns == array.size:
-            return array.reshape(rows, columns)
-    raise MalformedMessage(f"a frame of {array.nbytes} bytes does not fill its shape")
+def _header_type(message_type: type[msgspec.Struct]) -> tuple[type[msgspec.Struct], _Layout | None]:
+    """Derive the type of a message's header; one without arrays is its own header."""
+    fields: list[tuple[str, Any] | tuple[str, Any, Any]] = []
+    arrays = []
+    for field in msgspec.structs.fields(message_type):
+        declared = field.type
+        code = next((_CODES[kind] for kind in (declared, *get_args(declared)) if kind in _CODES), None)
+        if code is not None:
+            arrays.append((field.name, code, np.dtype(code)))
+            declared = _Described if field.required else _Described | None
+        fields.append((field.name, declared) if field.required else (field.name, declared, field.default))
+    if not arrays:
+        return message_type, None
+    config = message_type.__struct_config__
+    header_type = msgspec.defstruct(
+        message_type.__name__,
+        fields,
+        tag_field=config.tag_field,
+        tag=config.tag,
+        frozen=True,
+        kw_only=True,
+        forbid_unknown_fields=True,
+    )
+    return header_type, _Layout(message_type, tuple(arrays))
 
 
-class _Codec(threading.local):
-    """One encoder and one decoder per thread: their hooks hold the frames of the message in work."""
-
-    def __init__(self) -> None:
-        self.encoder = _Encoder()
-        self.decoder = _Decoder()
-
-
-_codec = _Codec()
+_HEADERS: Final = [_header_type(message_type) for message_type in get_args(AnyMessage)]
+_LAYOUTS: Final = {header_type: layout for header_type, layout in _HEADERS if layout is not None}
+_decoder: Final[msgspec.msgpack.Decoder[Any]] = msgspec.msgpack.Decoder(
+    Union[tuple(header_type for header_type, _ in _HEADERS)]  # noqa: UP007 - of a computed list
+)
 
 
 class _AnyVersion(msgspec.Struct):
@@ -164,7 +180,7 @@ class _AnyVersion(msgspec.Struct):
     protocol_version: int
 
 
-_peek = msgspec.msgpack.Decoder(_AnyVersion)
+_peek: Final = msgspec.msgpack.Decoder(_AnyVersion)
 
 
 def _refusal(header: Buffer, error: Exception) -> MalformedMessage | VersionMismatch:
