@@ -64,7 +64,8 @@ def demo(argv: Sequence[str], *, prog: str) -> int:
         server_log=run_dir / "logs" / "server.log",
     )
     if code == 0:
-        print(describe_summary(json.loads((run_dir / "summary.json").read_text("utf-8"))))
+        summary = json.loads((run_dir / "summary.json").read_text("utf-8"))
+        print(describe_summary(summary, run_dir))
     return code
 
 
@@ -93,16 +94,13 @@ def write_run(recipe: Recipe, options: DemoOptions, *, run_dir: Path, model: Pat
     (run_dir / "learner.toml").write_text(to_toml(learner), "utf-8")
 
 
-def describe_summary(summary: dict[str, Any]) -> str:
-    """What was learned, how stale the data was, and where the model is."""
+def describe_summary(summary: dict[str, Any], run_dir: Path) -> str:
+    """What was learned, and where everything is; the learner has just said the rest."""
     lines = {
         "accuracy": f"{summary['eval_first']:.3f} -> {summary['eval_last']:.3f} on the evaluation prompts",
-        "reward": f"{summary['reward_first']:.3f} -> {summary['reward_last']:.3f} in training",
-        "staleness": f"mean {summary['staleness_mean']:.2f}, max {summary['staleness_max']}"
-        f" (bound {summary['max_staleness']})",
-        "steps": f"{summary['steps']} in {summary['wall_s']:.0f} s, {summary['groups_trained']} groups",
-        "idle": f"learner {summary['learner_idle_ratio']:.0%}, server {summary['rollout_idle_ratio']:.0%}",
-        "checkpoint": f"{summary['checkpoint']}",
+        "staleness": f"{summary['staleness_max']} at most, the bound is {summary['max_staleness']}",
+        "run": f"{run_dir}",
+        "model": f"AutoModelForCausalLM.from_pretrained({summary['checkpoint']!r})",
     }
     return "\n" + "\n".join(f"  {name:<11}{text}" for name, text in lines.items())
 

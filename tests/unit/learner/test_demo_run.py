@@ -22,9 +22,8 @@ from protocol.settings import load_settings
 from rollout_server.config import ServerConfig
 
 SUMMARY: dict[str, Any] = {
-    "eval_first": 0.28125, "eval_last": 0.5625, "reward_first": 0.17, "reward_last": 0.5, "staleness_mean": 1.5,
-    "staleness_max": 4, "max_staleness": 4, "steps": 30, "wall_s": 200.4, "groups_trained": 240,
-    "learner_idle_ratio": 0.02, "rollout_idle_ratio": 0.6, "checkpoint": "runs/x/checkpoints/step-30",
+    "eval_first": 0.28125, "eval_last": 0.5625, "staleness_max": 4, "max_staleness": 4,
+    "checkpoint": "runs/x/checkpoints/step-30",
 }  # fmt: skip
 
 
@@ -103,10 +102,11 @@ def test_a_new_run_takes_the_first_free_name(tmp_path: Path) -> None:
 
 
 def test_the_summary_says_what_was_learned_and_where_it_is() -> None:
-    text = describe_summary(SUMMARY)
+    text = describe_summary(SUMMARY, Path("runs/x"))
     assert "accuracy   0.281 -> 0.562 on the evaluation prompts" in text
-    assert "staleness  mean 1.50, max 4 (bound 4)" in text
-    assert "checkpoint runs/x/checkpoints/step-30" in text
+    assert "staleness  4 at most, the bound is 4" in text
+    assert "run        runs/x\n" in text
+    assert "model      AutoModelForCausalLM.from_pretrained('runs/x/checkpoints/step-30')" in text
 
 
 def test_a_port_is_free_together_with_its_neighbor() -> None:
