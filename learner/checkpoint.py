@@ -139,13 +139,15 @@ def save_checkpoint(
     assert state.policy_version == policy_version, f"state of {state.policy_version} saved as {policy_version}"
     final = checkpoints_dir / f"step-{policy_version:06d}"
     temporary = final.with_name(f"{final.name}.tmp")
-    remove_unfinished(checkpoints_dir)
-    _require_space(checkpoints_dir, final.name, estimate_bytes)
     try:
+        remove_unfinished(checkpoints_dir)
+        _require_space(checkpoints_dir, final.name, estimate_bytes)
         _write_files(temporary, write, state, reached)
         _put_in_place(temporary, final, reached)
         write_atomic(checkpoints_dir / LATEST, f"{final.name}\n".encode())
         reached("latest_replaced")
+    except CheckpointError:
+        raise
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise CheckpointError(

@@ -7,7 +7,8 @@ import functools
 import os
 import shutil
 import tempfile
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -27,7 +28,7 @@ from learner.journal_records import (
 )
 from learner.journal_segments import HEAD_BYTES, JournalError, JournalReport, list_segments, pack_record, read_journal
 from learner.journal_writer import SegmentWriter
-from tests.unit.learner.test_journal import end, group_record, plain, step
+from tests.journals import end, group_record, plain, step
 
 ints = st.integers(0, 2**40)
 scalars = st.one_of(
@@ -54,11 +55,19 @@ groups = st.builds(
 records = st.one_of(scalars, groups)
 
 
+@contextmanager
+def without_syncs() -> Iterator[None]:
+    """Syncs take time, and change nothing that a reader sees."""
+    with patch.object(os, "fsync", lambda descriptor: None), patch.object(os, "fdatasync", lambda descriptor: None):
+        yield
+
+
 def write(directory: Path, written: list[Record], *, segment_bytes: int = 1 << 20) -> None:
-    writer = SegmentWriter(directory, segment_bytes=segment_bytes)
-    for record in written:
-        writer.write([(record, record_frames(record))])
-    writer.close()
+    with without_syncs():
+        writer = SegmentWriter(directory, segment_bytes=segment_bytes)
+        for record in written:
+            writer.write([(record, record_frames(record))])
+        writer.close()
 
 
 def read(directory: Path) -> tuple[list[object], JournalReport]:
@@ -157,9 +166,8 @@ class JournalMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.without_syncs = ExitStack()  # they take time, and change nothing that a reader sees
-        for name in ("fsync", "fdatasync"):
-            self.without_syncs.enter_context(patch.object(os, name, lambda descriptor: None))
+        self.resources = ExitStack()
+        self.resources.enter_context(without_syncs())
         self.directory = Path(tempfile.mkdtemp())
         self.acknowledged: list[Record] = []
         self.finished: set[int] = set()
@@ -247,7 +255,7 @@ class JournalMachine(RuleBasedStateMachine):
     def teardown(self) -> None:
         self.writer.close()
         shutil.rmtree(self.directory)
-        self.without_syncs.close()
+        self.resources.close()
 
 
 TestJournalMachine = JournalMachine.TestCase

@@ -154,6 +154,26 @@ def test_killed_in_the_first_save_there_is_none(tmp_path: Path, failpoint: str) 
     assert [path.name for path in remove_unfinished(tmp_path)] == ["step-000005.tmp"]
 
 
+def test_what_a_killed_save_left_does_not_stop_the_next_one(tmp_path: Path) -> None:
+    assert die_in_child(lambda: save(tmp_path, 5, reached=kill_at("files_written"))) == signal.SIGKILL
+    assert names(tmp_path) == ["step-000005.tmp"]
+    save(tmp_path, 5)
+    assert names(tmp_path) == ["LATEST", "step-000005"]
+
+
+def test_half_removed_is_not_half_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Killed while an old checkpoint is being removed: what is left of it must not pass for a damaged one."""
+    save(tmp_path, 5)
+
+    def killed_half_way(path: Path, **_: object) -> None:
+        (path / "config.json").unlink()
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    monkeypatch.setattr(module.shutil, "rmtree", killed_half_way)
+    assert die_in_child(lambda: save(tmp_path, 10, keep=1)) == signal.SIGKILL
+    assert names(tmp_path) == ["LATEST", "step-000005.tmp", "step-000010"]
+
+
 def test_every_failpoint_is_passed_in_order(tmp_path: Path) -> None:
     save(tmp_path, 10)
     passed: list[str] = []
@@ -278,6 +298,11 @@ def test_a_disk_that_fills_up_leaves_nothing_half_written(tmp_path: Path) -> Non
     assert names(tmp_path) == ["LATEST", "step-000005"]
     save(tmp_path, 10)
     assert latest(tmp_path).policy_version == 10
+
+
+def test_a_directory_that_went_away_is_a_checkpoint_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match=r"step-000010 could not be written \(.*No such file or directory"):
+        save(tmp_path / "gone", 10)
 
 
 def test_a_bug_of_the_writer_is_not_dressed_up_as_a_full_disk(tmp_path: Path) -> None:
