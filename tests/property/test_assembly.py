@@ -90,6 +90,7 @@ def test_what_is_accepted_is_what_the_manifest_says(pair: Pair, draw: st.DataObj
     fill(destination, seed=2)
     counters = FetchCounters()
     assembly = Assembly(manifest, destination, counters, CHUNK_BYTES)
+    deeds = draw.draw(st.sampled_from([DEEDS, ["deliver", "corrupt", "cut"]]))
     delayed: list[Message] = []
     corrupted = 0
     try:
@@ -98,7 +99,7 @@ def test_what_is_accepted_is_what_the_manifest_says(pair: Pair, draw: st.DataObj
             if request is None:
                 break
             for chunk in answers(source, request):
-                deed = draw.draw(st.sampled_from(DEEDS))
+                deed = draw.draw(st.sampled_from(deeds))
                 corrupted += deed in ("corrupt", "misplace")
                 if deed == "cut":
                     assembly.disconnected()
@@ -191,6 +192,35 @@ def test_three_refetches_heal_and_a_fourth_failure_is_final(pair: Pair) -> None:
     assembly = Assembly(manifest, destination, counters, CHUNK_BYTES)
     with pytest.raises(IntegrityError, match=r"^version 1\.5, tensor large: its bytes do not hash .* 3 refetches"):
         fetch_corrupting_large(times=MAX_REFETCHES + 1)
+    assert not assembly.done
+
+
+def test_verified_neighbor_is_verified_again_when_its_chunk_is_fetched_again(pair: Pair) -> None:
+    source, destination, manifest = pair
+    small = next(entry for entry in manifest.tensors if entry.spec.name == "small")
+    assert (small.offset - manifest.tensors[0].offset) // CHUNK_BYTES * CHUNK_BYTES < 100  # in a chunk with large's end
+    counters = FetchCounters()
+    assembly = Assembly(manifest, destination, counters, CHUNK_BYTES)
+    request = assembly.next_request(7)
+    assert request is not None
+    for round_ in range(2):
+        for chunk in reversed(answers(source, request)):  # small arrives, and is right, before large turns out wrong
+            assert chunk.data is not None
+            data = chunk.data.copy()
+            if chunk.offset == request.offset:
+                data[0] ^= round_ == 0
+            elif chunk.offset <= small.offset < chunk.offset + data.size:
+                data[small.offset - chunk.offset] ^= round_ == 1
+            assembly.take_in(wire(WeightsChunk(version=chunk.version, offset=chunk.offset, data=data)))
+        if round_ == 0:
+            assert counters.refetched_tensors == 1
+            rest, again = assembly.next_request(99), assembly.next_request(99)
+            assert rest is not None
+            assert again is not None
+            assert (again.offset, again.length) == (request.offset, request.length)
+            for chunk in answers(source, rest):
+                assembly.take_in(wire(chunk))
+    assert counters.refetched_tensors == 2
     assert not assembly.done
 
 
