@@ -18,6 +18,7 @@ from protocol.versions import Version
 from rollout_server.engines.base import EngineFailure, GenerationRequest
 from rollout_server.engines.counters import Int64
 from rollout_server.engines.kv_cache import PromptCache
+from rollout_server.engines.marks import VersionMarks
 from rollout_server.engines.sampler import SamplingRows
 
 Reply = Callable[[list[Completion] | EngineFailure], None]
@@ -49,24 +50,11 @@ class Job:
 
 @dataclass(slots=True, eq=False)
 class Sample:
-    """One row's sample. `marks` are (version, tokens drawn before it), in order."""
+    """Whose sample a row decodes."""
 
     job: Job
     index: int
-    marks: list[tuple[Version, int]]
-
-    def switch(self, version: Version, drawn: int) -> None:
-        """Every token after the first `drawn` is sampled by `version`."""
-        if self.marks[-1][1] == drawn:
-            self.marks.pop()
-        self.marks.append((version, drawn))
-
-    def spans(self, drawn: int) -> tuple[tuple[Version, int], ...]:
-        """(version, number of tokens) of a sample that ends after `drawn` tokens."""
-        ends = [start for _, start in self.marks[1:]] + [drawn]
-        return tuple(
-            (version, end - start) for (version, start), end in zip(self.marks, ends, strict=True) if end > start
-        )
+    marks: VersionMarks
 
 
 def empty_completion() -> Completion:
@@ -105,7 +93,7 @@ class Rows:
         """Give the next `count` samples of a job the rows after the last one."""
         rows = slice(self.count, self.count + count)
         indices = range(job.admitted, job.admitted + count)
-        self.samples += [Sample(job, index, [(version, 0)]) for index in indices]
+        self.samples += [Sample(job, index, VersionMarks(version)) for index in indices]
         self.lengths[rows] = len(job.request.prompt_tokens)
         self.drawn[rows] = 0
         self.seeds[rows] = [sample_seed(job.request.seed, index) for index in indices]
@@ -136,7 +124,7 @@ class Rows:
         return Completion(
             completion_tokens=self.completion_tokens[row, :drawn].copy(),
             behavior_logprobs=self.logprobs[row, :drawn].copy(),
-            spans=self.samples[row].spans(drawn),
+            spans=self.samples[row].marks.spans(drawn),
             finish_reason=reason,
         )
 
@@ -166,7 +154,7 @@ class Rows:
     def switch(self, version: Version) -> None:
         """Every token from now on is sampled by `version`."""
         for sample, drawn in zip(self.samples, self.drawn[: self.count].tolist(), strict=True):
-            sample.switch(version, drawn)
+            sample.marks.switch(version, drawn)
 
     def clear(self) -> None:
         """Forget all samples."""

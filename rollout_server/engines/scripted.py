@@ -21,7 +21,8 @@ from protocol.versions import Version
 from rollout_server.config import ScriptedOptions
 from rollout_server.engines.base import EngineFailure, EngineInfo, EngineStatus, GenerationRequest, StagedWeights
 from rollout_server.engines.counters import UInt64, hash_counters, uniforms
-from rollout_server.engines.scripted_batch import Outcome, ScriptedBatch, ScriptedJob, Spans
+from rollout_server.engines.marks import Spans
+from rollout_server.engines.scripted_batch import Outcome, ScriptedBatch, ScriptedJob
 
 T = TypeVar("T")
 LENGTHS, FAILURES, LOAD_FAILURES, TOKENS, LOGPROBS = range(5)

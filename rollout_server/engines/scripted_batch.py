@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 from protocol.messages import FinishReason
 from protocol.versions import Version
 from rollout_server.engines.base import EngineStatus, GenerationRequest
+from rollout_server.engines.marks import Spans, VersionMarks
 
-Spans = tuple[tuple[Version, int], ...]
 Outcome = dict[int, tuple[Spans, FinishReason]]
 """Of each sample of a group: its version spans and how it ended."""
 ROUNDING = 1e-6
@@ -47,8 +47,7 @@ class _Running:
     index: int
     joined: float
     """`progress` at which it joined."""
-    marks: list[tuple[Version, int]]
-    """(version, tokens drawn before it), in order."""
+    marks: VersionMarks
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,10 +197,7 @@ class ScriptedBatch:
         swap = self._swaps.popleft()
         self.live = swap.version
         for sample in self._running:
-            drawn = self._drawn(sample)
-            if sample.marks[-1][1] == drawn:
-                sample.marks.pop()
-            sample.marks.append((swap.version, drawn))
+            sample.marks.switch(swap.version, self._drawn(sample))
         if self._swaps:
             self._swap_ends_s = self._now + self._swaps[0].seconds
         swap.reply(True)
@@ -210,7 +206,7 @@ class ScriptedBatch:
         while self._waiting and len(self._running) < self.room:
             assert self.live is not None  # no job is taken without
             job = self._waiting[0]
-            sample = _Running(job, job.admitted, self._progress, [(self.live, 0)])
+            sample = _Running(job, job.admitted, self._progress, VersionMarks(self.live))
             self._running[sample] = None
             end = self._progress + job.lengths[sample.index]
             heapq.heappush(self._ends, (end, next(self._order), sample))
@@ -220,13 +216,9 @@ class ScriptedBatch:
 
     def _take_out(self, sample: _Running, reason: FinishReason) -> None:
         drawn = self._drawn(sample)
-        ends = [start for _, start in sample.marks[1:]] + [drawn]
-        spans = tuple(
-            (version, end - start) for (version, start), end in zip(sample.marks, ends, strict=True) if end > start
-        )
         del self._running[sample]
         self._tokens_ended += drawn
-        sample.job.ended[sample.index] = (spans, reason)
+        sample.job.ended[sample.index] = (sample.marks.spans(drawn), reason)
 
     def _jobs(self) -> list[ScriptedJob]:
         """Every job with a sample running or waiting, each once."""

@@ -198,6 +198,7 @@ def test_abort_returns_what_there_is(kind: Kind) -> None:
             assert [len(t) for t in tokens(group)][4:] == [0, 0]
             assert all(10 <= len(t) < LONG for t in tokens(group)[:4])
             assert FinishReason.ABORT not in {c.finish_reason for c in await bystander}
+            assert (engine.status().samples_running, engine.status().samples_waiting) == (0, 0)
             whole = await engine.generate(request("whole", generations=6, length=LONG, stops=()))
             for cut, full in zip(tokens(group), tokens(whole), strict=True):
                 assert full[: len(cut)] == cut
@@ -215,6 +216,7 @@ def test_cancelling_the_call_ends_the_group(kind: Kind) -> None:
             with pytest.raises(asyncio.CancelledError):
                 await task
             await until(lambda: engine.status().samples_running == 0)
+            assert engine.status().tokens_generated < 4 * LONG
 
     run(case())
 

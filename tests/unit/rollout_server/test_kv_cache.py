@@ -131,10 +131,11 @@ def test_spans_follow_version_switches() -> None:
     rows.switch(Version(1, 2))  # twice without a token between: 1.1 sampled nothing
     append(rows, [1, 2])
     append(rows, [1, 2])
+    rows.switch(Version(1, 2))  # the same again is no new span
     rows.switch(Version(1, 3))
-    assert rows.samples[0].spans(3) == ((Version(1, 0), 1), (Version(1, 2), 2))
+    assert rows.samples[0].marks.spans(3) == ((Version(1, 0), 1), (Version(1, 2), 2))
     append(rows, [1, 2])
-    assert rows.samples[1].spans(4) == ((Version(1, 0), 1), (Version(1, 2), 2), (Version(1, 3), 1))
+    assert rows.samples[1].marks.spans(4) == ((Version(1, 0), 1), (Version(1, 2), 2), (Version(1, 3), 1))
 
 
 def test_wider_stop_sets_do_not_touch_the_rows_before() -> None:
