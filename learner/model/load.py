@@ -14,6 +14,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from protocol.errors import ConfigError
 
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -40,10 +41,10 @@ def load_model(model: str | Path, *, dtype: Literal["float32", "bfloat16"], devi
     Raises:
         ConfigError: there is no such model, or it is not a causal language model that transformers can load.
     """
-    _check_directory(model)
+    source = _find(model)
     transformers.utils.logging.disable_progress_bar()  # the terminal belongs to the dashboard
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(model, dtype=DTYPES[dtype])
+        loaded = AutoModelForCausalLM.from_pretrained(source, dtype=DTYPES[dtype])
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"model {str(model)!r} cannot be loaded: {_first_line(error)}") from error
     _check_head(loaded, str(model))
@@ -56,11 +57,16 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
     Raises:
         ConfigError: there is none.
     """
-    _check_directory(model)
+    source = _find(model)
+    if isinstance(source, Path) and not any((source / name).is_file() for name in TOKENIZER_FILES):
+        # transformers would make up an empty tokenizer from config.json.
+        raise ConfigError(f"model {str(model)!r} has no tokenizer: none of {', '.join(TOKENIZER_FILES)} is there")
     try:
-        return AutoTokenizer.from_pretrained(model)
+        return AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError) as error:
-        raise ConfigError(f"model {str(model)!r} has no tokenizer that can be loaded: {_first_line(error)}") from error
+        raise ConfigError(
+            f"model {str(model)!r} has a tokenizer that cannot be loaded: {_first_line(error)}"
+        ) from error
 
 
 def head_of(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -69,17 +75,19 @@ def head_of(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
     return head.weight, head.bias
 
 
-def _check_directory(model: str | Path) -> None:
+def _find(model: str | Path) -> str | Path:
     """Tell a mistyped path from a hub name before anything goes looking for it on the network."""
     text = str(model)
     path = Path(text).expanduser()
     if not text:
         raise ConfigError("model is not set: give the directory (or hub name) of a Hugging Face causal language model")
-    looks_local = path.is_absolute() or text.startswith((".", "~")) or text.count("/") > 1
-    if looks_local and not path.is_dir():
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model {text!r}: the directory has no config.json; it must be a Hugging Face model")
+        return path
+    if path.is_absolute() or text.startswith(".") or text.count("/") > 1:
         raise ConfigError(f"model {text!r}: no such directory; give one with config.json, or a hub name")
-    if path.is_dir() and not (path / "config.json").is_file():
-        raise ConfigError(f"model {text!r}: the directory has no config.json; it must be a Hugging Face model")
+    return text
 
 
 def _check_head(model: PreTrainedModel, name: str) -> None:

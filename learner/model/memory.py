@@ -1,0 +1,79 @@
+"""What a run will hold in memory, from the model's files alone: for --dry-run, which loads no torch."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from learner.config import LearnerConfig
+from protocol.errors import ConfigError
+
+ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+CHUNK_TOKENS = 256
+"""As in logprobs.py, which needs torch."""
+TENSORS_PER_LAYER = 12
+"""Hidden-size tensors kept per token and layer for the backward pass (norms, projections, rotary, attention)."""
+
+
+def memory_estimate(config: LearnerConfig) -> dict[str, int]:
+    """Estimate the learner's memory in bytes, by what it is for; `total_bytes` is their sum.
+
+    Weights, gradients and optimizer are exact for a model on disk; activations are a rule of thumb for one micro-batch
+    of `token_budget` tokens.
+
+    Raises:
+        ConfigError: the model is no local directory with config.json and safetensors files.
+    """
+    directory = Path(config.model).expanduser()
+    settings = _read_config(directory)
+    parameters = _count_parameters(directory)
+    master = ITEM_BYTES[config.dtype]
+    compute = 2 if "bfloat16" in (config.dtype, config.autocast) else 4
+    width = TENSORS_PER_LAYER * settings["hidden_size"] + 4 * settings["intermediate_size"]
+    estimate = {
+        "parameters": parameters,
+        "weights_bytes": parameters * master,
+        "gradients_bytes": parameters * master,
+        "optimizer_bytes": 2 * parameters * master,
+        "reference_bytes": parameters * master if config.beta else 0,
+        "autocast_bytes": parameters * 2 if config.autocast == "bfloat16" else 0,
+        "activations_bytes": config.token_budget * settings["num_hidden_layers"] * width * compute,
+        "logits_bytes": CHUNK_TOKENS * settings["vocab_size"] * compute,
+    }
+    total = sum(value for name, value in estimate.items() if name.endswith("_bytes"))
+    return {**estimate, "total_bytes": total}
+
+
+def _read_config(directory: Path) -> dict[str, Any]:
+    try:
+        settings: dict[str, Any] = json.loads((directory / "config.json").read_text())
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {str(directory)!r} has no readable config.json: {error}") from error
+    settings = settings.get("text_config", settings)
+    missing = {"hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size"} - settings.keys()
+    if missing:
+        raise ConfigError(f"model {str(directory)!r}: config.json does not say {', '.join(sorted(missing))}")
+    return settings
+
+
+def _count_parameters(directory: Path) -> int:
+    """Sum the shapes in the headers of all safetensors files; the tensors themselves are not read."""
+    files = sorted(directory.glob("*.safetensors"))
+    files = [file for file in files if file.name != "optimizer.safetensors"]
+    if not files:
+        raise ConfigError(f"model {str(directory)!r} has no *.safetensors file")
+    return sum(_count_in_header(file) for file in files)
+
+
+def _count_in_header(path: Path) -> int:
+    try:
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if length > path.stat().st_size:
+                raise ValueError(f"its header claims {length} bytes")
+            header = json.loads(file.read(length))
+            return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise ConfigError(f"{path} is not a safetensors file: {error}") from error

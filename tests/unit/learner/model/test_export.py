@@ -1,0 +1,63 @@
+"""Names, published bytes, saved directories."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from learner.model.export import save_pretrained, specs_of, unique_tensors, write_weights
+from protocol.errors import WeightsError
+from protocol.weights.layout import Layout, MappedWeights
+from tests.models import build_tiny_model
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def model(request, tmp_path):
+    directory = build_tiny_model(tmp_path / "model", tie_word_embeddings=request.param)
+    return AutoModelForCausalLM.from_pretrained(directory).eval()
+
+
+def test_every_tensor_once_under_its_first_name(model):
+    names = list(unique_tensors(model))
+    assert ("lm_head.weight" in names) == (not model.config.tie_word_embeddings)
+    assert "model.embed_tokens.weight" in names
+    assert not any("rotary" in name for name in names)  # buffers that are not persistent
+    assert sum(t.numel() for t in unique_tensors(model).values()) == model.num_parameters()
+
+
+def test_equal_but_separate_tensors_are_not_taken_for_tied(model):
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight.copy_(model.model.layers[0].mlp.up_proj.weight)
+    assert "model.layers.1.mlp.up_proj.weight" in unique_tensors(model)
+
+
+@pytest.mark.parametrize(("dtype", "torch_dtype"), [("float32", torch.float32), ("bfloat16", torch.bfloat16)])
+def test_a_published_version_is_the_state_dict(model, dtype, torch_dtype, tmp_path):
+    with MappedWeights.create(tmp_path / "version.safetensors", Layout(specs_of(model, dtype))) as mapped:
+        write_weights(model, dtype, mapped)
+        published = load_file(tmp_path / "version.safetensors")
+    expected = unique_tensors(model)
+    assert published.keys() == expected.keys()
+    for name, tensor in published.items():
+        assert tensor.dtype == torch_dtype
+        assert torch.equal(tensor, expected[name].to(torch_dtype)), name
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), float("-inf")])
+def test_a_tensor_that_is_not_finite_is_named(model, bad, tmp_path):
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[3, 2] = bad
+    with MappedWeights.create(tmp_path / "version.safetensors", Layout(specs_of(model, "float32"))) as mapped:
+        with pytest.raises(WeightsError, match=r"^tensor model\.layers\.1\.mlp\.up_proj\.weight is not finite"):
+            write_weights(model, "float32", mapped)
+
+
+def test_a_saved_directory_loads_plainly(model, tmp_path, tiny_model_dir):
+    save_pretrained(model, AutoTokenizer.from_pretrained(tiny_model_dir), tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert type(again) is type(model)
+    assert all(torch.equal(t, unique_tensors(model)[name]) for name, t in unique_tensors(again).items())
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "saved")
+    assert tokenizer.get_vocab() == AutoTokenizer.from_pretrained(tiny_model_dir).get_vocab()

@@ -1,0 +1,87 @@
+"""The chunked head against log_softmax of whole logits."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from learner.model import logprobs
+from learner.model.logprobs import token_logprobs
+
+T, H, V = 23, 6, 37
+
+
+@pytest.fixture(autouse=True, params=["one chunk", "many chunks", "tiny tiles"])
+def sizes(request, monkeypatch):
+    """The result must not depend on where the cuts are."""
+    monkeypatch.setattr(logprobs, "CHUNK_TOKENS", 256 if request.param == "one chunk" else 5)
+    monkeypatch.setattr(logprobs, "TILE_ELEMENTS", 1 << 17 if request.param != "tiny tiles" else 2 * V)
+
+
+def inputs(dtype=torch.float64, *, bias=True, scale=1.0):
+    torch.manual_seed(0)
+    hidden = (scale * torch.randn(T, H, dtype=dtype)).requires_grad_()
+    weight = torch.randn(V, H, dtype=dtype).requires_grad_()
+    offset = torch.randn(V, dtype=dtype).requires_grad_() if bias else None
+    return hidden, weight, offset, torch.randint(0, V, (T,)), torch.rand(T, dtype=dtype) + 0.5
+
+
+def naive(hidden, weight, bias, targets, temperature):
+    logits = hidden @ weight.T + (0.0 if bias is None else bias)
+    logprobs = (logits / temperature[:, None]).log_softmax(-1)
+    entropy = -(logprobs.exp() * logprobs).sum(-1)
+    return logprobs.gather(1, targets[:, None])[:, 0], entropy
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_values_and_gradients(bias):
+    arguments = inputs(bias=bias)
+    leaves = [x for x in arguments[:3] if x is not None]
+    got, entropy = token_logprobs(*arguments)
+    expected, expected_entropy = naive(*arguments)
+    slope = torch.randn(T, dtype=torch.float64)
+    torch.testing.assert_close(got, expected)
+    torch.testing.assert_close(entropy, expected_entropy)
+    for ours, want in zip(
+        torch.autograd.grad(got, leaves, slope), torch.autograd.grad(expected, leaves, slope), strict=True
+    ):
+        torch.testing.assert_close(ours, want)
+
+
+def test_gradcheck():
+    hidden, weight, bias, targets, temperature = inputs()
+    assert torch.autograd.gradcheck(
+        lambda *leaves: token_logprobs(*leaves, targets, temperature)[0], (hidden, weight, bias), fast_mode=True
+    )
+
+
+def test_the_entropy_has_no_gradient():
+    _, entropy = token_logprobs(*inputs())
+    assert not entropy.requires_grad
+
+
+def test_huge_logits_stay_finite():
+    hidden, weight, _, targets, temperature = inputs(torch.float32, bias=False, scale=1e4)
+    got, entropy = token_logprobs(hidden, weight, None, targets, temperature)
+    assert torch.isfinite(got).all()
+    assert torch.isfinite(entropy).all()
+    torch.testing.assert_close(got, naive(hidden, weight, None, targets, temperature)[0], rtol=1e-5, atol=1e-2)
+
+
+def test_bfloat16_logits_are_normalized_in_float32():
+    hidden, weight, _, targets, temperature = inputs(torch.float32, bias=False)
+    with torch.autocast("cpu", torch.bfloat16):
+        got, entropy = token_logprobs(hidden, weight, None, targets, temperature)
+    assert got.dtype == entropy.dtype == torch.float32
+    logits = (hidden.bfloat16() @ weight.bfloat16().T).float() / temperature[:, None]
+    torch.testing.assert_close(got, logits.log_softmax(-1).gather(1, targets[:, None])[:, 0], rtol=1e-5, atol=1e-5)
+    got.sum().backward()
+    assert weight.grad.dtype == torch.float32
+    expected = torch.autograd.grad(naive(hidden, weight, None, targets, temperature)[0].sum(), weight)[0]
+    assert (weight.grad - expected).norm() < 0.01 * expected.norm()
+
+
+def test_no_tokens():
+    hidden, weight, bias, targets, temperature = inputs()
+    got, entropy = token_logprobs(hidden[:0], weight, bias, targets[:0], temperature[:0])
+    assert got.shape == entropy.shape == (0,)

@@ -1,0 +1,69 @@
+"""The estimate of --dry-run, from files alone."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+from transformers import AutoModelForCausalLM
+
+from learner.config import LearnerConfig
+from learner.model import logprobs, memory
+from learner.model.memory import memory_estimate
+from protocol.errors import ConfigError
+
+
+def test_parameters_are_counted_exactly(tiny_model_dir):
+    parameters = AutoModelForCausalLM.from_pretrained(tiny_model_dir).num_parameters()
+    estimate = memory_estimate(LearnerConfig(model=str(tiny_model_dir)))
+    assert estimate["parameters"] == parameters
+    assert estimate["weights_bytes"] == estimate["gradients_bytes"] == 4 * parameters
+    assert estimate["optimizer_bytes"] == 8 * parameters
+    assert estimate["reference_bytes"] == estimate["autocast_bytes"] == 0
+    assert estimate["total_bytes"] == sum(v for k, v in estimate.items() if k not in ("parameters", "total_bytes"))
+
+
+def test_what_the_configuration_adds(tiny_model_dir):
+    plain = memory_estimate(LearnerConfig(model=str(tiny_model_dir)))
+    more = memory_estimate(LearnerConfig(model=str(tiny_model_dir), beta=0.1, autocast="bfloat16", token_budget=16384))
+    assert more["reference_bytes"] == plain["weights_bytes"]
+    assert more["autocast_bytes"] == 2 * plain["parameters"]
+    assert more["activations_bytes"] == plain["activations_bytes"]  # twice the tokens in half the width
+
+
+def test_the_optimizer_file_of_a_checkpoint_is_no_part_of_the_model(tiny_model_dir, tmp_path):
+    for name in ("config.json", "model.safetensors"):
+        (tmp_path / name).write_bytes((tiny_model_dir / name).read_bytes())
+    before = memory_estimate(LearnerConfig(model=str(tmp_path)))
+    (tmp_path / "optimizer.safetensors").write_bytes((tiny_model_dir / "model.safetensors").read_bytes())
+    assert memory_estimate(LearnerConfig(model=str(tmp_path))) == before
+
+
+@pytest.mark.parametrize(
+    ("files", "match"),
+    [
+        ({}, "has no readable config.json"),
+        ({"config.json": b"{"}, "has no readable config.json"),
+        ({"config.json": b"{}"}, "config.json does not say hidden_size, intermediate_size"),
+        ({"config.json": None}, "has no \\*.safetensors file"),
+        ({"config.json": None, "model.safetensors": b"\xff" * 16}, "is not a safetensors file: its header claims"),
+        ({"config.json": None, "model.safetensors": bytes([2, *[0] * 7]) + b"[]"}, "is not a safetensors file"),
+    ],
+)
+def test_unusable_models(tmp_path, files, match):
+    good = {"hidden_size": 8, "intermediate_size": 16, "num_hidden_layers": 1, "vocab_size": 9}
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(json.dumps(good).encode() if content is None else content)
+    with pytest.raises(ConfigError, match=match):
+        memory_estimate(LearnerConfig(model=str(tmp_path)))
+
+
+def test_it_needs_no_torch():
+    code = "import sys, learner.model.memory; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_the_chunk_is_that_of_the_head():
+    assert memory.CHUNK_TOKENS == logprobs.CHUNK_TOKENS
