@@ -11,11 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.journal import (
-    Journal,
-    JournalError,
-    JournalReport,
-)
+from learner.journal import Journal, JournalError, JournalReport
 from tests.journals import end, group_record, ordinals, segments, use, write
 
 
