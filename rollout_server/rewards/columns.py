@@ -36,16 +36,20 @@ class Column:
 
     def timed_out(self, indices: Sequence[int], value: float | None, limit_s: float) -> None:
         """Record a call whose process was killed after `limit_s` seconds; `value` is reward_on_timeout."""
-        self.note = self.note or f"killed after {limit_s:g} s, scoring {len(indices)} completions"
+        self.note = self.note or f"killed after {limit_s:g} s, scoring {_counted(indices)}"
         for index in indices:
             seconds = limit_s / len(indices)
             self._set(index, NO_VALUE if value is None else value, RewardStatus.TIMEOUT, seconds)
 
     def crashed(self, indices: Sequence[int], reason: str) -> None:
         """Record a call that took its process down."""
-        self.note = self.note or f"{reason}, scoring {len(indices)} completions"
+        self.note = self.note or f"{reason}, scoring {_counted(indices)}"
         for index in indices:
             self._set(index, NO_VALUE, RewardStatus.ERROR, 0.0)
 
     def _set(self, index: int, value: float, status: RewardStatus, seconds: float) -> None:
         self.values[index], self.statuses[index], self.seconds[index] = value, status, seconds
+
+
+def _counted(indices: Sequence[int]) -> str:
+    return "a completion" if len(indices) == 1 else f"{len(indices)} completions"

@@ -7,7 +7,8 @@ Processes are spawned (never forked) and warm before `__aenter__` returns, so en
 more than `workers` is kept: at most `workers` calls run at once, and the spare takes over while the successor of a
 killed one still imports. A function is called once for the whole group. Only when that call hangs or takes its
 process down are the completions scored one at a time, so that the culprit alone is marked. The loss is bounded: the
-first call takes at most `timeout_s`, the search for culprits at most twice as much, from when they begin.
+first call takes at most `timeout_s` and the search for culprits at most twice as much, besides waiting for a slot and,
+where hangs come faster than successors can import, for a process.
 """
 
 from __future__ import annotations

