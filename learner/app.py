@@ -19,11 +19,12 @@ from learner.buffer import Buffer
 from learner.checkpoint import Checkpoint, latest_checkpoint
 from learner.compute import Compute
 from learner.config import LearnerConfig
-from learner.coordinator import Coordinator, RunIdentity
+from learner.coordinator import Coordinator
 from learner.dashboard.terminal import Screen
 from learner.fleet import Fleet
 from learner.journal import Journal
 from learner.journal_records import IncarnationRecord
+from learner.leases import RunIdentity
 from learner.ledger import Ledger
 from learner.monitor import Monitor
 from learner.prompts import Prompts, open_prompts, stop_token_ids
@@ -196,8 +197,8 @@ class Learner:
         await journal.append(IncarnationRecord(incarnation=loaded.incarnation, resumed_from=resumed_from))
         return Run(
             config=config, trainer=trainer, coordinator=coordinator, arrivals=arrivals, buffer=buffer, journal=journal,
-            publisher=publisher, recorder=recorder, monitor=monitor, waits=self.waits, lag=self.lag, compute=self.compute,
-            screen=self.screen,
+            publisher=publisher, recorder=recorder, monitor=monitor, waits=self.waits, lag=self.lag,
+            compute=self.compute, screen=self.screen,
         )  # fmt: skip
 
     def _conclude(self, run: Run, finished: bool) -> int:

@@ -15,8 +15,9 @@ from typing import Protocol
 
 from learner.batch import TrainGroup
 from learner.buffer import Buffer, why_filtered
-from learner.coordinator import Coordinator, prompt_text
+from learner.coordinator import Coordinator
 from learner.journal_records import GroupRecord, Record
+from learner.leases import prompt_text
 from learner.ledger import End, Entry, Verdict
 from protocol.completions import group_versions
 from protocol.errors import InvalidGroup, PeerGone
@@ -27,6 +28,7 @@ from protocol.validation import validate_group
 
 log = logging.getLogger(__name__)
 
+MOST_WAITING = 65_536
 MOST_AT_ONCE = 64
 """Groups that share one journal append."""
 
@@ -54,8 +56,8 @@ class Arrivals:
         self._journal = journal
         self._stats = stats
         self._parts = PartAssembler()
-        self.queue: asyncio.Queue[tuple[bytes, Group]] = asyncio.Queue()
-        """Whole groups, not yet judged. Bounded by the leases that are out."""
+        self.queue: asyncio.Queue[tuple[bytes, Group]] = asyncio.Queue(MOST_WAITING)
+        """Whole groups, not yet judged. An honest fleet cannot fill it: it never sends more than was leased."""
         self.restored: dict[int, TrainGroup] = {}
         """Groups of an earlier incarnation, by ordinal, whose prompt has not been granted again yet."""
 
@@ -66,8 +68,10 @@ class Arrivals:
         except InvalidGroup as error:
             self._refuse(peer, group, error)
             return
-        if whole is not None:
+        if whole is not None and not self.queue.full():
             self.queue.put_nowait((peer, whole))
+        elif whole is not None:
+            self._coordinator.counters["groups_overflowed"] += 1
 
     async def accept_next(self) -> None:
         """Wait for groups, then deal with all that are there.
@@ -81,7 +85,8 @@ class Arrivals:
         accepted = [(peer, group) for peer, group in arrived if self._judge(peer, group)]
         if not accepted:
             return
-        await self._journal.append(*[self._record(group) for _, group in accepted])
+        ends = self._coordinator.take_unjournaled()
+        await self._journal.append(*[self._record(group) for _, group in accepted], *ends)
         for peer, group in accepted:
             self._ack(peer, group, AckStatus.OK)
             if self._coordinator.ledger.judge(group.ordinal, _oldest(group)) is Verdict.ACCEPT:  # not its own duplicate
@@ -106,6 +111,9 @@ class Arrivals:
         """Answer at once what need not be journaled; say whether the group is to be."""
         coordinator, config = self._coordinator, self._coordinator.config
         evaluation = group.purpose is Purpose.EVAL
+        if evaluation and not coordinator.evaluates(group.group_id):
+            self._ack(peer, group, AckStatus.DUPLICATE, "that evaluation is over")
+            return False
         limits = (config.eval_num_generations, config.eval_max_completion_length or config.max_completion_length)
         try:
             validate_group(
@@ -141,15 +149,12 @@ class Arrivals:
     def _check_identity(self, group: Group) -> None:
         coordinator = self._coordinator
         if group.purpose is Purpose.EVAL:
-            current = coordinator.evaluation
-            known = current is not None and group.group_id == coordinator.eval_id(group.ordinal)
-        else:
-            known = group.group_id == coordinator.train_id(group.ordinal)
-            leased = coordinator.config.temperature
-            if group.temperature != leased:
-                raise InvalidGroup(f"group {group.ordinal}: temperature {group.temperature:g}, leased at {leased:g}")
-        if not known:
+            return  # its id was found among the leases
+        if group.group_id != coordinator.train_id(group.ordinal):
             raise InvalidGroup(f"group {group.ordinal}: id {group.group_id} is not that of any lease of this run")
+        leased = coordinator.config.temperature
+        if group.temperature != leased:
+            raise InvalidGroup(f"group {group.ordinal}: temperature {group.temperature:g}, leased at {leased:g}")
 
     def _evaluated(self, peer: bytes, group: Group) -> None:
         coordinator = self._coordinator
@@ -205,6 +210,7 @@ class Arrivals:
         if holder is not None and holder.peer != sender:
             coordinator.send(holder, Cancel(group_id=group.group.group_id, attempt=entry.attempt, reason="answered"))
         coordinator.ledger.delivered(group.ordinal, _oldest(group.group))
+        coordinator.quarantined_in_a_row = 0
         reason = why_filtered(group.group, filter_zero_std=coordinator.config.filter_zero_std)
         if reason is None:
             self._buffer.offer(group)

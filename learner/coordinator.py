@@ -6,57 +6,45 @@ waits, does no I/O but queueing messages. What arrives from servers is arrivals.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections import Counter, deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-
-import msgspec
-import numpy as np
 
 from learner.config import LearnerConfig
 from learner.evaluation import Evaluation
-from learner.fleet import Fleet, Server
+from learner.fleet import Fleet, Health, Server
 from learner.journal_records import EndRecord, Record
+from learner.leases import RunIdentity, eval_lease, train_lease
 from learner.ledger import End, Entry, Ledger, State
+from learner.progress import Progress
 from learner.prompts import PromptRow, Prompts
 from protocol.channel import Listener
-from protocol.errors import PeerGone
+from protocol.errors import PeerGone, RunStopped
 from protocol.logs import event
 from protocol.messages import (
     AnyMessage,
     Cancel,
     Hello,
-    Lease,
     Purpose,
     Refused,
-    Sampling,
     WeightsReady,
     Welcome,
     group_id,
-    group_seed,
 )
 from protocol.signals import Signal
 from protocol.versions import Lineage
+from protocol.waits import Waiting
 
 log = logging.getLogger(__name__)
 
 ROWS_PER_PUMP = 16
 """Rows tokenized in one go on the event loop (I9)."""
 NOTICES_KEPT = 8
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class RunIdentity:
-    """What a server must fit."""
-
-    run_id: str
-    incarnation: int
-    vocab_size: int
-    model_digest: str
-    tokenizer_digest: str
-    stop_token_ids: tuple[int, ...]
+LEAST_QUARANTINED = 16
+"""Groups quarantined in a row that stop a run, at least."""
 
 
 @dataclass(kw_only=True)
@@ -90,10 +78,13 @@ class Coordinator:
     counters: Counter[str] = field(default_factory=Counter)
     notices: deque[str] = field(default_factory=lambda: deque(maxlen=NOTICES_KEPT))
     first_lease_s: float | None = None
+    quarantined_in_a_row: int = 0
+    progress: Progress = field(init=False)
 
     def __post_init__(self) -> None:
         """Expect the reward functions that the user named."""
         self.reward_functions = tuple(self.config.reward_funcs)
+        self.progress = Progress(self.clock())
 
     def notice(self, name: str, text: str, **fields: object) -> None:
         """Log an event and show it on the screen."""
@@ -109,6 +100,11 @@ class Coordinator:
             return False
         return True
 
+    def reply(self, peer: bytes, message: AnyMessage) -> None:
+        """Answer a connection that is no server of this run; if it is gone, nobody is waiting."""
+        with contextlib.suppress(PeerGone):
+            self.channel.send(peer, message)
+
     def announce(self, ready: WeightsReady) -> None:
         """Tell every server of a version."""
         self.current_weights = ready
@@ -122,7 +118,7 @@ class Coordinator:
             code, reason = refusal
             self.counters["servers_refused"] += 1
             self.notice("server_refused", f"refused server {hello.server}: {reason}", server=hello.server, code=code)
-            self.channel.send(peer, Refused(code=code, reason=reason))
+            self.reply(peer, Refused(code=code, reason=reason))
             return
         older = self.fleet.named(hello.server)
         if older is not None:
@@ -195,10 +191,20 @@ class Coordinator:
         self.changed.notify()
 
     def ended(self, entry: Entry, how: End, reason: str) -> None:
-        """Note an end that the ledger has already made."""
+        """Note an end that the ledger has already made.
+
+        Raises:
+            RunStopped: nothing but quarantined groups: the engine or the task is broken, not a prompt.
+        """
         self.rows.pop(entry.ordinal, None)
         if how is End.QUARANTINED:
             self.notice("quarantined", f"group {entry.ordinal} quarantined: {reason}", ordinal=entry.ordinal)
+            self.quarantined_in_a_row += 1
+            if self.quarantined_in_a_row >= max(LEAST_QUARANTINED, 2 * self.config.prompts_per_step):
+                raise RunStopped(
+                    f"{self.quarantined_in_a_row} groups in a row failed {self.config.max_attempts} times each, the last"
+                    f" one because: {reason}; see the servers' logs"
+                )
         self.unjournaled.append(
             EndRecord(
                 incarnation=self.identity.incarnation, ordinal=entry.ordinal, sequence=entry.sequence, end=how.value,
@@ -211,10 +217,24 @@ class Coordinator:
         records, self.unjournaled = self.unjournaled, []
         return records
 
-    def tick(self) -> None:
-        """Declare silent servers dead."""
-        for server in self.fleet.silent(self.clock()):
-            self.drop_server(server, f"nothing heard for {self.fleet.liveness_s:g} s")
+    def tick(self, waits: Sequence[Waiting]) -> None:
+        """Declare silent servers dead; count and say a stall (I8).
+
+        Raises:
+            RunStopped: no server for server_wait_s seconds.
+        """
+        now_s, fleet = self.clock(), self.fleet
+        for server in fleet.silent(now_s):
+            self.drop_server(server, f"nothing heard for {fleet.liveness_s:g} s")
+        alone_s = self.progress.serverless_s(now_s, connected=bool(fleet.servers))
+        if 0 < self.config.server_wait_s < alone_s:
+            raise RunStopped(f"no rollout server for {alone_s:.0f} s at {self.channel.address} (server_wait_s)")
+        healthy = any(fleet.health(server, now_s) is Health.HEALTHY for server in fleet.servers.values())
+        steps = self.ledger.policy_version + self.ledger.ends[End.SKIPPED]
+        if self.training and self.progress.stalled(steps, now_s, healthy=healthy):
+            self.counters["stalls"] += 1
+            going_on = "; ".join(f"{w.name} ({w.owner}) for {now_s - w.started_s:.0f} s" for w in waits)
+            self.notice("stalled", f"no step for {self.progress.limit_s:.0f} s; waits: {going_on}")
 
     def pump(self) -> bool:
         """Grant free slots and lease what is pending. True when there is more to do right away."""
@@ -240,6 +260,11 @@ class Coordinator:
     def train_id(self, ordinal: int) -> str:
         """Group id of a training ordinal."""
         return group_id(self.identity.run_id, ordinal)
+
+    def evaluates(self, held_id: str) -> bool:
+        """Whether that is a lease of the evaluation going on."""
+        evaluation = self.evaluation
+        return evaluation is not None and any(self.eval_id(row) == held_id for row in evaluation.leased)
 
     def eval_id(self, row: int) -> str:
         """Group id of an evaluation row of the evaluation going on."""
@@ -298,27 +323,14 @@ class Coordinator:
             if self.first_lease_s is None:
                 self.first_lease_s = self.clock()
                 self.begun()
-            self.send(server, self._train_lease(entry))
-
-    def _train_lease(self, entry: Entry) -> Lease:
-        row = self.row(entry.ordinal)
-        return Lease(
-            group_id=self.train_id(entry.ordinal),
-            ordinal=entry.ordinal,
-            sequence=entry.sequence,
-            attempt=entry.attempt,
-            purpose=Purpose.TRAIN,
-            num_generations=self.config.num_generations,
-            sampling=Sampling(
-                temperature=self.config.temperature,
-                max_completion_length=self.config.max_completion_length,
-                stop_token_ids=self.identity.stop_token_ids,
-            ),
-            seed=group_seed(self.config.seed, entry.ordinal),
-            min_version=self.lineage.at(self.ledger.min_policy_version(entry.sequence)),
-            prompt_tokens=row.prompt_tokens,
-            row=np.frombuffer(row.row_json, np.uint8),
-        )
+            lease = train_lease(
+                self.config,
+                self.identity,
+                self.row(entry.ordinal),
+                entry,
+                min_version=self.lineage.at(self.ledger.min_policy_version(entry.sequence)),
+            )
+            self.send(server, lease)
 
     def row(self, ordinal: int) -> PromptRow:
         """The row of an ordinal under way."""
@@ -345,29 +357,12 @@ class Coordinator:
                 return
             attempt = evaluation.dispatched(index)
             self.fleet.assign(server, self.eval_id(index), samples, evaluation=True)
-            self.send(server, self._eval_lease(evaluation, row, attempt))
-
-    def _eval_lease(self, evaluation: Evaluation, row: PromptRow, attempt: int) -> Lease:
-        config = self.config
-        return Lease(
-            group_id=self.eval_id(row.ordinal),
-            ordinal=row.ordinal,
-            sequence=row.ordinal,
-            attempt=attempt,
-            purpose=Purpose.EVAL,
-            num_generations=config.eval_num_generations,
-            sampling=Sampling(
-                temperature=config.eval_temperature,
-                max_completion_length=config.eval_max_completion_length or config.max_completion_length,
-                stop_token_ids=self.identity.stop_token_ids,
-            ),
-            seed=group_seed(config.seed, -1 - row.ordinal),
-            min_version=self.lineage.at(evaluation.policy_version),
-            prompt_tokens=row.prompt_tokens,
-            row=np.frombuffer(row.row_json, np.uint8),
-        )
-
-
-def prompt_text(row: PromptRow) -> str:
-    """The prompt as one string, for samples/."""
-    return row.prompt if isinstance(row.prompt, str) else msgspec.json.encode(row.prompt).decode()
+            lease = eval_lease(
+                self.config,
+                self.identity,
+                row,
+                self.eval_id(index),
+                attempt=attempt,
+                min_version=self.lineage.at(evaluation.policy_version),
+            )
+            self.send(server, lease)

@@ -23,13 +23,16 @@ from learner.buffer import Buffer
 from learner.compute import Compute
 from learner.coordinator import Coordinator
 from learner.evaluation import Evaluation
+from learner.fleet import Server
 from learner.journal_records import Record, StepRecord
 from learner.publish import Publisher
 from learner.recorder import Recorder, StepTimer
 from protocol.errors import ProtocolError, RunStopped, VersionMismatch
 from protocol.logs import event
 from protocol.messages import (
+    AnyMessage,
     Drain,
+    Fault,
     Goodbye,
     Group,
     Hello,
@@ -87,29 +90,37 @@ async def receive_loop(coordinator: Coordinator, arrivals: Arrivals) -> None:
         server = coordinator.fleet.heard(peer, coordinator.clock())
         if server is None:  # of a connection this process has never welcomed, or has given up
             reason = "say Hello first: this learner does not know the connection"
-            coordinator.channel.send(peer, Refused(code="hello_required", reason=reason))
-            continue
-        match message:
-            case Ping():
-                server.status = message.status
-                coordinator.send(server, Pong(sent_s=message.sent_s))
-            case Group():
-                arrivals.receive(peer, message)
-            case Return():
-                coordinator.lost(message.group_id, fault=message.fault, reason=message.reason)
-            case WeightsLive():
-                if coordinator.fleet.went_live(peer, message.version):
-                    coordinator.ledger.live(message.version.policy_version)
-                    coordinator.changed.notify()
-            case WeightsFailed():
-                text = f"{server.name} could not take version {message.version}: {message.reason}"
-                coordinator.notice("weights_failed", text, server=server.name, version=message.version)
-            case Drain():
-                server.draining = True
-            case Goodbye():
-                coordinator.drop_server(server, message.reason, fault=False)
-            case _:
-                refuse(coordinator, peer, ProtocolError(f"{type(message).__name__} is not for a learner"))
+            coordinator.reply(peer, Refused(code="hello_required", reason=reason))
+        elif isinstance(message, Group):
+            arrivals.receive(peer, message)
+        else:
+            handle(coordinator, server, message)
+
+
+def handle(coordinator: Coordinator, server: Server, message: AnyMessage) -> None:
+    """Act on one message of a welcomed server."""
+    match message:
+        case Ping():
+            server.status = message.status
+            coordinator.send(server, Pong(sent_s=message.sent_s))
+        case Return():
+            coordinator.lost(message.group_id, fault=message.fault, reason=message.reason)
+        case WeightsLive():
+            if coordinator.fleet.went_live(server.peer, message.version):
+                coordinator.ledger.live(message.version.policy_version)
+                coordinator.changed.notify()
+        case WeightsFailed():
+            text = f"{server.name} could not take version {message.version}: {message.reason}"
+            coordinator.notice("weights_failed", text, server=server.name, version=message.version)
+        case Drain():
+            server.draining = True
+        case Goodbye():
+            coordinator.drop_server(server, message.reason, fault=False)
+        case Fault():
+            text = f"{server.name}: {message.reason}"
+            coordinator.notice("server_fault", text, server=server.name, code=message.code)
+        case _:
+            refuse(coordinator, server.peer, ProtocolError(f"{type(message).__name__} is not for a learner"))
 
 
 def refuse(coordinator: Coordinator, peer: bytes, error: ProtocolError) -> None:
@@ -120,17 +131,20 @@ def refuse(coordinator: Coordinator, peer: bytes, error: ProtocolError) -> None:
     coordinator.notice("malformed", f"refused a message of {name}: {error}", server=name)
     if isinstance(error, VersionMismatch):
         reason = f"{error}; the learner speaks {PROTOCOL_VERSION}: update the older side"
-        coordinator.channel.send(peer, Refused(code="protocol_version", reason=reason))
+        coordinator.reply(peer, Refused(code="protocol_version", reason=reason))
 
 
 async def lease_loop(coordinator: Coordinator, waits: Waits, *, tick_s: float) -> None:
-    """Give out what may be leased; declare silent servers dead.
+    """Give out what may be leased; declare silent servers dead; say when nothing moves.
 
     consumes: free slots, room      waits for: a change, at most tick_s      unblocked by: coordinator.changed
     produces: leases
+
+    Raises:
+        RunStopped: no server for server_wait_s seconds.
     """
     while True:
-        coordinator.tick()
+        coordinator.tick(waits.current())
         if coordinator.pump():
             await asyncio.sleep(0)  # more rows to tokenize: let the other loops breathe (I9)
             continue

@@ -35,7 +35,7 @@ class Start:
 
 def begin(ledger: Ledger, checkpoint: Checkpoint | None, *, incarnation: int, journal_dir: Path) -> Start:
     """Restore the ledger and find the groups that need not be sampled again. Reads the journal: not on the loop."""
-    lineage = Lineage([] if checkpoint is None else [tuple(fork) for fork in checkpoint.state.forks])
+    lineage = Lineage([] if checkpoint is None else list(checkpoint.state.forks))
     lineage.fork(incarnation, ledger.policy_version if checkpoint is None else checkpoint.policy_version)
     if checkpoint is not None:
         ledger.restore(cast("LedgerSnapshot", checkpoint.state.ledger))

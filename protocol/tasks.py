@@ -33,9 +33,11 @@ def run_loop(main: Callable[[], Coroutine[Any, Any, T]]) -> T:
     except BaseExceptionGroup as group:
         causes = _leaves(group)
         known = [cause for cause in causes if isinstance(cause, (HeadwayError, OSError))]
-        for other in causes[1:]:
-            log.warning("event=also_failed error=%r", other)
-        raise (known or causes)[0] from None
+        cause = (known or causes)[0]
+        for other in causes:
+            if other is not cause:
+                log.warning("event=also_failed error=%r", other)
+        raise cause from None
 
 
 def _leaves(group: BaseExceptionGroup[BaseException]) -> list[BaseException]:

@@ -62,8 +62,8 @@ class ServerConfig(Section):
     device: str = "auto"
     """auto is cuda where there is one, else cpu."""
     reward_funcs: list[str] = Field(default_factory=list)
-    """What scores completions: built-in names (exact_match, math_equal, format, reasoning_gym), package.module.function,
-    or path/to/file.py:function. Each has TRL's signature. Required."""
+    """What scores completions: built-in names (exact_match, math_equal, format, reasoning_gym),
+    package.module.function, or path/to/file.py:function. Each has TRL's signature. Required."""
     reward_weights: list[float] = Field(default_factory=list)
     """One per function; default 1 each."""
     reward_workers: int = Field(2, ge=1)
@@ -80,7 +80,7 @@ class ServerConfig(Section):
     """Allow a learner address off loopback without keys: for a closed lab only."""
     drain_s: float = Field(30.0, ge=0)
     """After SIGTERM or the learner's Drain: finish groups for so long, then return them."""
-    scripted: ScriptedOptions = Field(default_factory=ScriptedOptions)
+    scripted: ScriptedOptions = ScriptedOptions()
     """Behavior of the scripted engine."""
 
     @model_validator(mode="after")

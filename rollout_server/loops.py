@@ -182,7 +182,11 @@ def handle(parts: Parts, message: object) -> None:
             parts.end(f"the learner ends the run: {message.reason}")
         case Goodbye():
             event(log, "learner_left", reason=message.reason)
-        case Fault() | Refused():
+        case Refused():
+            raise RefusedError(
+                f"the learner at {parts.address} dismissed this server ({message.code}): {message.reason}"
+            )
+        case Fault():
             event(log, "learner_fault", level=logging.WARNING, code=message.code, reason=message.reason)
         case ProtocolError():
             refuse(parts, message)
