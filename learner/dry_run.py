@@ -1,38 +1,30 @@
 """What `train --dry-run` prints: the resolved configuration, what follows from it, and the memory it needs.
 
-Reads the headers of the model's files, never its weights; imports no torch, so it also runs where none is installed.
+Imports no torch and reads no weights, so it also answers where neither fits.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 
 from learner.config import LearnerConfig
+from learner.model.memory import ITEM_BYTES, memory_estimate
 from protocol.errors import ConfigError
-
-BYTES = {"float32": 4, "bfloat16": 2}
-HEADER_LENGTH_BYTES = 8
-"""A safetensors file begins with the length of its JSON header: unsigned 64-bit, little-endian."""
-MAX_HEADER_BYTES = 100 << 20
-"""The format's own limit."""
 
 
 def describe(config: LearnerConfig) -> str:
     """Return the text of a dry run.
 
     Raises:
-        ConfigError: The model's directory is missing or holds no readable safetensors file.
+        ConfigError: The model's directory is missing, or holds no model that can be measured.
     """
-    sections = [
-        ("configuration", [config.model_dump_json(indent=2)]),
-        ("asynchrony", list(_asynchrony(config))),
-        ("memory of the learner, activations apart", list(_memory(config))),
-    ]
-    return "\n\n".join("\n".join([f"{title}:", *lines]) for title, lines in sections)
+    sections = {
+        "configuration": [config.model_dump_json(indent=2)],
+        "asynchrony": list(_asynchrony(config)),
+        "memory of the learner, estimated": list(_memory(config)),
+    }
+    return "\n\n".join("\n".join([f"{title}:", *lines]) for title, lines in sections.items())
 
 
 def _asynchrony(config: LearnerConfig) -> Iterator[str]:
@@ -57,48 +49,15 @@ def _memory(config: LearnerConfig) -> Iterator[str]:
             raise ConfigError(f"model {config.model!r}: no such directory")
         yield _line("parameters", "unknown", f"{config.model} is no directory here; a hub name is resolved later")
         return
-    count = count_parameters(model)
-    master, published = BYTES[config.dtype], BYTES[config.published_dtype]
-    parts = {
-        "weights": count * master,
-        "gradients": count * master,
-        "AdamW states": 2 * count * master,
-        "autocast": count * BYTES["bfloat16"] if config.autocast == "bfloat16" and master > 2 else 0,
-        "reference": count * master if config.beta > 0 else 0,
-        "publishing": count * published,
-    }
-    reasons = {
-        "autocast": "bfloat16 copies of the weights during a step",
-        "reference": "the frozen policy of beta",
-        "publishing": "the snapshot that servers fetch",
-    }
-    yield _line("parameters", f"{count:,}", str(model))
-    for name, size in parts.items():
+    estimate = memory_estimate(config)
+    parameters, total = estimate.pop("parameters"), estimate.pop("total_bytes")
+    published = parameters * ITEM_BYTES[config.published_dtype]
+    yield _line("parameters", f"{parameters:,}", str(model))
+    for name, size in estimate.items():
         if size:
-            yield _line(name, _bytes(size), reasons.get(name, config.dtype))
-    yield _line("sum", _bytes(sum(parts.values())))
-
-
-def count_parameters(model: Path) -> int:
-    """Add up the tensors named in the headers of a directory's safetensors files (tied weights are stored once).
-
-    Raises:
-        ConfigError: There is no such file, or one is damaged.
-    """
-    files = sorted(model.glob("*.safetensors"))
-    if not files:
-        raise ConfigError(f"model {str(model)!r}: the directory has no .safetensors file")
-    return sum(math.prod(shape) for file in files for shape in _shapes(file))
-
-
-def _shapes(file: Path) -> Iterator[list[int]]:
-    try:
-        with file.open("rb") as opened:
-            (length,) = struct.unpack("<Q", opened.read(HEADER_LENGTH_BYTES))
-            header = json.loads(opened.read(min(length, MAX_HEADER_BYTES)))
-            yield from (tensor["shape"] for name, tensor in header.items() if name != "__metadata__")
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ConfigError(f"{file}: damaged header of a safetensors file") from error
+            yield _line(name.removesuffix("_bytes"), _bytes(size))
+    yield _line("publishing", _bytes(published), "the version that servers fetch")
+    yield _line("total", _bytes(total + published))
 
 
 def _line(name: str, value: str, reason: str = "") -> str:
