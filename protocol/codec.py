@@ -141,7 +141,7 @@ def _fill_in(header: msgspec.Struct, layout: _Layout, frames: Sequence[Buffer]) 
         raise MalformedMessage(str(error)) from None
 
 
-def _header_type(message_type: type[msgspec.Struct]) -> tuple[type[msgspec.Struct], _Layout | None]:
+def _header_type(message_type: type[AnyMessage]) -> tuple[type[msgspec.Struct], _Layout | None]:
     """Derive the type of a message's header; one without arrays is its own header."""
     fields: list[tuple[str, Any] | tuple[str, Any, Any]] = []
     arrays = []
