@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import logging
 import signal
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from learner.arrivals import Arrivals
@@ -27,7 +27,7 @@ from learner.journal_records import IncarnationRecord
 from learner.leases import RunIdentity
 from learner.ledger import Ledger
 from learner.monitor import Monitor
-from learner.prompts import Prompts, open_prompts, stop_token_ids
+from learner.prompts import PromptRow, Prompts, open_prompts, stop_token_ids
 from learner.publish import Publisher
 from learner.recorder import Recorder, eval_points
 from learner.resume import begin
@@ -78,7 +78,7 @@ class Loaded:
 
     trainer: Trainer
     prompts: Prompts
-    eval_prompts: Prompts | None
+    eval_rows: Sequence[PromptRow | None]
     checkpoint: Checkpoint | None
     incarnation: int
 
@@ -141,7 +141,7 @@ class Learner:
         return Loaded(
             trainer=trainer,
             prompts=prompts,
-            eval_prompts=eval_prompts,
+            eval_rows=await asyncio.to_thread(all_rows, eval_prompts) if eval_prompts else (),
             checkpoint=checkpoint,
             incarnation=directory.begin_incarnation(),  # on disk before a socket opens: it fences off the dead
         )
@@ -173,7 +173,8 @@ class Learner:
             ledger=ledger,
             fleet=Fleet(start.lineage, liveness_s=config.liveness_s),
             prompts=loaded.prompts,
-            eval_prompts=loaded.eval_prompts,
+            eval_rows=loaded.eval_rows,
+            rows=await asyncio.to_thread(rows_under_way, loaded.prompts, ledger),
         )
         stats, buffer = RunStats(), Buffer()
         arrivals = Arrivals(coordinator, buffer, journal, stats)
@@ -229,6 +230,17 @@ def opening_line(config: LearnerConfig, checkpoint: Checkpoint | None) -> str:
         f"{config.run_dir}: {where}; max_staleness {bounds.max_staleness}, rollouts at most {bounds.steps_ahead} steps"
         f" ahead{lowered}, window {bounds.reorder_window}, {bounds.slots_total} slots"
     )
+
+
+def all_rows(prompts: Prompts) -> list[PromptRow | None]:
+    """Every row of an evaluation data set."""
+    return [prompts.row(index) for index in range(len(prompts))]
+
+
+def rows_under_way(prompts: Prompts, ledger: Ledger) -> dict[int, PromptRow]:
+    """The rows of what a checkpoint left under way: they are a pure function of the ordinal."""
+    rows = {entry.ordinal: prompts.row(entry.ordinal) for entry in ledger.entries.values()}
+    return {ordinal: row for ordinal, row in rows.items() if row is not None}
 
 
 def announced_address(bound: str) -> str:

@@ -68,10 +68,16 @@ class Arrivals:
         except InvalidGroup as error:
             self._refuse(peer, group, error)
             return
-        if whole is not None and not self.queue.full():
+        if whole is None:
+            return
+        self._coordinator.fleet.answered(peer, whole.group_id)  # now: its Goodbye may be right behind
+        if not self.queue.full():
             self.queue.put_nowait((peer, whole))
-        elif whole is not None:
-            self._coordinator.counters["groups_overflowed"] += 1
+            return
+        self._coordinator.counters["groups_overflowed"] += 1
+        reason = "more groups at once than were ever leased"
+        self._ack(peer, whole, AckStatus.REFUSED, reason)
+        self._release(whole, fault=False, reason=reason)
 
     async def accept_next(self) -> None:
         """Wait for groups, then deal with all that are there.
@@ -172,15 +178,14 @@ class Arrivals:
             "group_refused", f"refused {error}", server=server.name if server else "?", ordinal=group.ordinal
         )
         self._parts.discard(group.group_id)
+        coordinator.fleet.answered(peer, group.group_id)
         self._ack(peer, group, AckStatus.REFUSED, str(error))
         self._release(group, fault=True, reason=str(error))
 
     def _release(self, group: Group, *, fault: bool, reason: str) -> None:
-        """Give a refused group's lease out again, if it is the lease that this message answers."""
-        coordinator = self._coordinator
-        entry = coordinator.ledger.find(group.ordinal) if group.purpose is Purpose.TRAIN else None
-        if group.purpose is Purpose.EVAL or (entry is not None and entry.attempt == group.attempt):
-            coordinator.lost(group.group_id, fault=fault, reason=reason)
+        """Give a refused group's lease out again, unless another server works on it: who sent this may be anybody."""
+        if self._coordinator.fleet.holder(group.group_id) is None:
+            self._coordinator.lost(group.group_id, fault=fault, reason=reason)
 
     def _ack(self, peer: bytes, group: Group, status: AckStatus, reason: str = "") -> None:
         ack = Ack(group_id=group.group_id, attempt=group.attempt, status=status, reason=reason)
@@ -188,7 +193,7 @@ class Arrivals:
             self._coordinator.channel.send(peer, ack)
 
     def _record(self, group: Group) -> GroupRecord:
-        row = self._coordinator.row(group.ordinal)
+        row = self._coordinator.rows[group.ordinal]
         return GroupRecord(
             incarnation=self._coordinator.identity.incarnation,
             prompt=prompt_text(row),

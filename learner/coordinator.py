@@ -6,6 +6,7 @@ waits, does no I/O but queueing messages. What arrives from servers is arrivals.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -23,25 +24,17 @@ from learner.progress import Progress
 from learner.prompts import PromptRow, Prompts
 from protocol.channel import Listener
 from protocol.errors import PeerGone, RunStopped
+from protocol.identity import group_id
 from protocol.logs import event
-from protocol.messages import (
-    AnyMessage,
-    Cancel,
-    Hello,
-    Purpose,
-    Refused,
-    WeightsReady,
-    Welcome,
-    group_id,
-)
+from protocol.messages import AnyMessage, Cancel, Hello, Purpose, Refused, WeightsReady, Welcome
 from protocol.signals import Signal
 from protocol.versions import Lineage
 from protocol.waits import Waiting
 
 log = logging.getLogger(__name__)
 
-ROWS_PER_PUMP = 16
-"""Rows tokenized in one go on the event loop (I9)."""
+ROWS_AHEAD = 16
+"""Rows made ready in one go."""
 NOTICES_KEPT = 8
 LEAST_QUARANTINED = 16
 """Groups quarantined in a row that stop a run, at least."""
@@ -58,7 +51,8 @@ class Coordinator:
     ledger: Ledger
     fleet: Fleet
     prompts: Prompts
-    eval_prompts: Prompts | None = None
+    eval_rows: Sequence[PromptRow | None] = ()
+    """Rows to evaluate on; None where one is too long."""
     clock: Callable[[], float] = time.monotonic
     changed: Signal = field(default_factory=Signal)
     """Something happened that may let a lease, a batch or an evaluation go on."""
@@ -69,6 +63,8 @@ class Coordinator:
     reward_functions: tuple[str, ...] = ()
     rows: dict[int, PromptRow] = field(default_factory=dict)
     """Rows of ordinals under way."""
+    stock: dict[int, PromptRow | None] = field(default_factory=dict)
+    """Rows of the next ordinals."""
     begun: Callable[[], None] = lambda: None
     """Called at the first lease."""
     granted: Callable[[Entry], None] = lambda entry: None
@@ -228,7 +224,7 @@ class Coordinator:
             self.drop_server(server, f"nothing heard for {fleet.liveness_s:g} s")
         alone_s = self.progress.serverless_s(now_s, connected=bool(fleet.servers))
         if 0 < self.config.server_wait_s < alone_s:
-            raise RunStopped(f"no rollout server for {alone_s:.0f} s at {self.channel.address} (server_wait_s)")
+            raise RunStopped(f"no rollout server at {self.channel.address} for {alone_s:.0f} s (server_wait_s)")
         healthy = any(fleet.health(server, now_s) is Health.HEALTHY for server in fleet.servers.values())
         steps = self.ledger.policy_version + self.ledger.ends[End.SKIPPED]
         if self.training and self.progress.stalled(steps, now_s, healthy=healthy):
@@ -237,13 +233,18 @@ class Coordinator:
             self.notice("stalled", f"no step for {self.progress.limit_s:.0f} s; waits: {going_on}")
 
     def pump(self) -> bool:
-        """Grant free slots and lease what is pending. True when there is more to do right away."""
+        """Grant free slots and lease what is pending. True when `restock` would let it go on."""
         more = self._grant() if self.training else False
-        if self.evaluation is not None and self.eval_prompts is not None:
-            self._lease_evaluation(self.evaluation, self.eval_prompts)
+        if self.evaluation is not None:
+            self._lease_evaluation(self.evaluation)
         if self.training:
             self._lease_pending()
         return more
+
+    async def restock(self) -> None:
+        """Make the next rows ready, on a thread: some data sets take seconds a row (I9)."""
+        missing = [o for o in range(self.ledger.cursor, self.ledger.cursor + ROWS_AHEAD) if o not in self.stock]
+        self.stock |= await asyncio.to_thread(lambda: {ordinal: self.prompts.row(ordinal) for ordinal in missing})
 
     def stop_training(self) -> None:
         """Lease nothing more for training and call back what is out; the ledger keeps it for a continued run."""
@@ -287,17 +288,18 @@ class Coordinator:
         return True
 
     def _grant(self) -> bool:
-        for _ in range(ROWS_PER_PUMP):
-            if not self.ledger.can_grant():
-                return False
-            row = self.prompts.row(self.ledger.cursor)
+        """Fill free slots with the rows in stock. True when a slot is left for which the row is still to be made."""
+        while self.ledger.can_grant():
+            if self.ledger.cursor not in self.stock:
+                return True
+            row = self.stock.pop(self.ledger.cursor)
             if row is None:
                 self._filter_row()
                 continue
             entry = self.ledger.grant()
             self.rows[entry.ordinal] = row
             self.granted(entry)
-        return True
+        return False
 
     def _filter_row(self) -> None:
         ordinal = self.ledger.filter_unleased()
@@ -326,24 +328,16 @@ class Coordinator:
             lease = train_lease(
                 self.config,
                 self.identity,
-                self.row(entry.ordinal),
+                self.rows[entry.ordinal],
                 entry,
                 min_version=self.lineage.at(self.ledger.min_policy_version(entry.sequence)),
             )
             self.send(server, lease)
 
-    def row(self, ordinal: int) -> PromptRow:
-        """The row of an ordinal under way."""
-        if ordinal not in self.rows:  # an entry from a checkpoint: rows are a pure function of the ordinal
-            row = self.prompts.row(ordinal)
-            assert row is not None, f"row {ordinal} was granted, so it fits"
-            self.rows[ordinal] = row
-        return self.rows[ordinal]
-
-    def _lease_evaluation(self, evaluation: Evaluation, prompts: Prompts) -> None:
+    def _lease_evaluation(self, evaluation: Evaluation) -> None:
         while evaluation.pending:
             index = evaluation.pending[0]
-            row = prompts.row(index)
+            row = self.eval_rows[index]
             if row is None:
                 evaluation.pending.popleft()
                 self.counters["rows_too_long"] += 1

@@ -121,7 +121,7 @@ def record_from_frames(frames: Sequence[memoryview]) -> Record:
     Raises:
         msgspec.DecodeError, ProtocolError, ValueError: frames that `record_frames` of this version did not make.
     """
-    header = _decoder.decode(frames[0])
+    header: _GroupHeader | StepRecord | EndRecord | KnobRecord | IncarnationRecord = _decoder.decode(frames[0])
     if not isinstance(header, _GroupHeader):
         return header
     group = codec.decode(frames[2:])

@@ -10,7 +10,8 @@ import numpy as np
 from learner.config import LearnerConfig
 from learner.ledger import Entry
 from learner.prompts import PromptRow
-from protocol.messages import Lease, Purpose, Sampling, group_id, group_seed
+from protocol.identity import group_id, group_seed
+from protocol.messages import Lease, Purpose, Sampling
 from protocol.versions import Version
 
 

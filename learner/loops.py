@@ -104,7 +104,8 @@ def handle(coordinator: Coordinator, server: Server, message: AnyMessage) -> Non
             server.status = message.status
             coordinator.send(server, Pong(sent_s=message.sent_s))
         case Return():
-            coordinator.lost(message.group_id, fault=message.fault, reason=message.reason)
+            if message.group_id in server.outstanding:  # else it is no longer, or never was, this server's to return
+                coordinator.lost(message.group_id, fault=message.fault, reason=message.reason)
         case WeightsLive():
             if coordinator.fleet.went_live(server.peer, message.version):
                 coordinator.ledger.live(message.version.policy_version)
@@ -146,7 +147,7 @@ async def lease_loop(coordinator: Coordinator, waits: Waits, *, tick_s: float) -
     while True:
         coordinator.tick(waits.current())
         if coordinator.pump():
-            await asyncio.sleep(0)  # more rows to tokenize: let the other loops breathe (I9)
+            await waits.wait(coordinator.restock(), name="prompts", owner="data set", deadline_s=None)
             continue
         try:
             await waits.wait(coordinator.changed.wait(), name="change", owner="lease_loop", deadline_s=tick_s)
@@ -197,13 +198,12 @@ async def evaluate_loop(
     """
     while True:
         policy_version, pinned = await requests.get()
-        assert coordinator.eval_prompts is not None
         if pinned:
             publisher.hold(policy_version)
         evaluation = Evaluation(
             policy_version=policy_version,
             pinned=pinned,
-            num_rows=len(coordinator.eval_prompts),
+            num_rows=len(coordinator.eval_rows),
             max_attempts=coordinator.config.max_attempts,
         )
         coordinator.evaluation = evaluation

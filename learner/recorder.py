@@ -162,7 +162,7 @@ class Recorder:
         """Ask for an evaluation when one is due and none is going on; the last one is app.py's."""
         config = self.coordinator.config
         due = config.eval_steps and policy_version % config.eval_steps == 0 and policy_version < config.max_steps
-        if due and self.coordinator.eval_prompts is not None:
+        if due and self.coordinator.eval_rows:
             if self.coordinator.evaluation is None and self.requests.empty():
                 self.requests.put_nowait((policy_version, False))
             else:

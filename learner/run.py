@@ -68,7 +68,7 @@ class Run:
         """From the first version to Goodbye. False when a signal cut it short."""
         first = self.trainer.policy_version
         self.publisher.start(Version(self.coordinator.identity.incarnation, first))
-        evaluating = self.coordinator.eval_prompts is not None
+        evaluating = bool(self.coordinator.eval_rows)
         if evaluating and not self.recorder.evals and first == 0:
             self.recorder.requests.put_nowait((first, True))
         self._training = tasks.create_task(self._steps(), name="train_loop")

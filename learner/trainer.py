@@ -35,7 +35,7 @@ from learner.model.policy import Policy
 from learner.optimizer import load_state, make_optimizer, save_state, scheduled_rate
 from learner.reference import Reference
 from protocol.errors import ConfigError
-from protocol.messages import tokenizer_digest
+from protocol.identity import tokenizer_digest
 from protocol.weights.manifest import TensorSpec, schema_digest
 
 STATE_FILE = "trainer.json"

@@ -12,7 +12,6 @@ K version spans, F reward functions. Arrays that a field does not need are None 
 
 from __future__ import annotations
 
-import hashlib
 from enum import IntEnum, StrEnum
 
 import msgspec
@@ -380,25 +379,3 @@ AnyMessage = (
     Hello | Welcome | Refused | Lease | Group | Ack | Return | Cancel | WeightsReady | WeightsRequest | WeightsChunk
     | WeightsLive | WeightsFailed | Ping | Pong | Drain | Goodbye | Fault
 )  # fmt: skip
-
-
-def group_id(run_id: str, ordinal: int, purpose: Purpose = Purpose.TRAIN) -> str:
-    """Name a group by what it is, never by its text: 32 hex digits of BLAKE2b(run, purpose, ordinal)."""
-    return hashlib.blake2b(f"{run_id}/{purpose}/{ordinal}".encode(), digest_size=16).hexdigest()
-
-
-def group_seed(run_seed: int, ordinal: int) -> int:
-    """Seed of a group, 63 bits: a retry draws the same numbers, and no sampling RNG state is ever kept."""
-    digest = hashlib.blake2b(f"{run_seed}/{ordinal}".encode(), digest_size=8).digest()
-    return int.from_bytes(digest, "little") >> 1
-
-
-def sample_seed(seed: int, index: int) -> int:
-    """Seed of sample `index` of a group, 63 bits."""
-    return group_seed(seed, index)
-
-
-def tokenizer_digest(vocabulary: dict[str, int]) -> str:
-    """Digest of a tokenizer's vocabulary: equal token ids mean equal tokens on both sides."""
-    items = sorted(vocabulary.items(), key=lambda item: (item[1], item[0]))
-    return hashlib.blake2b(msgspec.json.encode(items), digest_size=16).hexdigest()

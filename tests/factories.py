@@ -14,17 +14,8 @@ import numpy as np
 
 from learner.batch import Batch, TrainGroup
 from protocol.completions import Completion, pack_completions
-from protocol.messages import (
-    FinishReason,
-    Group,
-    Int32,
-    Lease,
-    Purpose,
-    RewardStatus,
-    Sampling,
-    group_id,
-    group_seed,
-)
+from protocol.identity import group_id, group_seed
+from protocol.messages import FinishReason, Group, Int32, Lease, Purpose, RewardStatus, Sampling
 from protocol.versions import Version
 
 RUN_ID = "test-run"

@@ -27,7 +27,7 @@ class GenerationRequest:
     num_generations: int
     sampling: Sampling
     seed: int
-    """Group seed; sample i draws from `protocol.messages.sample_seed(seed, i)`."""
+    """Group seed; sample i draws from `protocol.identity.sample_seed(seed, i)`."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -13,7 +13,8 @@ import numpy as np
 import numpy.typing as npt
 
 from protocol.completions import Completion
-from protocol.messages import FinishReason, Float32, Int32, Sampling, sample_seed
+from protocol.identity import sample_seed
+from protocol.messages import FinishReason, Float32, Int32, Sampling
 from protocol.versions import Version
 from rollout_server.engines.base import EngineFailure, GenerationRequest
 from rollout_server.engines.counters import Int64

@@ -16,7 +16,8 @@ from typing import Self, TypeVar
 import numpy as np
 
 from protocol.completions import Completion
-from protocol.messages import FinishReason, Int32, sample_seed
+from protocol.identity import sample_seed
+from protocol.messages import FinishReason, Int32
 from protocol.versions import Version
 from rollout_server.config import ScriptedOptions
 from rollout_server.engines.base import EngineFailure, EngineInfo, EngineStatus, GenerationRequest, StagedWeights

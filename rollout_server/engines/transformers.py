@@ -27,7 +27,7 @@ import transformers
 
 from protocol.completions import Completion
 from protocol.errors import ConfigError
-from protocol.messages import tokenizer_digest
+from protocol.identity import tokenizer_digest
 from protocol.versions import Version
 from rollout_server.engines.base import EngineFailure, EngineInfo, EngineStatus, GenerationRequest, StagedWeights
 from rollout_server.engines.decode import Decoder

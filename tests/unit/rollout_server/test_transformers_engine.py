@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from protocol.errors import ConfigError
-from protocol.messages import tokenizer_digest
+from protocol.identity import tokenizer_digest
 from rollout_server.config import ScriptedOptions, ServerConfig
 from rollout_server.engines import create_engine
 from rollout_server.engines import transformers as engine_module
