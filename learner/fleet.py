@@ -140,6 +140,13 @@ class Fleet:
         if evaluation:
             server.eval_outstanding.add(group_id)
 
+    def answered(self, peer: bytes, group_id: str) -> None:
+        """The server has sent that group, or given it back: it holds the lease no longer, if it did."""
+        server = self.servers.get(peer)
+        if server is not None:
+            server.outstanding.pop(group_id, None)
+            server.eval_outstanding.discard(group_id)
+
     def release(self, group_id: str) -> Server | None:
         """Nobody works on that group any more. Return who did."""
         for server in self.servers.values():

@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from protocol.channel import Dialer
-from protocol.errors import MalformedMessage, PeerSilent, ProtocolError
+from protocol.errors import MalformedMessage, PeerSilent, ProtocolError, VersionMismatch
 from protocol.errors import Refused as RefusedError
 from protocol.logs import event
 from protocol.loop_lag import LoopLag
@@ -121,6 +121,10 @@ async def connect(parts: Parts) -> None:
             except PeerSilent:
                 parts.dialer.reconnect()
                 break
+            if isinstance(answer, VersionMismatch):
+                raise RefusedError(
+                    f"the learner at {parts.address} and this server do not fit: {answer}; update the older side"
+                )
             if isinstance(answer, Refused) and answer.code != "hello_required":
                 raise RefusedError(
                     f"the learner at {parts.address} refused this server ({answer.code}): {answer.reason}"
