@@ -37,6 +37,8 @@ Buffer: TypeAlias = Any
 _CODES: Final[dict[Any, str]] = {Int32: "<i4", Float32: "<f4", UInt8: "|u1", UInt16: "<u2"}
 """Declared type of an array field -> its dtype on the wire."""
 _CODE_OF_DTYPE: Final = {np.dtype(code): code for code in _CODES.values()}
+_DECODER_ERRORS: Final = (msgspec.MsgspecError, ValueError, RecursionError)
+"""What typed decoding raises on bad bytes: bad UTF-8 is a UnicodeDecodeError, deep nesting a RecursionError."""
 _SAFE_REASON: Final = re.compile(r"Expected `|Object missing required field")
 """msgspec's texts that hold names of types and fields of ours only, nothing that was sent."""
 
@@ -81,7 +83,7 @@ def decode(frames: Sequence[Buffer]) -> AnyMessage:
         raise MalformedMessage(f"header of {len(frames[0])} bytes, allowed are {MAX_HEADER_BYTES}")
     try:
         header = _decoder.decode(frames[0])
-    except (msgspec.MsgspecError, RecursionError) as error:
+    except _DECODER_ERRORS as error:
         raise _refusal(frames[0], error) from None
     if header.protocol_version != PROTOCOL_VERSION:
         raise _version_mismatch(header.protocol_version)
@@ -187,7 +189,7 @@ def _refusal(header: Buffer, error: Exception) -> MalformedMessage | VersionMism
     """Say why a header is refused: another version if it can be told, else the place, never the content."""
     try:
         version = _peek.decode(header).protocol_version
-    except (msgspec.MsgspecError, RecursionError):
+    except _DECODER_ERRORS:
         version = PROTOCOL_VERSION
     if version != PROTOCOL_VERSION:
         return _version_mismatch(version)
