@@ -198,8 +198,8 @@ class Coordinator:
             self.quarantined_in_a_row += 1
             if self.quarantined_in_a_row >= max(LEAST_QUARANTINED, 2 * self.config.prompts_per_step):
                 raise RunStopped(
-                    f"{self.quarantined_in_a_row} groups in a row failed {self.config.max_attempts} times each, the last"
-                    f" one because: {reason}; see the servers' logs"
+                    f"{self.quarantined_in_a_row} groups in a row failed {self.config.max_attempts} times each, the"
+                    f" last one because: {reason}; see the servers' logs"
                 )
         self.unjournaled.append(
             EndRecord(
