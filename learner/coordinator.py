@@ -14,6 +14,8 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+import msgspec
+
 from learner.config import LearnerConfig
 from learner.evaluation import Evaluation
 from learner.fleet import Fleet, Health, Server
@@ -122,6 +124,8 @@ class Coordinator:
                 self.send(older, Refused(code="name_in_use", reason=f"another server named {hello.server} has joined"))
             self.drop_server(older, "it joined anew", fault=False)
         self.reward_functions = self.reward_functions or hello.reward_functions
+        if hello.run_id != self.identity.run_id:
+            hello = msgspec.structs.replace(hello, live=None)  # it still serves the weights of another run
         server = self.fleet.join(peer, hello, self.clock())
         keep = tuple(g for g in hello.unacked if self._wanted(g)) + tuple(
             g for g in hello.in_flight if self._adopt(server, g)

@@ -156,6 +156,8 @@ def make_hello(parts: Parts) -> Hello:
 
 def welcomed(parts: Parts, welcome: Welcome) -> None:
     """Take up the connection."""
+    if parts.welcome.run_id not in ("", welcome.run_id):
+        parts.weights.new_run()
     parts.welcome = welcome
     for group_id in parts.book.keep(welcome.keep):
         parts.engine.abort(group_id)

@@ -17,6 +17,7 @@ from protocol.errors import MalformedMessage, WeightsError
 from protocol.logs import event
 from protocol.messages import WeightsFailed, WeightsLive, WeightsReady
 from protocol.signals import Signal
+from protocol.versions import Version
 from protocol.waits import Waits, WaitTimeout
 from protocol.weights.layout import MappedWeights
 from protocol.weights.manifest import Manifest
@@ -47,6 +48,7 @@ class WeightsReceiver:
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._staged: MappedWeights | None = None
         self._wanted: tuple[Manifest, tuple[str, ...]] | None = None
+        self._live: Version | None = None
         self._announced = Signal()
         self._stop = threading.Event()
         self.reports: asyncio.Queue[WeightsLive | WeightsFailed] = asyncio.Queue()
@@ -68,6 +70,11 @@ class WeightsReceiver:
         self._stop.set()  # whatever is being fetched is superseded
         self._announced.notify()
 
+    def new_run(self) -> None:
+        """Forget the versions of another run: those of this one begin anew."""
+        self._wanted = self._live = None
+        self._stop.set()
+
     async def loop(self) -> None:
         """Fetch and load for ever.
 
@@ -77,13 +84,16 @@ class WeightsReceiver:
         failures = 0
         while True:
             wanted = self._wanted
-            if wanted is None or (self._engine.live is not None and wanted[0].version <= self._engine.live):
+            if wanted is None or (self._live is not None and wanted[0].version <= self._live):
                 failures = 0
                 await self._waits.wait(self._announced.wait(), name="weights", owner="learner", deadline_s=None)
                 continue
             manifest, addresses = wanted
             try:
-                self.reports.put_nowait(await self._make_live(manifest, addresses))
+                report = await self._make_live(manifest, addresses)
+                if self._wanted is not None and self._wanted[0].version >= manifest.version:  # still of this run
+                    self._live = manifest.version
+                    self.reports.put_nowait(report)
                 failures = 0
             except (WeightsError, EngineFailure) as error:
                 if self._wanted is not wanted:
