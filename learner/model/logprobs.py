@@ -19,8 +19,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_TOKENS = 256
-"""Rows of one matrix product: larger is no faster, and costs V x 4 bytes a row."""
+CHUNK_BYTES = 64 << 20
+MIN_CHUNK_TOKENS = 128
+"""Logits held at a time, and at least so many rows of them: fewer rows make slow matrix products, many more are no
+faster (measured on CPU)."""
 TILE_ELEMENTS = 1 << 17
 """Logits that are worked on at a time: half a MiB stays in a core's cache (2 to 3 times faster than whole chunks)."""
 
@@ -84,7 +86,7 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, head, bias, targets, inverse_temperature, lse = ctx.saved_tensors
         slope = grad_outputs[0][:, None] * inverse_temperature
         d_hidden = torch.empty_like(hidden)
-        d_weight = torch.zeros(head.shape, dtype=ctx.weight_dtype, device=head.device)
+        d_weight: Tensor | None = None
         d_bias = None if bias is None else torch.zeros_like(bias)
         for rows, logits in _chunks(hidden, head, bias):
             for tile in _tiles(rows, logits.shape[1]):
@@ -95,7 +97,9 @@ class _TokenLogprobs(torch.autograd.Function):
                 if d_logits.dtype != part.dtype:
                     part.copy_(d_logits)
             torch.mm(logits, head, out=d_hidden[rows])
-            if d_weight.dtype == logits.dtype:
+            if d_weight is None:
+                d_weight = (logits.T @ hidden[rows]).to(ctx.weight_dtype)
+            elif d_weight.dtype == logits.dtype:
                 d_weight.addmm_(logits.T, hidden[rows])
             else:
                 d_weight += logits.T @ hidden[rows]
@@ -105,10 +109,11 @@ class _TokenLogprobs(torch.autograd.Function):
 
 
 def _chunks(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the logits [rows, V] of CHUNK_TOKENS rows at a time, all in one buffer."""
-    buffer = hidden.new_empty(min(CHUNK_TOKENS, len(hidden)), len(head))
-    for start in range(0, len(hidden), CHUNK_TOKENS):
-        rows = slice(start, min(start + CHUNK_TOKENS, len(hidden)))
+    """Yield the logits [rows, V] of some rows at a time, all in one buffer."""
+    height = max(MIN_CHUNK_TOKENS, CHUNK_BYTES // (len(head) * head.element_size()))
+    buffer = hidden.new_empty(min(height, len(hidden)), len(head))
+    for start in range(0, len(hidden), height):
+        rows = slice(start, min(start + height, len(hidden)))
         logits = torch.mm(hidden[rows], head.T, out=buffer[: rows.stop - start])
         yield rows, logits if bias is None else logits.add_(bias)
 

@@ -11,7 +11,8 @@ from learner.config import LearnerConfig
 from protocol.errors import ConfigError
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-CHUNK_TOKENS = 256
+CHUNK_BYTES = 64 << 20
+MIN_CHUNK_TOKENS = 128
 """As in logprobs.py, which needs torch."""
 TENSORS_PER_LAYER = 12
 """Hidden-size tensors kept per token and layer for the backward pass (norms, projections, rotary, attention)."""
@@ -40,7 +41,7 @@ def memory_estimate(config: LearnerConfig) -> dict[str, int]:
         "reference_bytes": parameters * master if config.beta else 0,
         "autocast_bytes": parameters * 2 if config.autocast == "bfloat16" else 0,
         "activations_bytes": config.token_budget * settings["num_hidden_layers"] * width * compute,
-        "logits_bytes": CHUNK_TOKENS * settings["vocab_size"] * compute,
+        "logits_bytes": max(CHUNK_BYTES, MIN_CHUNK_TOKENS * settings["vocab_size"] * compute),
     }
     total = sum(value for name, value in estimate.items() if name.endswith("_bytes"))
     return {**estimate, "total_bytes": total}

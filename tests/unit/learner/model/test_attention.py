@@ -117,6 +117,14 @@ def test_bfloat16_comes_back_as_bfloat16_but_is_attended_in_float32(path):
     torch.testing.assert_close(out.double(), dense(q, k, v, 0.3), rtol=2**-8, atol=1e-6)
 
 
+def test_autocast_rounds_the_model_but_not_the_attention(path):
+    q, k, v = (x.detach() for x in inputs())
+    expected, _ = shared_prefix_attention(Layer(), q, k, v, None, packed=Packed(LAYOUT))
+    with torch.autocast("cpu", torch.bfloat16):
+        got, _ = shared_prefix_attention(Layer(), q, k, v, None, packed=Packed(LAYOUT))
+    assert torch.equal(got, expected)
+
+
 def test_gradients_of_a_prefix_skip_leaves_that_nobody_used():
     prefix = Prefix()
     keys = torch.ones(2, 1, 1, requires_grad=True)

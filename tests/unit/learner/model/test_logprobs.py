@@ -14,7 +14,9 @@ T, H, V = 23, 6, 37
 @pytest.fixture(autouse=True, params=["one chunk", "many chunks", "tiny tiles"])
 def sizes(request, monkeypatch):
     """The result must not depend on where the cuts are."""
-    monkeypatch.setattr(logprobs, "CHUNK_TOKENS", 256 if request.param == "one chunk" else 5)
+    if request.param != "one chunk":
+        monkeypatch.setattr(logprobs, "CHUNK_BYTES", 1)
+        monkeypatch.setattr(logprobs, "MIN_CHUNK_TOKENS", 5)
     monkeypatch.setattr(logprobs, "TILE_ELEMENTS", 1 << 17 if request.param != "tiny tiles" else 2 * V)
 
 

@@ -66,4 +66,5 @@ def test_it_needs_no_torch():
 
 
 def test_the_chunk_is_that_of_the_head():
-    assert memory.CHUNK_TOKENS == logprobs.CHUNK_TOKENS
+    assert memory.CHUNK_BYTES == logprobs.CHUNK_BYTES
+    assert memory.MIN_CHUNK_TOKENS == logprobs.MIN_CHUNK_TOKENS
