@@ -14,7 +14,7 @@ from typing import cast
 
 from learner.batch import TrainGroup
 from learner.checkpoint import Checkpoint
-from learner.journal_records import GroupRecord
+from learner.journal_records import GroupRecord, IncarnationRecord
 from learner.journal_segments import JournalReport, read_journal
 from learner.ledger import Ledger, LedgerSnapshot
 from protocol.completions import group_versions
@@ -35,14 +35,18 @@ class Start:
 
 def begin(ledger: Ledger, checkpoint: Checkpoint | None, *, incarnation: int, journal_dir: Path) -> Start:
     """Restore the ledger and find the groups that need not be sampled again. Reads the journal: not on the loop."""
-    lineage = Lineage([] if checkpoint is None else list(checkpoint.state.forks))
-    lineage.fork(incarnation, ledger.policy_version if checkpoint is None else checkpoint.policy_version)
+    forks = [] if checkpoint is None else list(checkpoint.state.forks)
+    first = 0 if checkpoint is None else checkpoint.policy_version
+    lineage = Lineage([*forks, (incarnation, first)])
     if checkpoint is not None:
         ledger.restore(cast("LedgerSnapshot", checkpoint.state.ledger))
     report = JournalReport()
     restored: dict[int, TrainGroup] = {}
     orphaned = 0
     for record in read_journal(journal_dir, report):
+        if isinstance(record, IncarnationRecord) and _began_here(record, forks, incarnation, first):
+            forks.append((record.incarnation, first))
+            lineage = Lineage([*forks, (incarnation, first)])
         if not isinstance(record, GroupRecord):
             continue
         ordinal = record.group.ordinal
@@ -59,3 +63,9 @@ def begin(ledger: Ledger, checkpoint: Checkpoint | None, *, incarnation: int, jo
         restored=len(restored), orphaned=orphaned,
     )  # fmt: skip
     return Start(lineage, restored)
+
+
+def _began_here(record: IncarnationRecord, forks: list[tuple[int, int]], incarnation: int, first: int) -> bool:
+    """Whether a learner that died without a checkpoint of its own began with these very weights: they stay valid."""
+    last = forks[-1][0] if forks else 0
+    return last < record.incarnation < incarnation and record.resumed_from == first
