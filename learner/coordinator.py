@@ -240,9 +240,11 @@ class Coordinator:
         """Grant free slots and lease what is pending. True when `restock` would let it go on."""
         more = self._grant() if self.training else False
         if self.evaluation is not None:
-            self._lease_evaluation(self.evaluation)
+            self._lease_evaluation(self.evaluation, reserve=True)
         if self.training:
             self._lease_pending()
+        if self.evaluation is not None:
+            self._lease_evaluation(self.evaluation, reserve=False)
         return more
 
     async def restock(self) -> None:
@@ -338,7 +340,7 @@ class Coordinator:
             )
             self.send(server, lease)
 
-    def _lease_evaluation(self, evaluation: Evaluation) -> None:
+    def _lease_evaluation(self, evaluation: Evaluation, *, reserve: bool) -> None:
         while evaluation.pending:
             index = evaluation.pending[0]
             row = self.eval_rows[index]
@@ -349,7 +351,7 @@ class Coordinator:
             samples = self.config.eval_num_generations
             server = self.fleet.choose(
                 min_policy_version=evaluation.policy_version, samples=samples, now_s=self.clock(),
-                exact=evaluation.pinned, evaluation=True,
+                exact=evaluation.pinned, reserve=reserve,
             )  # fmt: skip
             if server is None:
                 return

@@ -18,6 +18,10 @@ from protocol.messages import Hello, ServerStatus
 from protocol.versions import Lineage, Version
 
 
+EVAL_SHARE = 4
+"""One part in so many of a server's room is reserved for evaluation."""
+
+
 class Health(StrEnum):
     """State of a connected server."""
 
@@ -106,18 +110,13 @@ class Fleet:
         return True
 
     def choose(
-        self,
-        *,
-        min_policy_version: int,
-        samples: int,
-        now_s: float,
-        exact: bool = False,
-        evaluation: bool = False,
+        self, *, min_policy_version: int, samples: int, now_s: float, exact: bool = False, reserve: bool = False
     ) -> Server | None:
         """The admissible server with most room for a group of that many samples, or None.
 
-        A server is sent one group beyond its room, so that a finished sample's place is never empty. Eval leases may
-        use that room first, and a quarter of it even when training fills it. `exact` asks for that very version.
+        A server is sent one group beyond its room, so that a finished sample's place is never empty. `reserve` is for
+        eval leases: a quarter of the room is theirs, whether training fills the rest or not. `exact` asks for that
+        very version.
         """
         best: Server | None = None
         for server in self.servers.values():
@@ -126,11 +125,11 @@ class Fleet:
             live = server.live.policy_version
             if live < min_policy_version or (exact and live != min_policy_version):
                 continue
-            has_room = server.samples < server.hello.room + samples
-            reserved = evaluation and len(server.eval_outstanding) * samples < max(samples, server.hello.room // 4)
-            if not (has_room or reserved):
-                continue
-            if best is None or server.hello.room - server.samples > best.hello.room - best.samples:
+            if reserve:
+                has_room = len(server.eval_outstanding) * samples < max(samples, server.hello.room // EVAL_SHARE)
+            else:
+                has_room = server.samples < server.hello.room + samples
+            if has_room and (best is None or server.hello.room - server.samples > best.hello.room - best.samples):
                 best = server
         return best
 
