@@ -265,7 +265,9 @@ def make_recorder(
         coordinator.config.num_completions_logged,
         lambda ids: trainer.tokenizer.decode(ids.tolist()),
     )
+    eval_tracker = JsonlTracker(directory.path / "evals.jsonl")
     tracker.truncate_after(trainer.policy_version)
+    eval_tracker.truncate_after(trainer.policy_version)
     samples.truncate_after(trainer.policy_version)
     stats.resume(tracker.rows())
     return Recorder(
@@ -275,6 +277,7 @@ def make_recorder(
         journal=journal,
         stats=stats,
         tracker=tracker,
+        eval_tracker=eval_tracker,
         samples=samples,
         lag=lag,
         evals=eval_points(checkpoint.state.evaluations) if checkpoint else [],

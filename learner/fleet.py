@@ -17,7 +17,6 @@ from enum import StrEnum
 from protocol.messages import Hello, ServerStatus
 from protocol.versions import Lineage, Version
 
-
 EVAL_SHARE = 4
 """One part in so many of a server's room is reserved for evaluation."""
 

@@ -83,6 +83,7 @@ class Recorder:
     journal: PrunableJournal
     stats: RunStats
     tracker: JsonlTracker
+    eval_tracker: JsonlTracker
     samples: SampleWriter
     lag: LoopLag
     step_done: Callable[[Row], None] = lambda row: None
@@ -172,6 +173,7 @@ class Recorder:
         """Keep a result."""
         point = evaluation.result()
         self.evals.append(point)
+        self.eval_tracker.log(dict(eval_row(point)))
         event(
             log, "evaluated", version=point.label, reward=point.reward, rows=evaluation.num_rows,
             failed=evaluation.failed,
