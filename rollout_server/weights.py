@@ -121,7 +121,7 @@ class WeightsReceiver:
         )
         event(
             log, "weights_live", version=manifest.version, bytes=report.bytes, transfer_s=report.transfer_s,
-            verify_s=report.verify_s, pause_s=pause_s,
+            verify_s=report.verify_s, pause_s=pause_s, refetched_tensors=report.refetched_tensors,
         )  # fmt: skip
         return WeightsLive(
             version=manifest.version, transfer_s=report.transfer_s, verify_s=report.verify_s, pause_s=pause_s

@@ -237,6 +237,11 @@ class Lab:
         return path
 
 
+def reward(name: str) -> str:
+    """Name a function of reward_functions.py as a server's configuration does."""
+    return f"{ROOT / 'tests' / 'system' / 'reward_functions.py'}:{name}"
+
+
 def to_toml(values: Mapping[str, Any]) -> str:
     """Write a table and its sub-tables: JSON spells everything else as TOML does."""
     flat = {key: value for key, value in values.items() if not isinstance(value, Mapping)}
