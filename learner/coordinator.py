@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from learner.batch import Batch
 from learner.config import LearnerConfig
 from learner.evaluation import Evaluation
 from learner.fleet import Fleet, Health, Server
@@ -211,6 +212,22 @@ class Coordinator:
                 step=self.ledger.policy_version, reason=reason[:500],
             )
         )  # fmt: skip
+
+    def trained(self, batch: Batch, policy_version: int) -> None:
+        """The batch trained into `policy_version`. Its step is journaled already."""
+        self.ledger.trained([group.sequence for group in batch.groups], policy_version)
+        for group in batch.groups:
+            self.rows.pop(group.ordinal, None)
+        self.changed.notify()
+
+    def skipped(self, batch: Batch, reason: str) -> None:
+        """The batch could not be trained: its groups end, and others are leased in their place."""
+        self.notice("step_skipped", f"step {batch.step} skipped: {reason}", step=batch.step)
+        entries = [self.ledger.entries[group.sequence] for group in batch.groups]
+        self.ledger.skip([entry.sequence for entry in entries])
+        for entry in entries:
+            self.ended(entry, End.SKIPPED, reason)
+        self.changed.notify()
 
     def take_unjournaled(self) -> list[Record]:
         """Hand over the ends that the journal has not got yet."""

@@ -248,9 +248,7 @@ async def train_loop(
         with timer.measure("forward_backward_s"):
             result = await compute(trainer.forward_backward, batch) if batch.groups else NOTHING_LEFT
         if not result.finite:
-            ledger.skip(sequences)  # I2: its slots are free at once
-            coordinator.changed.notify()
-            coordinator.notice("step_skipped", f"step {batch.step} skipped: {result.reason}", step=batch.step)
+            coordinator.skipped(batch, result.reason)  # I2: its slots are free at once
             recorder.step(batch, result, timer, learning_rate=trainer.learning_rate)
             skipped += 1
             if skipped == config.max_skipped_steps:
@@ -298,9 +296,7 @@ async def apply_step(
         )
     with timer.measure("optimizer_s"):
         policy_version = await compute(trainer.optimizer_step)
-    coordinator.ledger.trained([group.sequence for group in batch.groups], policy_version)
-    for group in batch.groups:
-        coordinator.rows.pop(group.ordinal, None)
+    coordinator.trained(batch, policy_version)
     last = policy_version == coordinator.config.max_steps
     if policy_version % coordinator.config.weight_sync_steps == 0 or last:
         publisher.start(Version(incarnation, policy_version))
