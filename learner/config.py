@@ -230,7 +230,7 @@ class LearnerConfig(
             )
         if self.liveness_s < 2 * self.heartbeat_s:
             raise ValueError(f"liveness_s {self.liveness_s} must be at least twice heartbeat_s {self.heartbeat_s}")
-        _ = self.bounds
+        _ = self.granted_bounds  # refuses what cannot progress
         return self
 
     @property
@@ -270,9 +270,11 @@ class LearnerConfig(
         if affordable >= bounds.steps_ahead:
             return bounds
         if affordable < max(0, bounds.weight_sync_steps - 1):
-            need = (bounds.weight_sync_steps) * self.prompts_per_step * self.group_bytes
+            groups = bounds.weight_sync_steps * self.prompts_per_step
             raise ValueError(
-                f"buffer_bytes {self.buffer_bytes} does not hold one step of worst-case groups: needs at least {need}"
+                f"buffer_bytes {self.buffer_bytes} does not hold {groups} worst-case groups, with fewer of which no"
+                f" step can train: it must be at least {groups * self.group_bytes}, or num_generations or"
+                " max_completion_length smaller"
             )
         return Bounds(
             prompts_per_step=bounds.prompts_per_step,
