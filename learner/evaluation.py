@@ -28,9 +28,10 @@ class Evaluation:
     pending: deque[int] = field(default_factory=deque)
     leased: set[int] = field(default_factory=set)
     failed: int = 0
-    """Rows given up after max_attempts."""
+    """Rows given up after max_attempts that failed."""
     _rewards: list[float] = field(default_factory=list)
     _attempts: dict[int, int] = field(default_factory=dict)
+    _faults: dict[int, int] = field(default_factory=dict)
     _versions: set[int] = field(default_factory=set)
 
     def __post_init__(self) -> None:
@@ -54,7 +55,8 @@ class Evaluation:
         if row not in self.leased:
             return
         self.leased.discard(row)
-        if not fault or self._attempts[row] < self.max_attempts:
+        self._faults[row] = self._faults.get(row, 0) + fault
+        if self._faults[row] < self.max_attempts:
             self.pending.append(row)
         else:
             self.failed += 1
