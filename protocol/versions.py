@@ -58,10 +58,9 @@ class Lineage:
 
     def at(self, policy_version: int) -> Version:
         """The first name under which that policy_version belongs to this history."""
-        ends = [first for _, first in self.forks[1:]]
-        for (incarnation, first), end in zip(self.forks, [*ends, policy_version], strict=True):
-            if first <= policy_version <= end:
-                return Version(incarnation, policy_version)
+        for incarnation, _ in self.forks:
+            if (version := Version(incarnation, policy_version)) in self:
+                return version
         raise ValueError(f"policy_version {policy_version} is before {self.forks[0]}")
 
     def __contains__(self, version: Version) -> bool:
