@@ -253,6 +253,7 @@ def test_the_bound_is_reached_exactly_by_overtaking():
     assert (ledger.bounds.reorder_window, ledger.bounds.steps_ahead) == (p + 1, m - 1)
     straggler = fill(ledger)[-1]
     assert straggler == m * p - 1
+    assert ledger.latest_version(straggler) == m, "those that may overtake it are counted in"
     deliver(ledger, *range(straggler))
 
     for step in range(1, m + 1):

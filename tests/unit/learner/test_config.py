@@ -1,0 +1,129 @@
+"""What the configuration derives, and which pairs it refuses. Reading it is protocol/settings.py's business."""
+
+from __future__ import annotations
+
+import pytest
+from pydantic import ValidationError
+
+from learner.config import LearnerConfig
+
+
+def make(**options) -> LearnerConfig:
+    return LearnerConfig(**{"model": "models/tiny", "dataset": "data/sums.jsonl", **options})
+
+
+@pytest.mark.parametrize(
+    ("options", "steps_ahead", "window", "slots"),
+    [
+        ({}, 3, 9, 32),  # max_staleness 4, P 8
+        ({"max_staleness": 0}, 0, 1, 8),
+        ({"max_staleness": 2, "prompts_per_step": 5}, 2, 1, 15),
+        ({"max_staleness": 4, "reorder_window": 1}, 4, 1, 40),
+        ({"max_staleness": 6, "reorder_window": 17}, 4, 17, 40),
+    ],
+)
+def test_how_far_ahead_is_derived(options, steps_ahead, window, slots):
+    bounds = make(**options).bounds
+    assert (bounds.steps_ahead, bounds.reorder_window, bounds.slots_total) == (steps_ahead, window, slots)
+    assert make(**options).granted_bounds == bounds, "the default byte budget holds them all"
+
+
+def small(buffer_groups: float, **options) -> LearnerConfig:
+    """A budget of so many worst-case groups."""
+    shape = {"num_generations": 64, "max_completion_length": 1024, "max_prompt_length": 1024, "prompts_per_step": 4}
+    per_group = make(**shape).group_bytes
+    return make(**shape, buffer_bytes=int(buffer_groups * per_group), **options)
+
+
+def test_a_worst_case_group_has_a_span_per_token():
+    config = make(num_generations=2, max_completion_length=10, max_prompt_length=100)
+    assert config.group_bytes == 2 * (10 * (4 + 4 + 1 + 12) + 64) + 4 * 100
+
+
+@pytest.mark.parametrize(
+    ("buffer_groups", "steps_ahead", "window"),
+    [(100, 3, 5), (16, 3, 5), (15.9, 2, 5), (8, 1, 5), (7.9, 0, 1), (4, 0, 1)],
+)
+def test_a_small_byte_budget_lowers_how_far_ahead_and_nothing_else(buffer_groups, steps_ahead, window):
+    config = small(buffer_groups, max_staleness=4)
+    granted = config.granted_bounds
+    assert (granted.steps_ahead, granted.reorder_window) == (steps_ahead, window)
+    assert (granted.max_staleness, granted.prompts_per_step) == (4, 4)
+    assert granted.steps_ahead + granted.window_steps <= 4
+    assert granted.slots_total * config.group_bytes <= config.buffer_bytes
+    assert config.bounds.steps_ahead == 3, "what was asked for is still known"
+
+
+@pytest.mark.parametrize(
+    ("buffer_groups", "options", "needed"), [(3.9, {}, 4), (7.9, {"max_staleness": 3, "weight_sync_steps": 2}, 8)]
+)
+def test_a_budget_that_holds_no_step_is_refused_at_once(buffer_groups, options, needed):
+    need_bytes = needed * small(100).group_bytes
+    with pytest.raises(ValidationError, match=f"does not hold {needed} worst-case groups, .* at least {need_bytes}"):
+        small(buffer_groups, **options)
+    assert small(needed, **options).granted_bounds.slots_total == needed
+
+
+def test_an_unknown_key_is_refused():
+    with pytest.raises(ValidationError, match=r"max_stalenes\n.*Extra inputs are not permitted"):
+        make(max_stalenes=3)
+
+
+def test_a_config_does_not_change():
+    with pytest.raises(ValidationError, match="frozen"):
+        make().max_staleness = 3
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"top_p": 0.9}, r"top_p 0\.9, top_k 0, min_p 0\.0: training needs the whole softmax"),
+        ({"top_k": 50}, "top_k 50, min_p 0.0: training needs the whole softmax"),
+        ({"min_p": 0.1}, "min_p 0.1: training needs the whole softmax"),
+        ({"liveness_s": 1.5}, "liveness_s 1.5 must be at least twice heartbeat_s 1.0"),
+        ({"max_staleness": 0, "reorder_window": 9}, "reorder_window 9 alone allows a staleness of 1"),
+        ({"max_staleness": 1, "weight_sync_steps": 4}, "weight_sync_steps 4 with S = 1 steps ahead would deadlock"),
+        ({"max_staleness": 1, "reorder_window": 9}, "reorder_window 9 buys nothing"),
+    ],
+)
+def test_refused_pairs(options, says):
+    with pytest.raises(ValidationError, match=says):
+        make(**options)
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("num_generations", 1), ("prompts_per_step", 0), ("max_staleness", -1), ("temperature", 0.0), ("epsilon", 1.0),
+        ("learning_rate", 0.0), ("save_steps", 0), ("buffer_bytes", 1000), ("loss_type", "ppo"), ("max_attempts", 0),
+    ],
+)  # fmt: skip
+def test_values_out_of_range_name_their_key(key, value):
+    with pytest.raises(ValidationError, match=key):
+        make(**{key: value})
+
+
+def test_names_are_made_of_model_and_data():
+    assert make().name == "tiny-sums"
+    assert make(dataset="reasoning_gym:spell_backward").name == "tiny-reasoning_gym-spell_backward"
+    assert make(run_name="mine").name == "mine"
+    assert make(output_dir="out", run_name="mine").run_dir.as_posix() == "out/mine"
+
+
+def test_the_upper_clip_is_the_lower_one_unless_given():
+    assert make(epsilon=0.1).clip_high == 0.1
+    assert make(epsilon=0.1, epsilon_high=0.28).clip_high == 0.28
+
+
+@pytest.mark.parametrize(
+    ("options", "published"),
+    [
+        ({}, "float32"),
+        ({"autocast": "bfloat16"}, "bfloat16"),
+        ({"dtype": "bfloat16"}, "bfloat16"),
+        ({"autocast": "bfloat16", "publish_dtype": "float32"}, "float32"),
+        ({"publish_dtype": "bfloat16"}, "bfloat16"),
+    ],
+)
+def test_what_dtype_is_published(options, published):
+    assert make(**options).published_dtype == published
