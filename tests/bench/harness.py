@@ -37,11 +37,13 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 ROUNDS = 5
 QUICK_ROUNDS = 3
 SIDE_TIMEOUT_S = 300.0
+ROOT = Path(__file__).parents[2]
 
 
 class Skip(Exception):
@@ -150,7 +152,9 @@ def _run_side(row: Row, side: str, *, quick: bool) -> dict[str, Any]:
     command = [sys.executable, "-m", "tests.bench.side", module, row.name, side, *(["--quick"] if quick else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=SIDE_TIMEOUT_S, env=environment)
+        done = subprocess.run(
+            command, capture_output=True, text=True, timeout=SIDE_TIMEOUT_S, env=environment, cwd=ROOT
+        )
     except subprocess.TimeoutExpired:
         return {"failed": f"{side} took longer than {SIDE_TIMEOUT_S:.0f} s"}
     if done.returncode != 0:

@@ -1,0 +1,93 @@
+from __future__ import annotations
+
+import json
+import os
+
+import pytest
+
+from tests.bench.__main__ import discover, main
+from tests.bench.harness import Row, Skip, run_row, to_json
+
+
+def two(quick: bool) -> float:
+    return 2.0
+
+
+def three(quick: bool) -> float:
+    return 3.0
+
+
+def own_process(quick: bool) -> float:
+    return float(os.getpid())
+
+
+def skipped(quick: bool) -> float:
+    raise Skip("no such hardware")
+
+
+def broken(quick: bool) -> float:
+    assert not quick, "decoded arrays must be views"
+    return 1.0
+
+
+def row(**changes: object) -> Row:
+    fields = {
+        "name": "r", "control": "c", "ours": three, "baseline": two, "ratio": "ours/baseline", "target": 1.5, **changes
+    }  # fmt: skip
+    return Row(**fields)
+
+
+ROWS = [
+    row(name="rate"),
+    row(name="cost", ratio="baseline/ours", target=0.7),
+    row(name="lower", sense="lower", target=1.4),
+    row(name="pid", ours=own_process, baseline=own_process, target=0.0),
+    row(name="skipped", baseline=skipped),
+    row(name="broken", ours=broken),
+]
+
+
+def result_of(name: str):
+    return run_row(next(row for row in ROWS if row.name == name), quick=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "ratio", "verdict"), [("rate", 1.5, "pass"), ("cost", 2 / 3, "miss"), ("lower", 1.5, "miss")]
+)
+def test_a_row_is_judged_by_its_ratio_and_sense(name, ratio, verdict):
+    result = result_of(name)
+    assert result.ratio == result.worst == pytest.approx(ratio)
+    assert (result.verdict, result.ours, result.baseline, result.rounds) == (verdict, 3.0, 2.0, 3)
+
+
+def test_each_side_of_each_round_is_a_process_of_its_own():
+    result = result_of("pid")
+    assert os.getpid() not in (result.ours, result.baseline)
+    assert result.worst != 1.0
+
+
+def test_a_side_that_cannot_run_skips_the_row_with_its_reason():
+    result = result_of("skipped")
+    assert (result.verdict, result.reason, result.ratio) == ("skip", "no such hardware", None)
+
+
+def test_a_side_that_fails_is_a_miss_with_its_reason():
+    result = result_of("broken")
+    assert (result.verdict, result.reason) == ("miss", "ours: AssertionError: decoded arrays must be views")
+
+
+def test_the_json_has_what_was_promised():
+    (written,) = json.loads(to_json([result_of("skipped")]))
+    assert {"name", "control", "ratio", "worst", "target", "sense", "verdict", "reason"} <= set(written)
+
+
+def test_rows_are_found_and_have_unique_names():
+    names = [row.name for row in discover()]
+    assert {"codec_vs_lists", "codec_vs_blob", "channel_stream"} <= set(names)
+    assert len(names) == len(set(names))
+
+
+def test_an_unknown_row_is_named(capsys):
+    with pytest.raises(SystemExit):
+        main(["--only", "nonsense"])
+    assert "no row named nonsense; there are " in capsys.readouterr().err
