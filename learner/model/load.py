@@ -14,6 +14,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, P
 
 from protocol.errors import ConfigError
 
+LOGIT_SETTINGS = ("final_logit_softcapping", "logit_scale", "logits_scaling")
+"""What models call it in config.json; a cap may not show before the logits have grown."""
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -96,6 +98,8 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
     Logprobs are computed from the hidden state in chunks, never from the model's own logits: a scale or a soft cap
     that the model applies to them would be lost without a word.
     """
+    settings = model.config.get_text_config().to_dict()
+    applied = [key for key in LOGIT_SETTINGS if settings.get(key) not in (None, 1.0)]
     head = model.get_output_embeddings()
     if not isinstance(head, torch.nn.Linear):
         raise ConfigError(f"model {name!r} has no linear output head ({type(head).__name__}): not supported")
@@ -103,9 +107,10 @@ def _check_head(model: PreTrainedModel, name: str) -> None:
     with torch.no_grad():
         hidden = model.base_model(input_ids=tokens, use_cache=False).last_hidden_state
         expected = model(input_ids=tokens, use_cache=False).logits
-    if not torch.allclose(head(hidden).float(), expected.float(), rtol=1e-2, atol=1e-2):
+    if applied or not torch.allclose(head(hidden).float(), expected.float(), rtol=1e-2, atol=1e-2):
         raise ConfigError(
-            f"model {name!r} ({model.config.model_type}) scales or caps its logits after the output head: not supported"
+            f"model {name!r} ({model.config.model_type}) scales or caps its logits after the output head"
+            f" ({', '.join(applied) or 'seen in its logits'}): not supported"
         )
 
 

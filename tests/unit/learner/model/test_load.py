@@ -6,7 +6,7 @@ import json
 
 import pytest
 import torch
-from transformers import CohereConfig, CohereForCausalLM
+from transformers import CohereConfig, CohereForCausalLM, Gemma2Config, Gemma2ForCausalLM
 
 from learner.model.load import head_of, load_model, load_tokenizer, resolve_device
 from protocol.errors import ConfigError
@@ -71,14 +71,29 @@ def test_an_unknown_architecture(tmp_path):
         load(tmp_path)
 
 
-def test_scaled_logits_are_refused(tmp_path):
+@pytest.mark.parametrize("known", [True, False])
+def test_scaled_logits_are_refused(tmp_path, monkeypatch, known):
+    """By the setting's name, or else by what the logits are."""
+    if not known:
+        monkeypatch.setattr("learner.model.load.LOGIT_SETTINGS", ())
     torch.manual_seed(0)
     config = CohereConfig(
         vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
         logit_scale=0.25, initializer_range=0.5,
     )  # fmt: skip
     CohereForCausalLM(config).save_pretrained(tmp_path)
-    with pytest.raises(ConfigError, match="scales or caps its logits after the output head"):
+    reason = "logit_scale" if known else "seen in its logits"
+    with pytest.raises(ConfigError, match=rf"scales or caps its logits after the output head \({reason}\)"):
+        load(tmp_path)
+
+
+def test_a_cap_that_small_logits_do_not_show_is_refused(tmp_path):
+    config = Gemma2Config(
+        vocab_size=32, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, head_dim=8, final_logit_softcapping=30.0,
+    )  # fmt: skip
+    Gemma2ForCausalLM(config).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match="final_logit_softcapping"):
         load(tmp_path)
 
 
