@@ -1,0 +1,72 @@
+"""What a run's journal says about I3: which ordinals were trained in the lineage of its last weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from learner.journal_records import EndRecord, GroupRecord, IncarnationRecord, StepRecord
+from learner.journal_segments import JournalReport, read_journal
+
+
+@dataclass
+class Lineage:
+    """The journal of a run, reduced."""
+
+    steps: dict[int, tuple[int, ...]] = field(default_factory=dict)
+    """Ordinals by step, of the steps that led to the last weights."""
+    orphaned: list[int] = field(default_factory=list)
+    """Steps that were journaled, and then left behind by a resume from an earlier checkpoint."""
+    incarnations: list[tuple[int, int]] = field(default_factory=list)
+    """(incarnation, policy_version it resumed from)"""
+    ended: dict[int, str] = field(default_factory=dict)
+    """Other ends by ordinal."""
+    groups: dict[int, list[GroupRecord]] = field(default_factory=dict)
+    """Every accepted group by ordinal."""
+
+    @property
+    def trained(self) -> list[int]:
+        """Ordinals in the order trained; one that appears twice was trained twice."""
+        return [ordinal for _, ordinals in sorted(self.steps.items()) for ordinal in ordinals]
+
+    def sampled_by(self, ordinal: int) -> int:
+        """The largest token of the group as it was last accepted: servers here differ in their vocabularies."""
+        return int(np.max(self.groups[ordinal][-1].group.completion_tokens))
+
+
+def read_lineage(run_dir: Path) -> Lineage:
+    """Read the whole journal; it must be undamaged but for a torn end."""
+    report, lineage = JournalReport(), Lineage()
+    for record in read_journal(run_dir / "journal", report):
+        match record:
+            case IncarnationRecord():
+                lineage.incarnations.append((record.incarnation, record.resumed_from))
+                orphaned = [step for step in lineage.steps if step > record.resumed_from]
+                lineage.orphaned += orphaned
+                for step in orphaned:
+                    del lineage.steps[step]
+            case StepRecord():
+                assert record.step not in lineage.steps, f"step {record.step} was applied twice"
+                lineage.steps[record.step] = record.ordinals
+            case EndRecord():
+                lineage.ended[record.ordinal] = record.end
+            case GroupRecord():
+                lineage.groups.setdefault(record.group.ordinal, []).append(record)
+    assert [damage for damage in report.damages if damage.kind == "damaged"] == []
+    return lineage
+
+
+def check_whole_lineage(lineage: Lineage, ledger: dict[str, object], *, steps: int) -> None:
+    """I3: every ordinal up to the cursor was trained once, or ended in another way, or is still under way."""
+    entries, cursor = ledger["entries"], ledger["cursor"]
+    assert isinstance(entries, list)
+    assert isinstance(cursor, int)
+    under_way = {ordinal for ordinal, *_ in entries}
+    assert sorted(lineage.steps) == list(range(1, steps + 1))
+    trained = lineage.trained
+    assert len(trained) == len(set(trained)), "an ordinal was trained twice in the lineage"
+    assert not set(trained) & (under_way | set(lineage.ended))
+    assert set(trained) | under_way | set(lineage.ended) == set(range(cursor)), "an ordinal was lost"
+    assert all(ordinal in lineage.groups for ordinal in trained), "trained, but never on disk (I7)"
