@@ -175,7 +175,7 @@ def handle(parts: Parts, message: object) -> None:
         case Lease():
             accept_lease(parts, message)
         case Ack():
-            parts.book.drop(message.group_id)
+            parts.book.acknowledged(message.group_id)
         case Cancel():
             if parts.book.drop(message.group_id) is not None:
                 parts.engine.abort(message.group_id)
@@ -232,11 +232,11 @@ async def group_task(parts: Parts, lease: Lease) -> None:
     try:
         completions = await parts.engine.generate(request)
         sampled_s = time.monotonic()
-        if lease.group_id not in parts.book.in_flight:
-            return  # cancelled meanwhile
+        if not parts.book.wants(lease):
+            return  # cancelled meanwhile, and perhaps leased anew
         scores = await parts.scorer.score(reward_call(lease, completions, parts.decode))
     except (EngineFailure, MalformedMessage) as error:
-        current = parts.book.drop(lease.group_id)
+        current = parts.book.drop(lease.group_id) if parts.book.wants(lease) else None
         event(log, "group_failed", level=logging.WARNING, group=lease.group_id, ordinal=lease.ordinal, reason=error)
         if current is not None:
             reason = str(error)[:500]
@@ -248,7 +248,7 @@ async def group_task(parts: Parts, lease: Lease) -> None:
     )  # fmt: skip
     parts.reward_timeouts += int((group.reward_statuses == 1).sum())
     parts.reward_errors += int((group.reward_statuses == 2).sum())
-    finished = parts.book.finish(group)
+    finished = parts.book.finish(lease, group)
     if finished is not None:
         send_group(parts, finished)
 
