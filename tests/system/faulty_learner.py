@@ -7,6 +7,7 @@ Patches the shipped code at named places, then runs the shipped command. Faults,
     truncate_chunks     of so many after those the second half is missing
     poison_loss         forward_backward calls (from 1) whose loss is NaN
     poison_gradient     forward_backward calls whose loss is finite and whose gradient is not
+    file_limit          no file may grow beyond so many bytes, as on a disk that is full
     die_at              SIGKILL itself at this moment: "groups_journaled:N" (on disk, not acknowledged, the N-th time),
                         "forward_backward:STEP", "step_journaled:STEP" or "checkpoint:STEP:FAILPOINT"
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import json
 import os
+import resource
 import signal
 import sys
 from collections.abc import Callable
@@ -40,6 +42,8 @@ def main() -> None:
         damage_chunks(faults["corrupt_chunks"], faults["truncate_chunks"], witness)
     if "poison_loss" in faults or "poison_gradient" in faults:
         poison(faults.get("poison_loss", []), faults.get("poison_gradient", []), witness)
+    if "file_limit" in faults:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (faults["file_limit"], resource.RLIM_INFINITY))
     if "die_at" in faults:
         die_at(*faults["die_at"].split(":"), witness=witness)
 
