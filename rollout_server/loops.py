@@ -31,6 +31,7 @@ from protocol.messages import (
     Hello,
     Lease,
     Ping,
+    Pong,
     Refused,
     Return,
     ServerStatus,
@@ -125,13 +126,25 @@ async def connect(parts: Parts) -> None:
                 raise RefusedError(
                     f"the learner at {parts.address} and this server do not fit: {answer}; update the older side"
                 )
-            if isinstance(answer, Refused) and answer.code != "hello_required":
-                raise RefusedError(
-                    f"the learner at {parts.address} refused this server ({answer.code}): {answer.reason}"
-                )
+            if isinstance(answer, Refused) and answer.code == "hello_required":
+                parts.dialer.reconnect()  # another process, in the place of the one that was told Hello
+                break
+            if isinstance(answer, Refused):
+                refused(parts, answer)
         else:
             welcomed(parts, answer)
             return
+
+
+def refused(parts: Parts, answer: Refused) -> None:
+    """End, unless that learner is what a crash has left behind: then the right one will come.
+
+    Raises:
+        Refused: this server does not fit the learner's run.
+    """
+    if answer.code != "incarnation":
+        raise RefusedError(f"the learner at {parts.address} refused this server ({answer.code}): {answer.reason}")
+    event(log, "leftover_learner", level=logging.WARNING, address=parts.address, reason=answer.reason)
 
 
 def make_hello(parts: Parts) -> Hello:
@@ -180,22 +193,29 @@ def handle(parts: Parts, message: object) -> None:
             if parts.book.drop(message.group_id) is not None:
                 parts.engine.abort(message.group_id)
         case WeightsReady():
-            try:
-                parts.weights.announce(message)
-            except MalformedMessage as error:
-                refuse(parts, error)
+            announce(parts, message)
         case Drain():
             parts.end(f"the learner ends the run: {message.reason}")
         case Goodbye():
             event(log, "learner_left", reason=message.reason)
         case Refused():
-            raise RefusedError(
-                f"the learner at {parts.address} dismissed this server ({message.code}): {message.reason}"
-            )
+            refused(parts, message)
         case Fault():
             event(log, "learner_fault", level=logging.WARNING, code=message.code, reason=message.reason)
+        case Pong() | Welcome():
+            pass  # signs of life: that they came is all they say here
         case ProtocolError():
             refuse(parts, message)
+        case _:
+            refuse(parts, ProtocolError(f"{type(message).__name__} is not for a rollout server"))
+
+
+def announce(parts: Parts, ready: WeightsReady) -> None:
+    """Pass on a version that may be fetched."""
+    try:
+        parts.weights.announce(ready)
+    except MalformedMessage as error:
+        refuse(parts, error)
 
 
 def refuse(parts: Parts, error: ProtocolError) -> None:

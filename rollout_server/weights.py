@@ -49,6 +49,8 @@ class WeightsReceiver:
         self._staged: MappedWeights | None = None
         self._wanted: tuple[Manifest, tuple[str, ...]] | None = None
         self._live: Version | None = None
+        self._runs = 0
+        """Runs this server has left."""
         self._announced = Signal()
         self._stop = threading.Event()
         self.reports: asyncio.Queue[WeightsLive | WeightsFailed] = asyncio.Queue()
@@ -72,6 +74,7 @@ class WeightsReceiver:
 
     def new_run(self) -> None:
         """Forget the versions of another run: those of this one begin anew."""
+        self._runs += 1
         self._wanted = self._live = None
         self._stop.set()
 
@@ -88,10 +91,10 @@ class WeightsReceiver:
                 failures = 0
                 await self._waits.wait(self._announced.wait(), name="weights", owner="learner", deadline_s=None)
                 continue
-            manifest, addresses = wanted
+            run, (manifest, addresses) = self._runs, wanted
             try:
                 report = await self._make_live(manifest, addresses)
-                if self._wanted is not None and self._wanted[0].version >= manifest.version:  # still of this run
+                if run == self._runs:  # else it is of a run that this server has left
                     self._live = manifest.version
                     self.reports.put_nowait(report)
                 failures = 0
