@@ -122,12 +122,16 @@ class Coordinator:
         older = self.fleet.named(hello.server)
         if older is not None:
             if older.peer != peer:
-                self.send(older, Refused(code="name_in_use", reason=f"another server named {hello.server} has joined"))
-            self.drop_server(older, "it joined anew", fault=False)
+                reason = f"another server named {hello.server} has joined"
+                self.reply(older.peer, Refused(code="name_in_use", reason=reason))
+            # A process that only lost its connection still has its groups; a new one lost them, perhaps to one of them.
+            self.drop_server(older, "it joined anew", fault=hello.run_id != self.identity.run_id)
         self.reward_functions = self.reward_functions or hello.reward_functions
         if hello.run_id != self.identity.run_id:
             hello = msgspec.structs.replace(hello, live=None)  # it still serves the weights of another run
         server = self.fleet.join(peer, hello, self.clock())
+        if server.live is not None:  # its WeightsLive may have been lost with the connection
+            self.ledger.live(server.live.policy_version)
         keep = tuple(g for g in hello.unacked if self._wanted(g)) + tuple(
             g for g in hello.in_flight if self._adopt(server, g)
         )
@@ -304,9 +308,11 @@ class Coordinator:
         entry = self.entry_of(held_id)
         if entry is None or entry.state is not State.PENDING or server.live is None or not self.training:
             return False
-        if server.live.policy_version < self.ledger.min_policy_version(entry.sequence):
+        oldest = self.ledger.min_policy_version(entry.sequence)
+        if server.live.policy_version < oldest:
             return False
-        self.ledger.dispatched(entry.sequence, server.name, server.live.policy_version)
+        # The samples under way may have begun before the server's version went live: count on no more than needed.
+        self.ledger.dispatched(entry.sequence, server.name, oldest)
         self.fleet.assign(server, held_id, self.config.num_generations)
         return True
 
