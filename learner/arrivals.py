@@ -95,8 +95,10 @@ class Arrivals:
         await self._journal.append(*[self._record(group) for _, group in accepted], *ends)
         for peer, group in accepted:
             self._ack(peer, group, AckStatus.OK)
-            if self._coordinator.ledger.judge(group.ordinal, _oldest(group)) is Verdict.ACCEPT:  # not its own duplicate
+            if self._coordinator.ledger.judge(group.ordinal, _oldest(group)) is Verdict.ACCEPT:
                 self._admit(self._train_group(group), peer)
+            else:  # its own duplicate; or a short batch was formed meanwhile, and now it is too old
+                self._release(group, fault=False, reason="too old to train once it was on disk")
         self._coordinator.changed.notify()
 
     def restore(self, restored: dict[int, TrainGroup]) -> None:
@@ -112,6 +114,7 @@ class Arrivals:
         if group is not None and self._coordinator.ledger.judge(entry.ordinal, _oldest(group.group)) is Verdict.ACCEPT:
             self._admit(dataclasses.replace(group, sequence=entry.sequence), None)
             self._coordinator.counters["groups_restored"] += 1
+            self._coordinator.changed.notify()  # no server has a part in it: nothing else may tell batch_loop
 
     def _judge(self, peer: bytes, group: Group) -> bool:
         """Answer at once what need not be journaled; say whether the group is to be."""
@@ -153,14 +156,27 @@ class Arrivals:
         return True
 
     def _check_identity(self, group: Group) -> None:
-        coordinator = self._coordinator
-        if group.purpose is Purpose.EVAL:
-            return  # its id was found among the leases
-        if group.group_id != coordinator.train_id(group.ordinal):
-            raise InvalidGroup(f"group {group.ordinal}: id {group.group_id} is not that of any lease of this run")
-        leased = coordinator.config.temperature
+        """Check what only this run can know: the id, the temperature leased, the versions.
+
+        Raises:
+            InvalidGroup: it is not an answer to its lease.
+        """
+        coordinator, config = self._coordinator, self._coordinator.config
+        if group.group_id != self._leased_id(group):
+            raise InvalidGroup(f"group {group.ordinal}: id {group.group_id} is not that of its lease")
+        evaluation = group.purpose is Purpose.EVAL
+        leased = (config.eval_temperature or 1.0) if evaluation else config.temperature  # greedy logprobs have T = 1
         if group.temperature != leased:
             raise InvalidGroup(f"group {group.ordinal}: temperature {group.temperature:g}, leased at {leased:g}")
+        for version in group_versions(group):
+            if coordinator.is_unborn(version):
+                raise InvalidGroup(f"group {group.ordinal}: sampled by version {version}, which was never trained")
+
+    def _leased_id(self, group: Group) -> str:
+        """What the lease of that ordinal is called, whatever the message calls it."""
+        coordinator = self._coordinator
+        evaluation = group.purpose is Purpose.EVAL and coordinator.evaluation is not None
+        return coordinator.eval_id(group.ordinal) if evaluation else coordinator.train_id(group.ordinal)
 
     def _evaluated(self, peer: bytes, group: Group) -> None:
         coordinator = self._coordinator
@@ -178,14 +194,15 @@ class Arrivals:
             "group_refused", f"refused {error}", server=server.name if server else "?", ordinal=group.ordinal
         )
         self._parts.discard(group.group_id)
-        coordinator.fleet.answered(peer, group.group_id)
+        coordinator.fleet.answered(peer, self._leased_id(group))
         self._ack(peer, group, AckStatus.REFUSED, str(error))
         self._release(group, fault=True, reason=str(error))
 
     def _release(self, group: Group, *, fault: bool, reason: str) -> None:
         """Give a refused group's lease out again, unless another server works on it: who sent this may be anybody."""
-        if self._coordinator.fleet.holder(group.group_id) is None:
-            self._coordinator.lost(group.group_id, fault=fault, reason=reason)
+        leased_id = self._leased_id(group)
+        if self._coordinator.fleet.holder(leased_id) is None:
+            self._coordinator.lost(leased_id, fault=fault, reason=reason)
 
     def _ack(self, peer: bytes, group: Group, status: AckStatus, reason: str = "") -> None:
         ack = Ack(group_id=group.group_id, attempt=group.attempt, status=status, reason=reason)

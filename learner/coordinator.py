@@ -31,7 +31,7 @@ from protocol.identity import group_id
 from protocol.logs import event
 from protocol.messages import AnyMessage, Cancel, Hello, Purpose, Refused, WeightsReady, Welcome
 from protocol.signals import Signal
-from protocol.versions import Lineage
+from protocol.versions import Lineage, Version
 from protocol.waits import Waiting
 
 log = logging.getLogger(__name__)
@@ -127,7 +127,7 @@ class Coordinator:
             # A process that only lost its connection still has its groups; a new one lost them, perhaps to one of them.
             self.drop_server(older, "it joined anew", fault=hello.run_id != self.identity.run_id)
         self.reward_functions = self.reward_functions or hello.reward_functions
-        if hello.run_id != self.identity.run_id:
+        if hello.run_id != self.identity.run_id or (hello.live is not None and self.is_unborn(hello.live)):
             hello = msgspec.structs.replace(hello, live=None)  # it still serves the weights of another run
         server = self.fleet.join(peer, hello, self.clock())
         if server.live is not None:  # its WeightsLive may have been lost with the connection
@@ -289,6 +289,10 @@ class Coordinator:
         """Group id of a training ordinal."""
         return group_id(self.identity.run_id, ordinal)
 
+    def is_unborn(self, version: Version) -> bool:
+        """Whether it would belong to this run but has not been trained yet: nobody can honestly have it (I4)."""
+        return version in self.lineage and version.policy_version > self.ledger.policy_version
+
     def evaluates(self, held_id: str) -> bool:
         """Whether that is a lease of the evaluation going on."""
         evaluation = self.evaluation
@@ -370,6 +374,7 @@ class Coordinator:
             if row is None:
                 evaluation.pending.popleft()
                 self.counters["rows_too_long"] += 1
+                self.changed.notify()  # it may have been the last one
                 continue
             samples = self.config.eval_num_generations
             server = self.fleet.choose(
