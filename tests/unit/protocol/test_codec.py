@@ -64,12 +64,12 @@ def test_encoding_copies_nothing():
 
 
 def test_an_array_that_is_not_contiguous_is_copied_into_order():
-    tokens = np.arange(10, dtype=np.int32)[::2]
-    decoded = decode(wire(msgspec.structs.replace(make_lease(), prompt_tokens=tokens)))
-    np.testing.assert_array_equal(decoded.prompt_tokens, [0, 2, 4, 6, 8])
+    lease = msgspec.structs.replace(make_lease(), prompt_tokens=np.arange(10, dtype=np.int32)[::2])
+    np.testing.assert_array_equal(decode(wire(lease)).prompt_tokens, [0, 2, 4, 6, 8])
     transposed = np.arange(8, dtype=np.int32).reshape(2, 4).T
-    decoded = decode(wire(make_group(span_versions=transposed)))
-    np.testing.assert_array_equal(decoded.span_versions, transposed)
+    group = make_group(span_versions=transposed)
+    np.testing.assert_array_equal(decode(wire(group)).span_versions, transposed)
+    assert all(frame.c_contiguous for message in (lease, group) for frame in encode(message)[1:])
 
 
 @pytest.mark.parametrize("buffer", [bytes, bytearray, lambda frame: memoryview(bytearray(frame))])
