@@ -257,12 +257,10 @@ async def train_loop(
         skipped = 0
         with timer.measure("wait_publish_s"):
             await publisher.wait_previous()  # the old snapshot must be complete before the weights change
-        learning_rate = trainer.learning_rate
         applied = asyncio.ensure_future(
-            apply_step(batch, result, trainer, compute, coordinator, journal, publisher, timer)
+            apply_step(batch, result, trainer, compute, coordinator, journal, publisher, recorder, timer)
         )
         await finish(applied)  # a step is applied whole, even when the run is being stopped
-        recorder.step(batch, result, timer, learning_rate=learning_rate)
         if trainer.policy_version % config.save_steps == 0 or trainer.policy_version == config.max_steps:
             await finish(asyncio.ensure_future(recorder.save(compute)))
         recorder.request_evaluation(trainer.policy_version)
@@ -279,17 +277,18 @@ async def apply_step(
     coordinator: Coordinator,
     journal: StepJournal,
     publisher: Publisher,
+    recorder: Recorder,
     timer: StepTimer,
 ) -> None:
-    """Journal the step, change the weights, count the groups as trained, publish: together or not at all."""
-    incarnation = coordinator.identity.incarnation
+    """Journal the step, change the weights, count the groups as trained, publish, record: together or not at all."""
+    incarnation, learning_rate = coordinator.identity.incarnation, trainer.learning_rate
     with timer.measure("journal_s"):
         await journal.append(
             StepRecord(
                 incarnation=incarnation,
                 step=batch.step,
                 ordinals=tuple(group.ordinal for group in batch.groups),
-                learning_rate=trainer.learning_rate,
+                learning_rate=learning_rate,
                 num_micro_batches=int(result.metrics.get("num_micro_batches", 1)),
             ),
             *coordinator.take_unjournaled(),
@@ -300,6 +299,7 @@ async def apply_step(
     last = policy_version == coordinator.config.max_steps
     if policy_version % coordinator.config.weight_sync_steps == 0 or last:
         publisher.start(Version(incarnation, policy_version))
+    recorder.step(batch, result, timer, learning_rate=learning_rate)
     event(log, "trained", step=policy_version, staleness=max(batch.staleness), tokens=result.loss_tokens)
 
 

@@ -32,7 +32,7 @@ def test_a_new_process_under_the_same_name_has_lost_its_groups_and_that_counts()
     desk.pump()
     held = len(desk.leases("first"))
 
-    desk.join("north", peer=b"second", live=None)
+    desk.join("north", peer=b"second", live=None, run_id="", incarnation=0)
 
     assert desk.ledger.ends[End.QUARANTINED] == held > 0
 
