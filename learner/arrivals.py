@@ -162,9 +162,10 @@ class Arrivals:
             InvalidGroup: it is not an answer to its lease.
         """
         coordinator, config = self._coordinator, self._coordinator.config
-        if group.group_id != self._leased_id(group):
-            raise InvalidGroup(f"group {group.ordinal}: id {group.group_id} is not that of its lease")
         evaluation = group.purpose is Purpose.EVAL
+        name = coordinator.eval_id if evaluation else coordinator.train_id
+        if group.group_id != name(group.ordinal):
+            raise InvalidGroup(f"group {group.ordinal}: id {group.group_id} is not that of its lease")
         leased = (config.eval_temperature or 1.0) if evaluation else config.temperature  # greedy logprobs have T = 1
         if group.temperature != leased:
             raise InvalidGroup(f"group {group.ordinal}: temperature {group.temperature:g}, leased at {leased:g}")
@@ -173,10 +174,8 @@ class Arrivals:
                 raise InvalidGroup(f"group {group.ordinal}: sampled by version {version}, which was never trained")
 
     def _leased_id(self, group: Group) -> str:
-        """What the lease of that ordinal is called, whatever the message calls it."""
-        coordinator = self._coordinator
-        evaluation = group.purpose is Purpose.EVAL and coordinator.evaluation is not None
-        return coordinator.eval_id(group.ordinal) if evaluation else coordinator.train_id(group.ordinal)
+        """The lease that a message answers. For training its ordinal tells, whatever id it bears."""
+        return self._coordinator.train_id(group.ordinal) if group.purpose is Purpose.TRAIN else group.group_id
 
     def _evaluated(self, peer: bytes, group: Group) -> None:
         coordinator = self._coordinator

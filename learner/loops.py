@@ -106,6 +106,8 @@ def handle(coordinator: Coordinator, server: Server, message: AnyMessage) -> Non
         case Return():
             if message.group_id in server.outstanding:  # else it is no longer, or never was, this server's to return
                 coordinator.lost(message.group_id, fault=message.fault, reason=message.reason)
+        case WeightsLive() if coordinator.is_unborn(message.version):
+            refuse(coordinator, server.peer, ProtocolError(f"live at {message.version}, which was never published"))
         case WeightsLive():
             if coordinator.fleet.went_live(server.peer, message.version):
                 coordinator.ledger.live(message.version.policy_version)
