@@ -74,6 +74,8 @@ class Publisher:
         self._waits = waits
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
         self._buffers: list[MappedWeights] = []
+        self._busy: set[MappedWeights] = set()
+        """Chosen, and neither served nor held back yet: being written or hashed."""
         self._snapshot: asyncio.Future[None] | None = None
         self._held_at: int | None = None
         self._held_back: tuple[Manifest, MappedWeights] | None = None
@@ -129,6 +131,7 @@ class Publisher:
             hash_s=loop.time() - begun_s - snapshot_s,
         )  # fmt: skip
         self.published += 1
+        self._busy.remove(mapped)
         if self._held_at is not None and version.policy_version > self._held_at:
             self._held_back = (manifest, mapped)  # what was held back before is superseded
         else:
@@ -149,12 +152,15 @@ class Publisher:
         while True:
             held = self._held_back[1] if self._held_back else None
             for mapped in self._buffers:
-                if mapped is not held and self._server.is_free(mapped):
+                # The server knows nothing of busy ones: the previous version may still be hashed when this one begins.
+                if mapped is not held and mapped not in self._busy and self._server.is_free(mapped):
+                    self._busy.add(mapped)
                     return mapped
             if len(self._buffers) < BUFFERS:
-                create = asyncio.to_thread(MappedWeights.create, staging_path(self._directory), self._layout)
-                self._buffers.append(await create)
-                return self._buffers[-1]
+                mapped = await asyncio.to_thread(MappedWeights.create, staging_path(self._directory), self._layout)
+                self._buffers.append(mapped)
+                self._busy.add(mapped)
+                return mapped
             if asyncio.get_running_loop().time() > deadline_s:
                 raise WeightsError(f"all {BUFFERS} published versions are still being read after {FREE_BUFFER_S:g} s")
             await asyncio.sleep(0.05)  # readers finish on another thread, and only is_free tells
