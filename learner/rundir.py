@@ -1,7 +1,7 @@
 """The run directory: who owns it, which run it is, and whether the configuration may continue it.
 
     runs/<name>/
-      config.json  metrics.jsonl  summary.json  samples/  checkpoints/  journal/  logs/  weights/
+      config.json  metrics.jsonl  summary.json  samples/  checkpoints/  journal/  logs/
       run.json             run_id, incarnation, and fingerprints of what config.json only names
       learner.lock         held (flock) for life by the one learner of this directory; never removed
 
@@ -81,7 +81,7 @@ class RunDirectory:
         """
         path = config.run_dir
         try:
-            for name in ("samples", "checkpoints", "journal", "logs", "weights"):
+            for name in ("samples", "checkpoints", "journal", "logs"):
                 (path / name).mkdir(parents=True, exist_ok=True)
             lock = _lock(path / "learner.lock")
             try:
@@ -143,11 +143,6 @@ class RunDirectory:
         """Log files of this process."""
         return self.path / "logs"
 
-    @property
-    def weights_dir(self) -> Path:
-        """Published versions, while they are served."""
-        return self.path / "weights"
-
     def check_fingerprints(self, fingerprints: Mapping[str, str]) -> None:
         """Compare the contents that config.json only names with what the run began with, and remember them.
 
@@ -169,6 +164,20 @@ class RunDirectory:
         if dict(fingerprints).items() <= known.items():
             return
         self._save_or_refuse(msgspec.structs.replace(self._identity, fingerprints={**known, **fingerprints}))
+
+    def require_unfinished(self, policy_version: int, max_steps: int) -> None:
+        """Go on while there is something left: steps, or the last evaluation, which ends with summary.json.
+
+        Raises:
+            ConfigError: the run is over.
+        """
+        if policy_version < max_steps:
+            self.summary_path.unlink(missing_ok=True)  # of the run as it was before max_steps was raised
+        elif self.summary_path.exists():
+            raise ConfigError(
+                f"run {self.path} has trained its {policy_version} steps: raise max_steps to go on, or choose another"
+                " run_name"
+            )
 
     def begin_incarnation(self) -> int:
         """Return this learner's incarnation, above all earlier ones and on disk. Before a socket opens, once.

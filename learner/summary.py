@@ -15,7 +15,7 @@ import msgspec
 from learner.durable import write_atomic
 from learner.stats import EvalPoint, Totals
 
-IDLE_WORTH_SAYING = 0.3
+IDLE_WORTH_SAYING = 0.2
 """A side that idles more than this gets advice."""
 
 

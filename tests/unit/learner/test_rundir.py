@@ -32,7 +32,7 @@ def begin(config: LearnerConfig) -> RunDirectory:
 def test_a_new_run_has_its_places_and_its_name(tmp_path: Path) -> None:
     run = RunDirectory.open(make_config(tmp_path))
     assert run.path == tmp_path / "r"
-    for directory in (run.samples_dir, run.checkpoints_dir, run.journal_dir, run.logs_dir, run.weights_dir):
+    for directory in (run.samples_dir, run.checkpoints_dir, run.journal_dir, run.logs_dir):
         assert directory.is_dir()
         assert directory.parent == run.path
     assert (run.metrics_path.name, run.summary_path.name) == ("metrics.jsonl", "summary.json")
