@@ -92,7 +92,8 @@ class Publisher:
     async def wait_previous(self) -> None:
         """Wait until the previous snapshot is complete: from then on the weights may change."""
         if self._snapshot is not None:
-            await self._waits.wait(self._snapshot, name="publish", owner="publisher", deadline_s=FREE_BUFFER_S * 2)
+            snapshot = asyncio.shield(self._snapshot)  # whoever stops waiting for it must not call it off
+            await self._waits.wait(snapshot, name="publish", owner="publisher", deadline_s=FREE_BUFFER_S * 2)
             self._snapshot = None
 
     def hold(self, policy_version: int) -> None:
