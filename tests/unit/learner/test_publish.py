@@ -1,4 +1,4 @@
-"""Publishing: a version's bytes are those of one step, whatever overlaps with what (I5)."""
+"""Publishing: bytes are those of one step, no mapping is written while anyone reads it, a pinned evaluation holds."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-import learner.publish as publish
+import learner.publish as publish_module
 from learner.publish import BUFFERS, Publisher
 from protocol.errors import WeightsError
 from protocol.messages import WeightsReady
@@ -19,161 +19,267 @@ from protocol.waits import Waits
 from protocol.weights.layout import MappedWeights, build_manifest
 from protocol.weights.manifest import Manifest, TensorSpec
 
-SPECS = [TensorSpec("w", "F32", (4,))]
-Scene = Callable[["Stage"], Awaitable[None]]
+SPECS = [TensorSpec("a", "F32", (64, 4)), TensorSpec("b", "BF16", (100,))]
 
 
-class Source:
-    """A model of one tensor, all of whose entries are `value`."""
+class FakeServer:
+    """Serves the two newest, as the real one does; `readers` hold on to a mapping that is no longer served."""
 
     def __init__(self) -> None:
-        self.value = 0.0
+        self.served: dict[Version, tuple[Manifest, MappedWeights]] = {}
+        self.readers: list[MappedWeights] = []
+
+    def serve(self, manifest: Manifest, mapped: MappedWeights) -> None:
+        assert all(mapped is not other for _, other in self.served.values()), "one mapping, two versions"
+        self.served[manifest.version] = (manifest, mapped)
+        for version in sorted(self.served)[:-2]:
+            del self.served[version]
+
+    def is_free(self, mapped: MappedWeights) -> bool:
+        return all(mapped is not busy for busy in [*(m for _, m in self.served.values()), *self.readers])
+
+    def check_bytes(self) -> None:
+        """I5: what is served under a version hashes to its manifest."""
+        for version, (manifest, mapped) in self.served.items():
+            assert build_manifest(version, mapped, manifest.algorithm) == manifest, f"version {version}"
+
+
+class FakeSource:
+    """Weights that are all the number `value`. Writing can be held back with `gate`."""
+
+    def __init__(self) -> None:
+        self.value = 0
+        self.gate = threading.Event()
+        self.gate.set()
+        self.error: Exception | None = None
 
     def specs(self) -> list[TensorSpec]:
         return SPECS
 
     def write_weights(self, mapped: MappedWeights) -> None:
-        np.frombuffer(mapped.view("w"), np.float32)[:] = self.value
+        assert self.gate.wait(10)
+        if self.error is not None:
+            raise self.error
+        for spec in SPECS:
+            np.frombuffer(mapped.view(spec.name), np.uint8)[:] = self.value
 
 
-class Server:
-    """Serves the two newest versions; `readers` are mappings that somebody still reads."""
-
-    def __init__(self) -> None:
-        self.served: dict[Version, MappedWeights] = {}
-        self.readers: list[MappedWeights] = []
-
-    def serve(self, manifest: Manifest, mapped: MappedWeights) -> None:
-        assert mapped not in self.served.values(), "one mapping, two versions"
-        self.served[manifest.version] = mapped
-        for version in sorted(self.served)[:-2]:
-            del self.served[version]
-
-    def is_free(self, mapped: MappedWeights) -> bool:
-        return mapped not in [*self.served.values(), *self.readers]
-
-    def value(self, version: Version) -> float:
-        return float(np.frombuffer(self.served[version].view("w"), np.float32)[0])
-
-
-class Stage:
-    """A publisher with what it needs."""
+class Bench:
+    """A publisher with everything around it."""
 
     def __init__(self, directory: Path, tasks: asyncio.TaskGroup) -> None:
-        self.source, self.server = Source(), Server()
+        self.server, self.source, self.waits = FakeServer(), FakeSource(), Waits()
         self.announced: list[WeightsReady] = []
-        self.told = asyncio.Event()
         self.publisher = Publisher(
-            self.source, self.server, directory=directory, algorithm="xxh3_128", bulk_address="ipc:///nowhere",  # type: ignore[arg-type]
-            announce=self.announce, tasks=tasks, waits=Waits(),
-        )  # fmt: skip
+            self.source,
+            self.server,  # type: ignore[arg-type]
+            directory=directory,
+            algorithm="xxh3_128",
+            bulk_address="tcp://127.0.0.1:5556",
+            announce=self.announced.append,
+            tasks=tasks,
+            waits=self.waits,
+        )
 
-    def announce(self, ready: WeightsReady) -> None:
-        self.announced.append(ready)
-        self.told.set()
+    def versions(self) -> list[int]:
+        """Announced, in order."""
+        return [ready.version.policy_version for ready in self.announced]
 
-    async def publish(self, step: int) -> None:
-        """Train a step and begin to publish it."""
+    def start(self, policy_version: int) -> None:
+        self.source.value = policy_version
+        self.publisher.start(Version(1, policy_version))
+
+    async def publish(self, policy_version: int) -> None:
+        """Publish, and wait until it is announced or held back."""
+        published = self.publisher.published
+        self.start(policy_version)
         await self.publisher.wait_previous()
-        self.source.value = float(step)
-        self.publisher.start(Version(1, step))
+        await self.until(lambda: self.publisher.published > published)
 
-    async def wait_announced(self, step: int) -> None:
-        while not self.announced or self.announced[-1].version < Version(1, step):
-            self.told.clear()
-            await self.told.wait()
+    async def until(self, condition: Callable[[], bool]) -> None:
+        """Let the publisher's thread work until it has brought something about."""
+        async with asyncio.timeout(10):
+            while not condition():
+                await asyncio.sleep(0.001)
 
 
-def play(directory: Path, scene: Scene) -> None:
-    """Run a scene against a publisher."""
-
+def on_bench(directory: Path, scenario: Callable[[Bench], Awaitable[None]]) -> None:
     async def main() -> None:
-        async with asyncio.timeout(10), asyncio.TaskGroup() as tasks:
-            stage = Stage(directory, tasks)
-            try:
-                await scene(stage)
-            finally:
-                await stage.publisher.close()
+        async with asyncio.TaskGroup() as tasks:
+            bench = Bench(directory, tasks)
+            await scenario(bench)
+        bench.server.check_bytes()
+        await bench.publisher.close()
+        assert list(directory.iterdir()) == []
 
     asyncio.run(main())
 
 
-def test_each_version_is_announced_in_order_with_its_own_bytes(tmp_path: Path) -> None:
-    async def scene(stage: Stage) -> None:
-        for step in range(6):
-            await stage.publish(step)
-            await stage.wait_announced(step)
-            assert stage.server.value(Version(1, step)) == step
-        assert [ready.version.policy_version for ready in stage.announced] == list(range(6))
-        assert Manifest.from_json(stage.announced[-1].manifest.tobytes()).version == Version(1, 5)
-        assert stage.publisher.published == 6
-        assert stage.publisher.current is stage.announced[-1]
+def test_a_version_is_written_hashed_served_and_announced(tmp_path):
+    async def scenario(bench):
+        await bench.publish(0)
+        (ready,) = bench.announced
+        assert (ready.version, ready.addresses) == (Version(1, 0), ("tcp://127.0.0.1:5556",))
+        manifest = Manifest.from_json(ready.manifest.tobytes())
+        assert (manifest.version, manifest.algorithm) == (Version(1, 0), "xxh3_128")
+        assert bench.server.served[Version(1, 0)][0] == manifest
+        assert bench.publisher.current is ready
+        await bench.publish(1)
+        assert bench.versions() == [0, 1]
+        assert bench.publisher.published == 2
 
-    play(tmp_path, scene)
+    on_bench(tmp_path, scenario)
 
 
-def test_a_version_still_being_hashed_is_not_written_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_weights_may_change_only_when_the_snapshot_is_complete(tmp_path):
+    async def scenario(bench):
+        await bench.publisher.wait_previous()  # nothing before: at once
+        bench.source.gate.clear()
+        bench.start(1)
+        waiting = asyncio.create_task(bench.publisher.wait_previous())
+        await bench.until(lambda: any(wait.name == "publish" for wait in bench.waits.current()))
+        assert not waiting.done()
+        bench.source.gate.set()
+        await waiting
+        await bench.publisher.wait_previous()
+
+    on_bench(tmp_path, scenario)
+
+
+def test_two_at_once_are_a_bug(tmp_path):
+    async def scenario(bench):
+        bench.start(1)
+        with pytest.raises(AssertionError, match="wait_previous first"):
+            bench.publisher.start(Version(1, 2))
+        await bench.publisher.wait_previous()
+
+    on_bench(tmp_path, scenario)
+
+
+def test_i5_a_version_still_being_hashed_is_not_overwritten_by_the_next(tmp_path, monkeypatch):
     hashing, go_on = threading.Event(), threading.Event()
 
-    def slow_manifest(version: Version, mapped: MappedWeights, algorithm: str) -> Manifest:
+    def slow_build_manifest(*arguments):
         hashing.set()
-        assert go_on.wait(5)
-        return build_manifest(version, mapped, algorithm)  # type: ignore[arg-type]
+        assert go_on.wait(10)
+        return build_manifest(*arguments)
 
-    monkeypatch.setattr(publish, "build_manifest", slow_manifest)
+    monkeypatch.setattr(publish_module, "build_manifest", slow_build_manifest)
 
-    async def scene(stage: Stage) -> None:
-        await stage.publish(1)
-        await stage.publish(2)  # the snapshot of 1 is complete, its hash is not
-        assert await asyncio.to_thread(hashing.wait, 5)
+    async def scenario(bench):
+        bench.start(1)
+        await bench.publisher.wait_previous()
+        await bench.until(hashing.is_set)
+        bench.start(2)
+        await asyncio.sleep(0)
         await asyncio.sleep(0)
         go_on.set()
-        await stage.wait_announced(2)
-        assert [ready.version.policy_version for ready in stage.announced] == [1, 2]
-        assert [stage.server.value(Version(1, step)) for step in (1, 2)] == [1.0, 2.0]
+        await bench.publisher.wait_previous()
+        await bench.until(lambda: bench.publisher.published == 2)
+        bench.server.check_bytes()
+        assert bench.versions() == [1, 2]
 
-    play(tmp_path, scene)
-
-
-def test_while_a_version_is_held_newer_ones_wait_and_only_the_newest_follows(tmp_path: Path) -> None:
-    async def scene(stage: Stage) -> None:
-        await stage.publish(1)
-        await stage.wait_announced(1)
-        stage.publisher.hold(1)
-        for step in (2, 3, 4):
-            await stage.publish(step)
-        await stage.publisher.wait_previous()
-        while stage.publisher.published < 4:
-            await asyncio.sleep(0)
-        assert [ready.version.policy_version for ready in stage.announced] == [1]
-        stage.publisher.release()
-        await stage.wait_announced(4)
-        assert [ready.version.policy_version for ready in stage.announced] == [1, 4]
-        assert stage.server.value(Version(1, 4)) == 4.0
-
-    play(tmp_path, scene)
+    on_bench(tmp_path, scenario)
 
 
-def test_slow_readers_are_waited_for_and_then_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(publish, "FREE_BUFFER_S", 0.0)
+def test_i5_many_versions_in_a_row_never_touch_what_is_served_or_read(tmp_path):
+    async def scenario(bench):
+        for version in range(12):
+            if version % 3 == 0 and bench.server.served:
+                bench.server.readers = [mapped for _, mapped in bench.server.served.values()][:1]  # a slow reader
+                held = [(mapped, bytes(mapped.bytes(0, 100))) for mapped in bench.server.readers]
+            await bench.publish(version)
+            bench.server.check_bytes()
+            if bench.server.readers:
+                assert all(bytes(mapped.bytes(0, 100)) == before for mapped, before in held)
+        assert len(list(tmp_path.iterdir())) <= BUFFERS
 
-    async def scene(stage: Stage) -> None:
-        for step in range(BUFFERS):
-            await stage.publish(step)
-            await stage.wait_announced(step)
-            stage.server.readers.append(stage.server.served[Version(1, step)])
-        await stage.publish(BUFFERS)
-
-    with pytest.raises(ExceptionGroup) as failure:
-        play(tmp_path, scene)
-    assert failure.group_contains(WeightsError, match=f"all {BUFFERS} published versions are still being read")
+    on_bench(tmp_path, scenario)
 
 
-def test_closing_removes_every_file(tmp_path: Path) -> None:
-    async def scene(stage: Stage) -> None:
-        await stage.publish(1)
-        await stage.wait_announced(1)
-        assert len(list(tmp_path.iterdir())) == 1
+def test_slow_readers_of_every_mapping_end_the_run_with_a_reason(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish_module, "FREE_BUFFER_S", 0.1)
 
-    play(tmp_path, scene)
-    assert list(tmp_path.iterdir()) == []
+    async def scenario(bench):
+        for version in range(BUFFERS + 2):
+            await bench.publish(version)
+            bench.server.readers += [mapped for _, mapped in bench.server.served.values()]
+
+    with pytest.raises(ExceptionGroup) as raised:
+        on_bench(tmp_path, scenario)
+    assert raised.group_contains(WeightsError, match=r"all 4 published versions are still being read after 0\.1 s")
+
+
+def test_weights_that_are_not_finite_end_the_run(tmp_path):
+    async def scenario(bench):
+        bench.source.error = WeightsError("tensor a holds a NaN")
+        bench.start(1)
+        await bench.publisher.wait_previous()
+
+    with pytest.raises(ExceptionGroup) as raised:
+        on_bench(tmp_path, scenario)
+    assert raised.group_contains(WeightsError, match="tensor a holds a NaN")
+
+
+def test_a_pinned_evaluation_holds_newer_versions_back(tmp_path):
+    async def scenario(bench):
+        await bench.publish(3)
+        bench.publisher.hold(3)
+        await bench.publish(4)
+        await bench.publish(5)
+        assert bench.versions() == [3], "snapshots go on, announcements do not"
+        assert bench.publisher.published == 3
+        bench.publisher.release()
+        assert bench.versions() == [3, 5], "4 is superseded"
+        bench.server.check_bytes()
+        await bench.publish(6)
+        assert bench.versions() == [3, 5, 6]
+
+    on_bench(tmp_path, scenario)
+
+
+def test_the_version_that_is_pinned_is_announced(tmp_path):
+    async def scenario(bench):
+        bench.publisher.hold(0)
+        await bench.publish(0)
+        assert bench.versions() == [0]
+        bench.publisher.release()
+        assert bench.versions() == [0]
+
+    on_bench(tmp_path, scenario)
+
+
+def test_what_is_held_back_is_not_overwritten(tmp_path):
+    async def scenario(bench):
+        bench.publisher.hold(0)
+        await bench.publish(0)
+        await bench.publish(1)
+        bench.source.gate.clear()
+        bench.start(2)
+        bench.publisher.release()
+        assert bench.versions() == [0, 1]
+        bench.server.check_bytes()
+        bench.source.gate.set()
+        await bench.publisher.wait_previous()
+        await bench.until(lambda: bench.publisher.published == 3)
+        bench.server.check_bytes()
+
+    on_bench(tmp_path, scenario)
+
+
+def test_a_train_loop_cancelled_while_it_waits_leaves_the_publishing_intact(tmp_path):
+    """A signal stops the steps; what is being published must not fail because nobody waits for it any more."""
+
+    async def scenario(bench):
+        bench.source.gate.clear()
+        bench.start(1)
+        waiting = asyncio.create_task(bench.publisher.wait_previous())
+        await bench.until(lambda: bool(bench.waits.current()))
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        bench.source.gate.set()
+        await bench.publisher.wait_previous()
+        await bench.until(lambda: bench.versions() == [1])
+
+    on_bench(tmp_path, scenario)
