@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 
 from learner.buffer import Buffer
@@ -40,6 +41,7 @@ class Monitor:
         self._address = address
         self._started_s = coordinator.clock()
         self._served_s = self._started_s
+        self._rollout = (math.nan, math.nan)
         self.phase = "starting"
         """Once the first lease is out: training."""
 
@@ -62,7 +64,7 @@ class Monitor:
             elapsed_s=now_s - self._started_s,
             phase=self.phase,
             activity=self._compute.busy_with,
-            last=StepView.of(recorder.last_row) if recorder.last_row is not None else StepView(),
+            last=self._last_step(),
             rewards=recorder.stats.rewards,
             evals=recorder.evals,
             eta_s=recorder.stats.eta_s(config.max_steps) if steps else math.nan,
@@ -75,3 +77,13 @@ class Monitor:
             notices=list(coordinator.notices),
             loop_lag_ms=self._lag.p99_ms(),
         )
+
+    def _last_step(self) -> StepView:
+        """The last step; where it was too short for a server to report, with what they reported before."""
+        if self._recorder.last_row is None:
+            return StepView()
+        last = StepView.of(self._recorder.last_row)
+        if not math.isnan(last.rollout_busy):
+            self._rollout = (last.rollout_busy, last.rollout_tokens_per_s)
+        busy, tokens_per_s = self._rollout
+        return dataclasses.replace(last, rollout_busy=busy, rollout_tokens_per_s=tokens_per_s)

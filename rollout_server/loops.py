@@ -50,6 +50,10 @@ from rollout_server.weights import WeightsReceiver
 log = logging.getLogger(__name__)
 
 
+ORDINARY = ("message", "report", "weights", "the end")
+"""Waits that are the ordinary state of a server with nothing wrong."""
+
+
 @dataclass(kw_only=True)
 class Parts:
     """What the loops share; built and owned by app.py."""
@@ -305,7 +309,7 @@ async def heartbeat_loop(parts: Parts) -> None:
 def make_status(parts: Parts) -> ServerStatus:
     """Gauges and counters of this moment."""
     engine = parts.engine.status()
-    waiting = [w for w in parts.waits.current() if w.name not in ("message", "report")]
+    waiting = [w for w in parts.waits.current() if w.name not in ORDINARY]
     return ServerStatus(
         samples_running=engine.samples_running,
         samples_waiting=engine.samples_waiting,
