@@ -40,7 +40,6 @@ from learner.trackers import JsonlTracker, SampleWriter
 from learner.trainer import Trainer
 from protocol.addresses import is_local, parse_address, tcp_address
 from protocol.channel import Listener, bulk_address, check_address, listen
-from protocol.errors import ConfigError
 from protocol.logs import configure_logging
 from protocol.loop_lag import LoopLag
 from protocol.tasks import on_signals, run_loop
@@ -127,11 +126,7 @@ class Learner:
         checkpoint = await asyncio.to_thread(latest_checkpoint, directory.checkpoints_dir)
         self.screen.print_notice(opening_line(config, checkpoint))
         trainer = await self.compute(self.make_trainer, config, checkpoint=checkpoint.path if checkpoint else None)
-        if trainer.policy_version >= config.max_steps:
-            raise ConfigError(
-                f"run {directory.path} has trained its {trainer.policy_version} steps: raise max_steps to go on, or"
-                " choose another run_name"
-            )
+        directory.require_unfinished(trainer.policy_version, config.max_steps)
         prompts = open_prompts(config, trainer.tokenizer)
         eval_prompts = open_prompts(config, trainer.tokenizer, evaluation=True) if config.eval_dataset else None
         fingerprints = {"dataset": prompts.fingerprint, "tokenizer": trainer.tokenizer_digest}
@@ -280,6 +275,6 @@ def make_recorder(
         eval_tracker=eval_tracker,
         samples=samples,
         lag=lag,
-        evals=eval_points(checkpoint.state.evaluations) if checkpoint else [],
+        evals=eval_points(eval_tracker.rows()),
         checkpoint=checkpoint.path if checkpoint else None,
     )

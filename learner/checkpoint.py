@@ -65,8 +65,6 @@ class CheckpointState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     config_fingerprint: str
     ledger: Mapping[str, Any]
     """The ledger's own snapshot, cursor included: plain JSON values, opaque here."""
-    evaluations: list[dict[str, str | int | float | None]] = []
-    """Evaluation results so far, oldest first. A NaN comes back as None."""
     counters: dict[str, int | float] = {}
     """Totals that go on counting after a restart: tokens trained, seconds, ..."""
 

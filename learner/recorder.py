@@ -140,7 +140,6 @@ class Recorder:
             policy_version=self.trainer.policy_version,
             config_fingerprint=self.run.config_fingerprint,
             ledger=snapshot,
-            evaluations=[eval_row(point) for point in self.evals],
         )
         begun_s = self.coordinator.clock()
         self.checkpoint = await compute(
@@ -213,10 +212,10 @@ def server_view(server: Server, health: str, now_s: float) -> ServerView:
 
 
 def eval_row(point: EvalPoint) -> dict[str, Any]:
-    """An evaluation result as a checkpoint keeps it."""
+    """An evaluation result as evals.jsonl keeps it."""
     return {"step": point.step, "reward": point.reward, "oldest": point.oldest, "newest": point.newest}
 
 
 def eval_points(rows: Sequence[Mapping[str, Any]]) -> list[EvalPoint]:
     """Read them back."""
-    return [EvalPoint(**{**row, "reward": float("nan") if row["reward"] is None else row["reward"]}) for row in rows]
+    return [EvalPoint(**row) for row in rows]

@@ -89,8 +89,8 @@ class Run:
         return True
 
     def interrupt(self, name: str) -> None:
-        """First signal: stop at the step boundary and save. Second: at once."""
-        if self.interrupted or self._training is None:
+        """First signal: stop at the step boundary and save. Second, or when nothing is being trained: at once."""
+        if self.interrupted or self._training is None or self._training.done():
             raise KeyboardInterrupt
         self.interrupted = name
         event(log, "interrupted", signal=name)

@@ -33,7 +33,6 @@ def make_state(policy_version: int, *, incarnation: int = 1, **changes: Any) -> 
         "policy_version": policy_version,
         "config_fingerprint": "c" * 64,
         "ledger": {"cursor": 12, "entries": [[3, 4], [5, 6]], "ends": {"trained": 7}},
-        "evaluations": [{"version": "1.0", "accuracy": 0.25}],
         "counters": {"tokens_trained": 123, "wall_s": 4.5},
     }
     return CheckpointState(**{**fields, **changes})
