@@ -210,9 +210,10 @@ def test_nothing_is_adopted_by_weights_too_old_or_left_behind():
 
 def test_nothing_is_adopted_once_training_is_done():
     desk = make_desk()
-    desk.join("north")
+    server = desk.join("north")
     desk.pump()
     (lease, *_) = desk.leases()
+    desk.coordinator.drop_server(server, "silent")
     desk.coordinator.stop_training()
     desk.join("north", peer=b"again", in_flight=(lease.group_id,))
     assert desk.channel.to(b"again", Welcome)[0].keep == ()
@@ -222,6 +223,14 @@ def test_what_another_run_has_left_in_a_server_counts_for_nothing():
     desk = make_desk()
     server = desk.join("north", run_id="another-run", incarnation=9, live=Version(1, 7), in_flight=("f" * 32,))
     assert (server.live, desk.channel.to(b"north", Welcome)[0].keep) == (None, ())
+    desk.pump()
+    assert desk.leases() == []
+
+
+@pytest.mark.parametrize("live", [Version(1, 1), Version(1, 999)])
+def test_a_version_that_was_never_trained_makes_nobody_healthy(live):
+    desk = make_desk()
+    assert desk.join("north", live=live).live is None
     desk.pump()
     assert desk.leases() == []
 

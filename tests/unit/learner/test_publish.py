@@ -51,12 +51,14 @@ class FakeSource:
         self.value = 0
         self.gate = threading.Event()
         self.gate.set()
+        self.writing = threading.Event()
         self.error: Exception | None = None
 
     def specs(self) -> list[TensorSpec]:
         return SPECS
 
     def write_weights(self, mapped: MappedWeights) -> None:
+        self.writing.set()
         assert self.gate.wait(10)
         if self.error is not None:
             raise self.error
@@ -255,7 +257,9 @@ def test_what_is_held_back_is_not_overwritten(tmp_path):
         await bench.publish(0)
         await bench.publish(1)
         bench.source.gate.clear()
+        bench.source.writing.clear()
         bench.start(2)
+        await bench.until(bench.source.writing.is_set)
         bench.publisher.release()
         assert bench.versions() == [0, 1]
         bench.server.check_bytes()
