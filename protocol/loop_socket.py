@@ -26,6 +26,8 @@ _FRAMES_KEPT: Final = MAX_FRAMES + 2
 """A peer's id, and one frame more than any message may have, so that the codec sees it was too many."""
 _NOBLOCK: Final = int(zmq.NOBLOCK)
 _NOBLOCK_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
+_send: Final = zmq.backend.Socket.send
+"""(socket, frame, flags, copy): what zmq.Socket.send ends in, at half the cost per frame."""
 
 
 class LoopSocket:
@@ -48,8 +50,8 @@ class LoopSocket:
         """
         *parts, last = frames
         for frame in parts:
-            self._socket.send(frame, _NOBLOCK_MORE, copy=False)
-        self._socket.send(last, _NOBLOCK, copy=False)
+            _send(self._socket, frame, _NOBLOCK_MORE, False)
+        _send(self._socket, last, _NOBLOCK, False)
         if self._waiter is not None:
             self._on_signal()
 
@@ -84,10 +86,11 @@ class LoopSocket:
     def _take(self) -> list[Buffer] | None:
         """Return the frames of the next message, or None when there is none."""
         frames: list[Buffer] = []
+        receive = self._socket.recv
         more = True
         while more:
             try:
-                frame = self._socket.recv(_NOBLOCK, copy=False)
+                frame = receive(_NOBLOCK, False)
             except zmq.Again:  # only before the first frame: messages arrive whole
                 return None
             except zmq.ZMQError as error:

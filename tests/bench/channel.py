@@ -19,7 +19,6 @@ import numpy as np
 import uvloop
 import xxhash
 import zmq
-from msgspec.structs import astuple
 
 from protocol.channel import dial, listen
 from protocol.codec import encode
@@ -73,13 +72,16 @@ def channel_send(address: str, count: int) -> None:
 
 
 def channel_receive(address: str, count: int) -> float:
+    payload = make_payload()
+    arrays = [name for name in payload.__struct_fields__ if isinstance(getattr(payload, name), np.ndarray)]
+
     async def collect() -> float:
         async with listen(address) as learner:
             for number in range(count):
                 if number == WARM_UP:
                     started_s = time.perf_counter()
                 peer, group = await learner.recv()
-                read_every_byte(value for value in astuple(group) if isinstance(value, np.ndarray))
+                read_every_byte(getattr(group, name) for name in arrays)
                 learner.send(peer, Ack(group_id=group.group_id, attempt=group.attempt, status=AckStatus.OK))
             figure = (count - WARM_UP) / (time.perf_counter() - started_s)
             await learner.recv()
