@@ -23,11 +23,14 @@ from protocol.errors import WeightsError
 _PREFIX, _SUFFIX = "weights-", ".safetensors"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - only a directory of our own in it is used, see clean_staging
 
+LEAST_SHARED_BYTES = 2 << 30
+"""Shared memory smaller than this is not used: containers get 64 MiB unless told otherwise, too little for any model."""
 
-def default_staging_directory() -> Path:
-    """Return this user's staging directory, in shared memory where there is some. Pass it to `clean_staging`."""
-    parent = _SHARED_MEMORY if os.access(_SHARED_MEMORY, os.W_OK) else Path(tempfile.gettempdir())
-    return parent / f"headway-{os.geteuid()}"
+
+def default_staging_directory(shared_memory: Path = _SHARED_MEMORY) -> Path:
+    """Return this user's staging directory, in shared memory where that is usable. Pass it to `clean_staging`."""
+    usable = os.access(shared_memory, os.W_OK) and _total_bytes(shared_memory) >= LEAST_SHARED_BYTES
+    return (shared_memory if usable else Path(tempfile.gettempdir())) / f"headway-{os.geteuid()}"
 
 
 def clean_staging(directory: Path) -> int:
@@ -82,6 +85,11 @@ def create_staging_file(path: Path, file_bytes: int) -> int:
             f" {space.f_bavail * space.f_frsize} free: make room or choose another directory"
         ) from error
     return descriptor
+
+
+def _total_bytes(directory: Path) -> int:
+    space = os.statvfs(directory)
+    return space.f_blocks * space.f_frsize
 
 
 def _check_private(directory: Path) -> None:

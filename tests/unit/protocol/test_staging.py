@@ -4,11 +4,13 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
 from protocol.errors import WeightsError
+from protocol.weights import staging
 from protocol.weights.staging import clean_staging, default_staging_directory, staging_path
 from tests.weights import make_weights
 
@@ -101,3 +103,10 @@ def test_default_directory_is_this_users_own() -> None:
     directory = default_staging_directory()
     assert directory.name == f"headway-{os.geteuid()}"
     assert os.access(directory.parent, os.W_OK)
+
+
+def test_shared_memory_too_small_for_models_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert default_staging_directory(tmp_path).parent == tmp_path
+    monkeypatch.setattr(staging, "LEAST_SHARED_BYTES", 1 << 60)
+    assert default_staging_directory(tmp_path).parent == Path(tempfile.gettempdir())
+    assert default_staging_directory(tmp_path / "none").parent == Path(tempfile.gettempdir())
