@@ -24,7 +24,7 @@ _PREFIX, _SUFFIX = "weights-", ".safetensors"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - only a directory of our own in it is used, see clean_staging
 
 LEAST_SHARED_BYTES = 2 << 30
-"""Shared memory smaller than this is not used: containers get 64 MiB unless told otherwise, too little for any model."""
+"""Shared memory smaller than this is not used: containers get 64 MiB by default, too little for any model."""
 
 
 def default_staging_directory(shared_memory: Path = _SHARED_MEMORY) -> Path:

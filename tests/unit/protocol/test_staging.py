@@ -106,6 +106,7 @@ def test_default_directory_is_this_users_own() -> None:
 
 
 def test_shared_memory_too_small_for_models_is_not_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(staging, "LEAST_SHARED_BYTES", 1)
     assert default_staging_directory(tmp_path).parent == tmp_path
     monkeypatch.setattr(staging, "LEAST_SHARED_BYTES", 1 << 60)
     assert default_staging_directory(tmp_path).parent == Path(tempfile.gettempdir())
