@@ -1,4 +1,4 @@
-"""One live screen on a terminal; one plain line a step anywhere else.
+"""One live screen on a terminal; anywhere else plain lines: one a step, and one for each thing worth a notice.
 
 Knows only `RunView`; what it looks like is in render.py. A terminal that goes away silences the screen and never ends
 the run.
@@ -43,6 +43,8 @@ class Screen:
         """Whether there is a live screen; else plain lines."""
         self._display = Live(console=self._console, auto_refresh=False, vertical_overflow="crop")
         self._remind_at_s = 0.0
+        self._said: frozenset[str] = frozenset()
+        """The notices of the last look."""
 
     def __enter__(self) -> Self:
         return self
@@ -55,10 +57,18 @@ class Screen:
                 self._display.stop()
 
     def show(self, view: RunView) -> None:
-        """Draw the moment. Off a terminal only a wait for servers is said, at growing intervals."""
+        """Draw the moment. Off a terminal new notices are said, and a wait for servers at growing intervals.
+
+        A look shows the last few notices only: a flood of them cannot flood the output.
+        """
         if self.live:
             self._draw(view)
-        elif view.servers:
+            return
+        for notice in dict.fromkeys(view.notices):
+            if notice not in self._said:
+                self._print(printable(notice))
+        self._said = frozenset(view.notices)
+        if view.servers:
             self._remind_at_s = 0.0
         elif view.serverless_s >= self._remind_at_s:
             self._remind_at_s = max(FIRST_REMINDER_S, 2 * view.serverless_s)

@@ -167,6 +167,8 @@ def test_nonsense_is_counted_and_shown(refusals: Refusals) -> None:
     assert "Lease is not for a learner" in texts
     assert "surprise" not in texts
     assert refusals.lab.run.rows()[-1]["groups/malformed"] == len(events) >= 9
+    assert "refused a message of " in refusals.learner.text()
+    assert "refused server other-rewards: it scores with parity" in refusals.learner.text()
     assert refusals.answers["stranger"].code == "hello_required"
 
 
@@ -176,7 +178,7 @@ def test_groups_that_break_i6_or_were_never_asked_for_are_refused(refusals: Refu
     assert "tokens from 1000001 to 10000" in reasons["token"]
     assert "allowed are 0 to 44" in reasons["token"]
     assert "num_generations=16, the lease asked for 4" in reasons["larger"]
-    assert "is not that of any lease of this run" in reasons["foreign"]
+    assert "is not that of its lease" in reasons["foreign"]
     assert {refusals.answers[name].status for name in ("nan", "token", "larger", "foreign")} == {AckStatus.REFUSED}
     assert refusals.answers["never leased"].status is AckStatus.DUPLICATE
     assert reasons["never leased"] == "not leased by this run"

@@ -309,6 +309,20 @@ def test_losing_the_last_server_is_said_at_once_again():
     assert [line.split("(")[1] for line in file.getvalue().splitlines()] == ["5:00)", "0.2 s)"]
 
 
+def test_off_a_terminal_each_notice_is_said_once_and_cannot_flood():
+    output = io.StringIO()
+    with Screen(plain(output)) as screen:
+        screen.show(make_view(notices=["refused server b: it scores with luck", "odd\x1b[31m"]))
+        screen.show(make_view(notices=["odd\x1b[31m", "odd\x1b[31m", "a third"]))
+        screen.show(make_view(notices=["a third"]))
+        screen.show(make_view(notices=[]))
+        screen.show(make_view(notices=["a third"]))
+    lines = output.getvalue().splitlines()
+    assert lines[0] == "refused server b: it scores with luck"
+    assert "\x1b" not in lines[1]
+    assert lines[2:] == ["a third", "a third"], "once more when it is news again"
+
+
 def test_on_a_terminal_the_screen_is_drawn_and_steps_print_nothing_more():
     file = io.StringIO()
     with Screen(terminal(file)) as screen:
