@@ -10,6 +10,7 @@ reward status); an exception out of here is a bug and ends the process.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -40,7 +41,7 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.parts import split_group
-from protocol.waits import Waits
+from protocol.waits import Waits, WaitTimeout
 from rollout_server.engines.base import Engine, EngineFailure, GenerationRequest
 from rollout_server.groups import build_group, reward_call
 from rollout_server.leases import LeaseBook
@@ -118,26 +119,36 @@ async def connect(parts: Parts) -> None:
     while True:
         hello = make_hello(parts)
         parts.dialer.send(hello)
-        answer: object = None
-        while not (isinstance(answer, Welcome) and answer.session == hello.session):
-            try:
-                received = parts.dialer.recv(silence_s=parts.welcome.liveness_s)
-                answer = await parts.waits.wait(received, name="welcome", owner="learner", deadline_s=None)
-            except PeerSilent:
-                parts.dialer.reconnect()
-                break
-            if isinstance(answer, VersionMismatch):
-                raise RefusedError(
-                    f"the learner at {parts.address} and this server do not fit: {answer}; update the older side"
-                )
-            if isinstance(answer, Refused) and answer.code == "hello_required":
-                parts.dialer.reconnect()  # another process, in the place of the one that was told Hello
-                break
-            if isinstance(answer, Refused):
+        answered = wait_welcome(parts, hello.session)
+        limit_s = parts.welcome.liveness_s
+        with contextlib.suppress(WaitTimeout):
+            welcome = await parts.waits.wait(answered, name="welcome", owner="learner", deadline_s=limit_s)
+            if welcome is not None:
+                welcomed(parts, welcome)
+                return
+        parts.dialer.reconnect()
+
+
+async def wait_welcome(parts: Parts, session: str) -> Welcome | None:
+    """Wait for the answer to a Hello. None: it was lost with its learner, and another has taken that one's place.
+
+    Raises:
+        Refused: this server does not fit the learner's run.
+    """
+    while True:
+        match await parts.dialer.recv():
+            case Welcome(session=answered) as welcome if answered == session:
+                return welcome
+            case Refused(code="hello_required"):
+                return None
+            case Refused() as answer:
                 refused(parts, answer)
-        else:
-            welcomed(parts, answer)
-            return
+            case VersionMismatch() as mismatch:
+                raise RefusedError(
+                    f"the learner at {parts.address} and this server do not fit: {mismatch}; update the older side"
+                )
+            case ProtocolError() as error:
+                count_malformed(parts, error)
 
 
 def refused(parts: Parts, answer: Refused) -> None:
@@ -224,9 +235,14 @@ def announce(parts: Parts, ready: WeightsReady) -> None:
 
 def refuse(parts: Parts, error: ProtocolError) -> None:
     """Count and tell of a message that is none; the process lives on."""
+    count_malformed(parts, error)
+    parts.dialer.send(Fault(code="malformed", reason=str(error)))
+
+
+def count_malformed(parts: Parts, error: ProtocolError) -> None:
+    """Note a message that is none."""
     parts.malformed += 1
     event(log, "malformed", level=logging.WARNING, reason=error)
-    parts.dialer.send(Fault(code="malformed", reason=str(error)))
 
 
 def accept_lease(parts: Parts, lease: Lease) -> None:
@@ -237,6 +253,8 @@ def accept_lease(parts: Parts, lease: Lease) -> None:
         parts.dialer.send(Return(group_id=lease.group_id, attempt=lease.attempt, reason=reason, fault=False))
     elif parts.book.accept(lease):
         parts.tasks.create_task(group_task(parts, lease), name=f"group {lease.group_id}")
+    elif lease.group_id in parts.book.unacked:
+        send_group(parts, parts.book.unacked[lease.group_id])
 
 
 async def group_task(parts: Parts, lease: Lease) -> None:
