@@ -1,28 +1,33 @@
 """A learner's pieces without sockets, disks, threads or models: what a test drives by hand.
 
-`Desk` is the coordinator with its ledger, fleet, buffer and arrivals on fakes that record what they were given.
+`Desk` is the coordinator with its ledger, fleet, buffer and arrivals on fakes that record what they were given;
+`FakeTrainer` and the fakes after it are what the loops need beside it, all writing into one `story`.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 import numpy as np
 
 from learner.arrivals import Arrivals
+from learner.batch import Batch, StepResult
 from learner.buffer import Buffer
 from learner.config import LearnerConfig
 from learner.coordinator import ROWS_AHEAD, Coordinator
+from learner.evaluation import Evaluation
 from learner.fleet import Fleet, Server
-from learner.journal_records import EndRecord, GroupRecord, Record
+from learner.journal_records import EndRecord, GroupRecord, Record, StepRecord
 from learner.leases import RunIdentity
 from learner.ledger import Ledger
 from learner.prompts import PromptRow
+from learner.recorder import StepTimer
 from protocol.errors import PeerGone, ProtocolError
 from protocol.messages import Ack, AnyMessage, Group, Hello, Lease
+from protocol.tasks import finish
 from protocol.versions import Lineage, Version
 from tests.factories import RUN_ID, STOP_TOKEN, VOCAB_SIZE, make_group
 
@@ -88,9 +93,13 @@ class FakeJournal:
         self.appends: list[tuple[Record, ...]] = []
         self.gate = asyncio.Event()
         self.gate.set()
+        self.append_s = 0.0
         self.error: Exception | None = None
+        self.story: list[str] = []
 
     async def append(self, *records: Record) -> None:
+        self.story += [f"journal step {record.step}" for record in records if isinstance(record, StepRecord)]
+        await asyncio.sleep(self.append_s)
         await self.gate.wait()
         if self.error is not None:
             raise self.error
@@ -247,3 +256,97 @@ def answer(lease: Lease, **fields: Any) -> Group:
 
 def run(coroutine: Coroutine[Any, Any, T]) -> T:
     return asyncio.run(coroutine)
+
+
+class FakeTrainer:
+    """Trains at once. `results` are what the next forward_backwards find; without one, all is well."""
+
+    learning_rate = 1e-3
+
+    def __init__(self, story: list[str], policy_version: int = 0) -> None:
+        self.policy_version = policy_version
+        self.batches: list[Batch] = []
+        """Those whose gradients were applied."""
+        self.results: list[StepResult] = []
+        self.story = story
+        self._batch: Batch | None = None
+
+    def forward_backward(self, batch: Batch) -> StepResult:
+        self.story.append(f"forward_backward {batch.step}")
+        self._batch = batch
+        return self.results.pop(0) if self.results else StepResult(finite=True, loss_tokens=1, metrics={"loss": 0.5})
+
+    def optimizer_step(self) -> int:
+        assert self._batch is not None, "no gradients"
+        self.batches.append(self._batch)
+        self._batch = None
+        self.policy_version += 1
+        self.story.append(f"optimizer_step {self.policy_version}")
+        return self.policy_version
+
+
+class FakeCompute:
+    """Calls at once, then takes `seconds[name]` of the loop's time. Cancelled, it ends the call first, as Compute."""
+
+    def __init__(self, **seconds: float) -> None:
+        self.seconds = seconds
+        self.begun = asyncio.Event()
+        """Set while a call is under way."""
+
+    async def __call__(self, function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
+        async def call() -> T:
+            self.begun.set()
+            result = function(*args, **kwargs)
+            await asyncio.sleep(self.seconds.get(function.__name__, 0.0))
+            self.begun.clear()
+            return result
+
+        return await finish(asyncio.ensure_future(call()))
+
+
+class FakePublisher:
+    """Publishes nothing, and says when it was asked to."""
+
+    def __init__(self, story: list[str]) -> None:
+        self.story = story
+        self.gate = asyncio.Event()
+        self.gate.set()
+
+    def start(self, version: Version) -> None:
+        self.story.append(f"publish {version}")
+
+    async def wait_previous(self) -> None:
+        self.story.append("wait_previous")
+        await self.gate.wait()
+
+    def hold(self, policy_version: int) -> None:
+        self.story.append(f"hold {policy_version}")
+
+    def release(self) -> None:
+        self.story.append("release")
+
+
+class FakeRecorder:
+    """Keeps what it is told."""
+
+    def __init__(self, story: list[str], checkpoint: str | None = None) -> None:
+        self.story = story
+        self.checkpoint = checkpoint
+        self.save_s = 0.0
+        self.steps: list[tuple[Batch, StepResult]] = []
+        self.evaluations: list[Evaluation] = []
+
+    def step(self, batch: Batch, result: StepResult, timer: StepTimer, *, learning_rate: float) -> None:
+        self.story.append(f"record {'step' if result.finite else 'skipped'} {batch.step}")
+        self.steps.append((batch, result))
+
+    async def save(self, compute: object) -> None:
+        self.story.append("save")
+        await asyncio.sleep(self.save_s)
+        self.story.append("saved")
+
+    def request_evaluation(self, policy_version: int) -> None:
+        self.story.append(f"evaluation due {policy_version}?")
+
+    def evaluated(self, evaluation: Evaluation) -> None:
+        self.evaluations.append(evaluation)

@@ -4,10 +4,23 @@ from __future__ import annotations
 
 import asyncio
 import selectors
-from collections.abc import Coroutine
+from collections.abc import Callable, Coroutine
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 T = TypeVar("T")
+
+
+class InlineExecutor(ThreadPoolExecutor):
+    """Does its work when it is submitted, on the spot: `asyncio.to_thread` then takes no time and no thread."""
+
+    def submit(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        future: Future[T] = Future()
+        try:
+            future.set_result(function(*args, **kwargs))
+        except Exception as error:  # noqa: BLE001 - it belongs to whoever awaits the future
+            future.set_exception(error)
+        return future
 
 
 class _JumpingSelector(selectors.DefaultSelector):
@@ -25,12 +38,13 @@ class _JumpingSelector(selectors.DefaultSelector):
 
 
 class VirtualTimeLoop(asyncio.SelectorEventLoop):
-    """Single-threaded: call_soon_threadsafe from another thread is not waited for."""
+    """Single-threaded: what is sent to the default executor is done at once; other threads are not waited for."""
 
     def __init__(self) -> None:
         self._jumping = _JumpingSelector()
         super().__init__(self._jumping)
         self._clock_resolution = 1e-9
+        self.set_default_executor(InlineExecutor())
 
     def time(self) -> float:
         return self._jumping.now_s

@@ -11,7 +11,6 @@ from protocol.messages import Purpose
 from protocol.versions import Version
 from tests.factories import make_group
 
-
 ASKED_FOR = Version(1, 5)
 
 
