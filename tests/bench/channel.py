@@ -1,4 +1,4 @@
-"""The whole channel path against raw ZeroMQ, between two processes over ipc.
+"""The whole channel path against raw ZeroMQ, between two processes over loopback tcp, the default transport.
 
 `channel_stream`: a server process streams 512 KiB groups; the learner side receives, decodes and reads every byte,
 and acknowledges each group; at most WINDOW are unacknowledged, as leases would have it. The control sends the very
@@ -9,10 +9,9 @@ with the same reading and one-byte acknowledgements. What is lost is what our la
 from __future__ import annotations
 
 import multiprocessing
-import tempfile
+import socket
 import time
 from collections.abc import Callable, Iterable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,7 +28,6 @@ from tests.factories import make_group
 NUM_GROUPS, QUICK_NUM_GROUPS = 4000, 800
 WARM_UP = 100
 WINDOW = 16
-ADDRESS = "ipc://{}/bench"
 
 
 def make_payload() -> Group:
@@ -40,12 +38,12 @@ def make_payload() -> Group:
 def in_two_processes(send: Callable[[str, int], None], receive: Callable[[str, int], float], *, quick: bool) -> float:
     """Run `send(address, count)` in a child and return what `receive` measures here."""
     count = QUICK_NUM_GROUPS if quick else NUM_GROUPS
-    with tempfile.TemporaryDirectory() as directory:
-        address = ADDRESS.format(Path(directory))
-        child = multiprocessing.get_context("spawn").Process(target=send, args=(address, count))
-        child.start()
-        figure = receive(address, count)
-        child.join()
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        address = f"tcp://127.0.0.1:{free.getsockname()[1]}"
+    child = multiprocessing.get_context("spawn").Process(target=send, args=(address, count))
+    child.start()
+    figure = receive(address, count)
+    child.join()
     assert child.exitcode == 0
     return figure
 
