@@ -110,7 +110,8 @@ def run_processes(max_staleness: int, *, quick: bool) -> Outcome:
                 "filter_zero_std": False,
             }  # fmt: skip
             module = ["tests.bench.sleeping_learner", str(generation_seconds(quick))]
-            learner = lab.start("learner", module, config, lab.run.path / "logs" / "learner.log")
+            written = lab.write_config("learner", config)
+            learner = lab.start("learner", module, written, lab.run.path / "logs" / "learner.log")
             server = lab.server(room=ROOM, scripted=SCRIPT)
             lab.wait_step(num_steps(quick), alive=[learner, server])
             assert (learner.wait_exit(END_S), server.wait_exit(END_S)) == (0, 0)

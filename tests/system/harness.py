@@ -178,7 +178,7 @@ class Lab:
         if faults is not None:
             module = ["tests.system.faulty_learner", str(self._write(f"{name}-faults.json", json.dumps(faults)))]
         log_file = Path(config["output_dir"]) / config["run_name"] / "logs" / "learner.log"
-        return self.start(name, [*module, "train"], self._write_config(name, config), log_file)
+        return self.start(name, [*module, "train"], self.write_config(name, config), log_file)
 
     def server(self, name: str = "server", *, module: str = "rollout_server", **changes: Any) -> Process:
         """Start a rollout server."""
@@ -187,7 +187,7 @@ class Lab:
             "log_file": str(self.directory / f"{name}.log"), "staging_dir": str(self.directory / "staging"), **changes,
         }  # fmt: skip
         config["scripted"] = {"vocab_size": 40, "mean_length": 6.0, "token_s": 0.002, **changes.get("scripted", {})}
-        return self.start(name, [module], self._write_config(name, config), Path(config["log_file"]))
+        return self.start(name, [module], self.write_config(name, config), Path(config["log_file"]))
 
     def start(self, name: str, command: Sequence[str], config: Path, log_file: Path) -> Process:
         """Start `python -m` command with a configuration file."""
@@ -230,7 +230,7 @@ class Lab:
             process.end()
         self._sockets.cleanup()
 
-    def _write_config(self, name: str, config: Mapping[str, Any]) -> Path:
+    def write_config(self, name: str, config: Mapping[str, Any]) -> Path:
         return self._write(f"{name}-{len(self.processes)}.toml", to_toml(config))
 
     def _write(self, name: str, text: str) -> Path:
