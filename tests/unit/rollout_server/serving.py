@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 from protocol.channel import Listener
 from protocol.loop_lag import LoopLag
-from protocol.messages import AnyMessage, Hello, Ping, Welcome
+from protocol.messages import Ack, AckStatus, AnyMessage, Group, Hello, Ping, Welcome
 from protocol.testing import MemoryNetwork
 from protocol.versions import Version
 from protocol.waits import Waits
@@ -28,12 +28,15 @@ from rollout_server.loops import Parts, control_loop, heartbeat_loop, report_loo
 from rollout_server.scorers import Scorer, ScriptedScorer
 from rollout_server.weights import WeightsReceiver
 from tests.factories import INITIAL, RUN_ID
+from tests.virtual_time import run_virtual
 
 M = TypeVar("M")
 PATIENCE_S = 120.0
 """Virtual seconds that the learner waits for a message at most."""
 GROUP_S = 1.0
 """What a group of default length takes the engine."""
+LIVENESS_S, HEARTBEAT_S = 5.0, 1.0
+"""Defaults of Welcome."""
 LOOPS = (control_loop, report_loop, heartbeat_loop)
 
 
@@ -136,3 +139,49 @@ async def serving(
         yield Served(parts, engine, network, FakeLearner(network.listener(), network))
         for task in [*running, *(task for task in asyncio.all_tasks() if task.get_name().startswith("group "))]:
             task.cancel()
+
+
+def run_served(main: Coroutine[Any, Any, None]) -> None:
+    """Run a scenario on a virtual clock; what fails in the server's TaskGroup fails alone, not as a group."""
+    try:
+        run_virtual(main)
+    except BaseExceptionGroup as group:
+        raise group.exceptions[0] from None
+
+
+Scenario = Callable[[Served], Awaitable[None]]
+
+
+def play(tmp_path: Path, scenario: Scenario, **options: Any) -> None:
+    """Run a scenario with a server that is not welcomed yet."""
+
+    async def main() -> None:
+        async with serving(tmp_path, **options) as served:
+            await scenario(served)
+
+    run_served(main())
+
+
+def play_welcomed(tmp_path: Path, scenario: Scenario, **options: Any) -> None:
+    """Run a scenario with a server that works for the learner."""
+
+    async def welcomed(served: Served) -> None:
+        await served.learner.welcome()
+        await taken_in(served)
+        await scenario(served)
+
+    play(tmp_path, welcomed, **options)
+
+
+async def taken_in(served: Served) -> None:
+    """Wait until the server has read the Welcome; takes no time."""
+    while not served.parts.welcome.session:
+        await asyncio.sleep(0)
+
+
+def now_s() -> float:
+    return asyncio.get_running_loop().time()
+
+
+def ack(group: Group, status: AckStatus = AckStatus.OK) -> Ack:
+    return Ack(group_id=group.group_id, attempt=group.attempt, status=status)
