@@ -92,7 +92,10 @@ class Arrivals:
         if not accepted:
             return
         ends = self._coordinator.take_unjournaled()
-        await self._journal.append(*[self._record(group) for _, group in accepted], *ends)
+        first: dict[int, Group] = {}  # of two answers to one lease only this one trains, so only it is recorded
+        for _, group in accepted:
+            first.setdefault(group.ordinal, group)
+        await self._journal.append(*map(self._record, first.values()), *ends)
         for peer, group in accepted:
             self._ack(peer, group, AckStatus.OK)
             if self._coordinator.ledger.judge(group.ordinal, _oldest(group)) is Verdict.ACCEPT:

@@ -21,8 +21,8 @@ class Lineage:
     """Steps that were journaled, and then left behind by a resume from an earlier checkpoint."""
     incarnations: list[tuple[int, int]] = field(default_factory=list)
     """(incarnation, policy_version it resumed from)"""
-    ended: dict[int, str] = field(default_factory=dict)
-    """Other ends by ordinal."""
+    ended: dict[int, EndRecord] = field(default_factory=dict)
+    """Other ends by ordinal, in the lineage: what orphaned weights made of a prompt is left behind with them."""
     groups: dict[int, list[GroupRecord]] = field(default_factory=dict)
     """Every accepted group by ordinal."""
 
@@ -47,11 +47,13 @@ def read_lineage(run_dir: Path) -> Lineage:
                 lineage.orphaned += orphaned
                 for step in orphaned:
                     del lineage.steps[step]
+                ended = lineage.ended.items()
+                lineage.ended = {ordinal: end for ordinal, end in ended if end.step <= record.resumed_from}
             case StepRecord():
                 assert record.step not in lineage.steps, f"step {record.step} was applied twice"
                 lineage.steps[record.step] = record.ordinals
             case EndRecord():
-                lineage.ended[record.ordinal] = record.end
+                lineage.ended[record.ordinal] = record
             case GroupRecord():
                 lineage.groups.setdefault(record.group.ordinal, []).append(record)
     assert [damage for damage in report.damages if damage.kind == "damaged"] == []
