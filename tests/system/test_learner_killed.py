@@ -102,6 +102,7 @@ def test_groups_on_disk_are_not_sampled_again(survived: Survived) -> None:
         for earlier, later in pairwise(records):
             newest = int(earlier.group.span_versions[:, 1].max())
             forks = [begins[i] for i in range(earlier.incarnation + 1, later.incarnation + 1)]
+            assert forks, f"group {ordinal} is twice in the journal of learner {later.incarnation}"
             assert min(forks) < newest, f"group {ordinal} of version {newest} was sampled again: {forks}"
 
 
