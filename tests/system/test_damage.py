@@ -89,7 +89,7 @@ def test_a_task_without_reward_differences_stops_with_one_line(lab: Lab) -> None
 def test_a_hanging_verifier_costs_a_worker_and_a_bounded_wait(lab: Lab) -> None:
     witness = lab.directory / "hung"
     write_jsonl(lab.data(), ({"prompt": f"{i} =", "witness": str(witness)} for i in range(64)))
-    learner = lab.learner(max_steps=8)
+    learner = lab.learner(max_steps=6)
     server = lab.server(reward_funcs=[reward("hangs")], reward_timeout_s=TIMEOUT_S, reward_workers=2)
     assert learner.wait_exit(START_S + RUN_S) == 0, learner.tail() + server.tail()
     assert server.wait_exit(END_S) == 0
@@ -103,7 +103,7 @@ def test_a_hanging_verifier_costs_a_worker_and_a_bounded_wait(lab: Lab) -> None:
     assert sum(row["rewards/timeouts"] for row in rows) > 0
     assert all(row["groups_unaccounted"] == 0 for row in rows)
     summary = lab.run.summary()
-    assert summary["steps"] == 8
-    assert summary["groups_trained"] == 32, "a group whose verifier hung on one completion trains with the others"
+    assert summary["steps"] == 6
+    assert summary["groups_trained"] == 24, "a group whose verifier hung on one completion trains with the others"
     # A group's first call and the search for culprits: three limits. Every group of a step may queue for a worker.
     assert max(row["step_time"] for row in rows) < 4 * 3 * TIMEOUT_S + 5
