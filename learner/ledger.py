@@ -27,6 +27,7 @@ counts on, so it is allowed only where no group under way could become too old (
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -114,8 +115,8 @@ class Ledger:
         self.batches_formed = 0
         """Batches formed and neither trained nor skipped."""
         self._by_ordinal: dict[int, int] = {}
-        self._untaken: set[int] = set()
-        self._lowest = 0
+        self._untaken: list[int] = []
+        """Sequences neither batched nor ended, ascending."""
         self._awaiting_live: dict[int, int] = {}
 
     @property
@@ -147,13 +148,12 @@ class Ledger:
 
     def pending(self) -> list[Entry]:
         """Entries waiting for a server, oldest first."""
-        return [self.entries[s] for s in sorted(self._untaken) if self.entries[s].state is State.PENDING]
+        return [self.entries[s] for s in self._untaken if self.entries[s].state is State.PENDING]
 
     def latest_version(self, sequence: int) -> int:
         """Newest weights that can be about to train when this untaken group trains: see the module's text."""
-        ahead = sum(1 for other in self._untaken if other < sequence)
-        overtaking = sum(1 for s in range(sequence + 1, sequence + self.bounds.reorder_window) if self._may_overtake(s))
-        return self.policy_version + self.batches_formed + (ahead + overtaking) // self.bounds.prompts_per_step
+        before = self._before_it_trains(sequence, self._untaken)
+        return self.policy_version + self.batches_formed + before // self.bounds.prompts_per_step
 
     def min_policy_version(self, sequence: int) -> int:
         """Oldest weights that may still sample for this group."""
@@ -207,7 +207,8 @@ class Ledger:
 
     def end(self, sequence: int, how: End) -> None:
         """End an untaken group; its slot is free at once."""
-        if sequence not in self._untaken:
+        entry = self.entries.get(sequence)
+        if entry is None or entry.state is State.BATCHED:
             raise InvariantViolation(f"I3: sequence {sequence} cannot end {how}: it is not untaken")
         self._remove(sequence)
         self.ends[how] += 1
@@ -217,13 +218,16 @@ class Ledger:
     def select(self) -> list[int]:
         """Sequences that one batch may take now: at most P, oldest first, inside the sliding window."""
         chosen: list[int] = []
-        lowest = self._lowest_untaken()
-        for sequence in sorted(s for s in self._untaken if self.entries[s].state is State.BUFFERED):
-            if len(chosen) == self.bounds.prompts_per_step or sequence >= lowest + self.bounds.reorder_window:
+        lowest: int | None = None  # of those not chosen
+        for sequence in self._untaken:
+            if len(chosen) == self.bounds.prompts_per_step:
                 break
-            chosen.append(sequence)
-            if sequence == lowest:
-                lowest = min((s for s in self._untaken if s > lowest and s not in chosen), default=self.next_sequence)
+            if lowest is not None and sequence >= lowest + self.bounds.reorder_window:
+                break
+            if self.entries[sequence].state is State.BUFFERED:
+                chosen.append(sequence)
+            elif lowest is None:
+                lowest = sequence
         return chosen
 
     @property
@@ -234,14 +238,13 @@ class Ledger:
     def may_train_short(self, sequences: Sequence[int]) -> bool:
         """Whether a step of fewer than P groups keeps I4 for every group under way."""
         taken = set(sequences)
-        untaken = sorted(self._untaken - taken)
-        p, w = self.bounds.prompts_per_step, self.bounds.reorder_window
-        for ahead, sequence in enumerate(untaken):
+        left = [sequence for sequence in self._untaken if sequence not in taken]
+        for sequence in left:
             entry = self.entries[sequence]
             if entry.state is State.PENDING:
                 continue  # its lease is still to be given, and will ask for what it needs
-            overtaking = sum(1 for s in range(sequence + 1, sequence + w) if s not in taken and self._may_overtake(s))
-            latest = self.policy_version + self.batches_formed + 1 + (ahead + overtaking) // p
+            before = self._before_it_trains(sequence, left)
+            latest = self.policy_version + self.batches_formed + 1 + before // self.bounds.prompts_per_step
             if latest - entry.floor > self.bounds.max_staleness:
                 return False
         return True
@@ -251,7 +254,7 @@ class Ledger:
         self.filtered_since_batch = 0
         for sequence in sequences:
             self._expect(sequence, State.BUFFERED).state = State.BATCHED
-            self._untaken.discard(sequence)
+            self._untake(sequence)
         self.batches_formed += bool(sequences)
 
     def check_staleness(self, sequences: Iterable[int]) -> None:
@@ -316,31 +319,32 @@ class Ledger:
         self.ends = Counter({End(how).value: count for how, count in snapshot["ends"].items()})
         for ordinal, sequence, attempt, faults in snapshot["entries"]:
             self._add(Entry(ordinal=ordinal, sequence=sequence, attempt=attempt, faults=faults))
-        self._lowest = 0
 
     def _add(self, entry: Entry) -> None:
         self.entries[entry.sequence] = entry
         self._by_ordinal[entry.ordinal] = entry.sequence
-        self._untaken.add(entry.sequence)
+        self._untaken.append(entry.sequence)  # sequences grow
 
     def _remove(self, sequence: int) -> None:
         entry = self.entries.pop(sequence)
         del self._by_ordinal[entry.ordinal]
-        self._untaken.discard(sequence)
+        if entry.state is not State.BATCHED:
+            self._untake(sequence)
+
+    def _untake(self, sequence: int) -> None:
+        del self._untaken[bisect_left(self._untaken, sequence)]
+
+    def _before_it_trains(self, sequence: int, untaken: list[int]) -> int:
+        """A + O: how many of `untaken` (ascending), or not yet granted, may still train before `sequence` does."""
+        window_end = sequence + self.bounds.reorder_window
+        not_granted = max(0, window_end - max(self.next_sequence, sequence + 1))
+        return bisect_left(untaken, window_end) - 1 + not_granted
 
     def _expect(self, sequence: int, state: State) -> Entry:
         entry = self.entries.get(sequence)
         if entry is None or entry.state is not state:
             raise InvariantViolation(f"I3: sequence {sequence} is {entry.state if entry else 'ended'}, not {state}")
         return entry
-
-    def _lowest_untaken(self) -> int:
-        while self._lowest < self.next_sequence and self._lowest not in self._untaken:
-            self._lowest += 1
-        return self._lowest
-
-    def _may_overtake(self, sequence: int) -> bool:
-        return sequence in self._untaken or sequence >= self.next_sequence
 
     def _close_batch(self, sequences: Sequence[int], how: End) -> None:
         for sequence in sequences:
