@@ -23,7 +23,7 @@ from protocol.weights.transfer import WeightsServer
 from rollout_server.app import drain, group_tasks, open_scorer, run, serve, text_decoder
 from rollout_server.config import ScriptedOptions, ServerConfig
 from rollout_server.scorers import ScriptedScorer
-from tests.factories import make_lease
+from tests.factories import make_lease, make_sampling
 from tests.unit.rollout_server.serving import GROUP_S, FakeLearner, Served, run_served, serving
 from tests.weights import make_weights
 
@@ -152,12 +152,9 @@ class Lab:
         """Run both to the server's end and return its exit code."""
 
         async def main() -> int:
-            async with listen(self.address) as listener, asyncio.timeout(SOON_S):
-                played = asyncio.create_task(self._play(scenario, FakeLearner(listener)))
-                try:
-                    return await serve(self.config)
-                finally:
-                    await played
+            async with listen(self.address) as listener, asyncio.timeout(SOON_S), asyncio.TaskGroup() as tasks:
+                tasks.create_task(self._play(scenario, FakeLearner(listener)))
+                return await serve(self.config)
 
         return run_loop(main)
 
@@ -198,17 +195,19 @@ def test_a_server_serves_until_the_run_is_over(make_lab: Callable[..., Lab]) -> 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_drains_the_server(make_lab: Callable[..., Lab], number: signal.Signals) -> None:
-    lab = make_lab(scripted={"token_s": 0.02})
+    lab = make_lab(scripted={"token_s": 0.1})
 
     async def scenario(learner: FakeLearner) -> None:
         await learner.welcome()
         learner.send(lab.ready)
         await learner.hears(WeightsLive)
-        learner.send(make_lease())
+        short, longer = make_lease(ordinal=0, sampling=make_sampling(max_completion_length=1)), make_lease(ordinal=1)
+        learner.send(short, longer)
+        assert (await learner.hears_next(Group)).ordinal == 0
         os.kill(os.getpid(), number)
-        assert (await learner.hears(Drain)).reason == number.name
-        assert isinstance(await learner.hears(object, lambda m: isinstance(m, Group | Return)), Group | Return)
-        assert (await learner.hears(Goodbye)).reason == number.name
+        assert (await learner.hears_next(Drain)).reason == number.name
+        assert (await learner.hears_next(Group)).ordinal == 1
+        assert (await learner.hears_next(Goodbye)).reason == number.name
 
     assert lab.play(scenario) == 0
 
