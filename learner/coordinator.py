@@ -27,7 +27,7 @@ from learner.progress import Progress
 from learner.prompts import PromptRow, Prompts
 from protocol.channel import Listener
 from protocol.errors import PeerGone, RunStopped
-from protocol.identity import group_id
+from protocol.identity import group_id, is_overtaken
 from protocol.logs import event
 from protocol.messages import AnyMessage, Cancel, Hello, Purpose, Refused, WeightsReady, Welcome
 from protocol.signals import Signal
@@ -112,6 +112,9 @@ class Coordinator:
 
     def hello(self, peer: bytes, hello: Hello) -> None:
         """Welcome a server, or refuse it saying why."""
+        older = self.fleet.named(hello.server)
+        if older is not None and is_overtaken(hello.session, older.hello.session):
+            return  # of a connection given up since: nothing orders the messages of different connections
         refusal = self.why_refused(hello)
         if refusal is not None:
             code, reason = refusal
@@ -119,7 +122,6 @@ class Coordinator:
             self.notice("server_refused", f"refused server {hello.server}: {reason}", server=hello.server, code=code)
             self.reply(peer, Refused(code=code, reason=reason))
             return
-        older = self.fleet.named(hello.server)
         if older is not None:
             if older.peer != peer:
                 reason = f"another server named {hello.server} has joined"
@@ -140,14 +142,15 @@ class Coordinator:
             session=hello.session, kept=len(keep),
         )  # fmt: skip
         welcome = Welcome(
-            session=hello.session,
-            run_id=self.identity.run_id,
-            incarnation=self.identity.incarnation,
-            keep=keep,
-            heartbeat_s=self.config.heartbeat_s,
-            liveness_s=self.config.liveness_s,
-        )
-        if self.send(server, welcome) and self.current_weights is not None:
+            session=hello.session, run_id=self.identity.run_id, incarnation=self.identity.incarnation, keep=keep,
+            heartbeat_s=self.config.heartbeat_s, liveness_s=self.config.liveness_s,
+        )  # fmt: skip
+        try:
+            self.channel.send(peer, welcome)
+        except PeerGone:
+            self.drop_server(server, "it was gone before its Welcome", fault=False)
+            return
+        if self.current_weights is not None:
             self.send(server, self.current_weights)
         self.changed.notify()
 

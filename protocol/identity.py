@@ -29,3 +29,22 @@ def tokenizer_digest(vocabulary: dict[str, int]) -> str:
     """Digest of a tokenizer's vocabulary: equal token ids mean equal tokens on both sides."""
     items = sorted(vocabulary.items(), key=lambda item: (item[1], item[0]))
     return hashlib.blake2b(msgspec.json.encode(items), digest_size=16).hexdigest()
+
+
+def session_name(process: str, number: int) -> str:
+    """Name a connection by the process that made it and by how many it has made: 3f2a90c1-2."""
+    return f"{process}-{number}"
+
+
+def is_overtaken(session: str, newer: str) -> bool:
+    """Whether a session is an earlier one of the process whose session is `newer`.
+
+    Example:
+        >>> is_overtaken("3f2a90c1-2", "3f2a90c1-10"), is_overtaken("77d0e5b2-2", "3f2a90c1-10")
+        (True, False)
+    """
+    process, _, number = session.rpartition("-")
+    newer_process, _, newer_number = newer.rpartition("-")
+    if process != newer_process or not (number.isdecimal() and newer_number.isdecimal()):
+        return False
+    return (len(number), number) < (len(newer_number), newer_number)  # as numbers; who knows how long they are

@@ -109,7 +109,7 @@ class Hello(Message, frozen=True, kw_only=True):
     """First message of a connection. A reconnecting server says Hello again, with a fresh session."""
 
     session: str
-    """Random per connection; names this connection in both logs."""
+    """Names this connection in both logs: `identity.session_name` of the process and the number of the connection."""
     server: str
     """Stable name of the server process, unique within the run."""
     engine: str

@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from protocol.channel import Dialer
 from protocol.errors import MalformedMessage, PeerSilent, ProtocolError, VersionMismatch
 from protocol.errors import Refused as RefusedError
+from protocol.identity import session_name
 from protocol.logs import event
 from protocol.loop_lag import LoopLag
 from protocol.messages import (
@@ -78,6 +79,14 @@ class Parts:
     malformed: int = 0
     reward_timeouts: int = 0
     reward_errors: int = 0
+    connections: int = 0
+    token: str = field(default_factory=lambda: secrets.token_hex(4))
+    """Names this process, whatever it is called."""
+
+    def next_session(self) -> str:
+        """Name the next connection."""
+        self.connections += 1
+        return session_name(self.token, self.connections)
 
     def end(self, reason: str) -> None:
         """Ask the process to drain and end."""
@@ -166,7 +175,7 @@ def make_hello(parts: Parts) -> Hello:
     """Introduce this server, with what it still holds of an earlier connection."""
     info = parts.engine.info
     return Hello(
-        session=secrets.token_hex(8),
+        session=parts.next_session(),
         server=parts.name,
         engine=info.engine,
         room=info.room,
