@@ -52,3 +52,5 @@ class StepResult:
     metrics: dict[str, float] = field(default_factory=dict)
     """TRL's names: loss, kl, entropy, clip_ratio/low_mean, clip_ratio/high_mean, clip_ratio/region_mean, grad_norm,
     policy_kl, ..."""
+    advantages: tuple[tuple[float, ...], ...] = ()
+    """Of each group, [G]: 0 for completions that do not train. For samples/; empty when nobody computed them."""

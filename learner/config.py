@@ -146,7 +146,7 @@ class OptimizerOptions(Section):
     learning_rate: float = Field(1e-6, gt=0)
     """Peak, after warm-up."""
     lr_scheduler_type: Literal["constant", "linear", "cosine"] = "constant"
-    """After warm-up: stay, or fall to 0 at max_steps."""
+    """After warm-up: stay, or fall towards 0, which comes right after the last step."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)

@@ -156,11 +156,3 @@ class Fleet:
     def holder(self, group_id: str) -> Server | None:
         """Who was leased that group."""
         return next((s for s in self.servers.values() if group_id in s.outstanding), None)
-
-    def newest_live(self, now_s: float) -> Version | None:
-        """The newest version any server able to work is live at."""
-        working = (Health.HEALTHY, Health.SUSPECT)
-        return max(
-            (s.live for s in self.servers.values() if self.health(s, now_s) in working and s.live),
-            default=None,
-        )

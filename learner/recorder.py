@@ -125,7 +125,7 @@ class Recorder:
         row["loop_lag_ms"] = self.lag.p99_ms()
         self.tracker.log(row)
         if result.finite:
-            self.samples.write(batch)
+            self.samples.write(batch, advantages=result.advantages or None)
         self.last_row = row
         self.step_done(row)
 

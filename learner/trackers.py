@@ -18,7 +18,7 @@ from learner.batch import Batch, TrainGroup
 from learner.batch_metrics import Row
 from learner.durable import write_atomic
 from protocol.completions import Completion, unpack_completions
-from protocol.messages import Float32, Int32, RewardStatus
+from protocol.messages import Int32, RewardStatus
 
 
 class JsonlTracker:
@@ -63,7 +63,7 @@ class SampleWriter:
         self._limit = limit
         self._decode = decode
 
-    def write(self, batch: Batch, *, advantages: Sequence[Float32] | None = None) -> None:
+    def write(self, batch: Batch, *, advantages: Sequence[Sequence[float]] | None = None) -> None:
         """Write up to `limit` completions, spread over the groups: the first of each, then the second of each, ...
 
         Args:
@@ -81,7 +81,7 @@ class SampleWriter:
             advantage_N = None if advantages is None else advantages[place]
             for i, completion in zip(range(num_picked), unpack_completions(train.group), strict=False):
                 row = self._row(train, i, completion, batch.step - 1)
-                row["advantage"] = None if advantage_N is None else float(advantage_N[i])
+                row["advantage"] = None if advantage_N is None else advantage_N[i]
                 rows.append(row)
         self._directory.mkdir(parents=True, exist_ok=True)
         self._path(batch.step).write_bytes(b"".join(msgspec.json.encode(row) + b"\n" for row in rows))

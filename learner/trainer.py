@@ -43,11 +43,13 @@ STATE_FILE = "trainer.json"
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepTensors:
-    """What the loss needs of a step, [T] each: every token that trains, in the step's order."""
+    """What the loss needs of a step, [T] each where nothing else is said: every token that trains, in order."""
 
     targets_T: Tensor
     temperature_T: Tensor
     behavior_logprobs_T: Tensor
+    advantages_PG: Tensor
+    """[P, G], not flat: for samples/."""
     advantages_T: Tensor
     weights_T: Tensor
     reference_logprobs_T: Tensor | None
@@ -167,7 +169,8 @@ class Trainer:
             "tokens_forwarded": float(sum(micro_batch.num_tokens for micro_batch in micro_batches)),
             "completion_tokens": float(step.lengths_N.sum()),
         }
-        return StepResult(finite=True, loss_tokens=step.completion_T.size, metrics=metrics)
+        advantages = tuple(map(tuple, tensors.advantages_PG.tolist()))
+        return StepResult(finite=True, loss_tokens=step.completion_T.size, metrics=metrics, advantages=advantages)
 
     def optimizer_step(self) -> int:
         """Clip the gradients to max_grad_norm, update the weights, and return the new policy_version."""
@@ -226,6 +229,7 @@ class Trainer:
             targets_T=torch.from_numpy(step.targets_T).to(self._device),
             temperature_T=torch.from_numpy(step.temperature_T).to(self._device),
             behavior_logprobs_T=torch.from_numpy(step.behavior_logprobs_T).to(self._device),
+            advantages_PG=advantages_PG,
             advantages_T=advantages_PG[trains_PG][completion_T].to(self._device),
             weights_T=weights_T.to(self._device),
             reference_logprobs_T=None if reference is None else reference.logprobs(step, micro_batches),

@@ -2,8 +2,8 @@
 
     batch = await waits.wait(batches.get(), name="batch", owner="batch_loop", deadline_s=None)
 
-Silent hangs are the most reported failure of this field. `current()` is what the terminal shows; `spans` is what idle
-time is computed from; a wait past its deadline raises with its name. Both processes use it.
+Silent hangs are the most reported failure of this field. `current()` is what the terminal shows; every wait that ends
+is recorded as a span; one past its deadline raises with its name. Both processes use it.
 """
 
 from __future__ import annotations

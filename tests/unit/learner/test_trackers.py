@@ -4,7 +4,6 @@ import math
 from pathlib import Path
 
 import msgspec
-import numpy as np
 import pytest
 
 from learner.trackers import JsonlTracker, SampleWriter
@@ -91,9 +90,7 @@ def test_a_sample_says_what_was_sampled_and_who_judged_it(tmp_path):
         spans=[[(Version(1, 2), 2), (Version(1, 4), 1)], [(Version(1, 4), 4)]],
         finish_reasons=[FinishReason.STOP, FinishReason.LENGTH],
     )
-    SampleWriter(tmp_path / "samples", 8, decode).write(
-        make_batch(step=5, groups=[train]), advantages=[np.array([0.7, 0.0], np.float32)]
-    )
+    SampleWriter(tmp_path / "samples", 8, decode).write(make_batch(step=5, groups=[train]), advantages=[(0.7, 0.0)])
     first, second = read_samples(tmp_path / "samples", 5)
     assert first == {
         "step": 5,
