@@ -206,8 +206,9 @@ def test_what_the_learner_no_longer_wants_is_forgotten_and_aborted(tmp_path: Pat
         assert served.engine.status().samples_running == 4
         served.learner.send(Refused(code="hello_required", reason="say Hello first"))
         await served.learner.welcome(keep=[])
+        await asyncio.sleep(0.01)
+        assert served.engine.status().samples_running == 0, "its room is free at once"
         await served.learner.hears_nothing_for(2 * GROUP_S)
-        assert served.engine.status().samples_running == 0
         assert (served.parts.book.in_flight, served.parts.book.unacked) == ({}, {})
 
     play_welcomed(tmp_path, scenario)
@@ -249,12 +250,15 @@ def test_a_group_finished_while_cut_off_arrives_once_after_it(tmp_path: Path) ->
     play_welcomed(tmp_path, scenario)
 
 
-def test_another_run_means_other_weights(tmp_path: Path) -> None:
+def test_another_run_means_other_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     async def scenario(served: Served) -> None:
-        served.learner.send(Refused(code="hello_required", reason="say Hello first"))
-        hello = await served.learner.welcome(run_id="another-run", incarnation=1)
-        assert hello.run_id == RUN_ID, "by which the learner knows that our weights are not its own"
-        served.learner.send(Refused(code="hello_required", reason="say Hello first"))
-        assert (await served.learner.hears(Hello)).run_id == "another-run"
+        runs_left: list[str] = []
+        monkeypatch.setattr(served.parts.weights, "new_run", lambda: runs_left.append(served.parts.welcome.run_id))
+        for run_id in (RUN_ID, "another-run"):
+            served.learner.send(Refused(code="hello_required", reason="say Hello first"))
+            hello = await served.learner.welcome(run_id=run_id)
+            assert hello.run_id == RUN_ID, "by which the learner knows whose weights ours are"
+        await served.learner.hears(Ping)
+        assert runs_left == [RUN_ID]
 
     play_welcomed(tmp_path, scenario)

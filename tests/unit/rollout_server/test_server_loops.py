@@ -100,8 +100,9 @@ def test_a_cancelled_group_is_aborted_and_never_answered(tmp_path: Path) -> None
         await asyncio.sleep(GROUP_S / 4)
         assert served.engine.status().samples_running == 4
         served.learner.send(Cancel(group_id=lease.group_id, attempt=1, reason="answered"))
+        await asyncio.sleep(0.01)
+        assert served.engine.status().samples_running == 0, "its room is free at once"
         await served.learner.hears_nothing_for(2 * GROUP_S)
-        assert served.engine.status().samples_running == 0
         assert (served.parts.book.in_flight, served.parts.book.unacked) == ({}, {})
 
     play_welcomed(tmp_path, scenario)
@@ -148,8 +149,10 @@ def test_a_group_cancelled_and_leased_again_at_once_is_sampled_anew(tmp_path: Pa
         assert FinishReason.ABORT not in group.finish_reasons.tolist()
         assert now_s() == pytest.approx(GROUP_S / 4 + GROUP_S)
         await served.learner.hears_nothing_for(2 * GROUP_S)
+        assert scorer.calls == 1, "what was aborted is not scored"
 
-    play_welcomed(tmp_path, scenario)
+    scorer = FakeScorer()
+    play_welcomed(tmp_path, scenario, scorer=scorer)
 
 
 def test_a_stale_ack_of_an_earlier_answer_leaves_the_newer_lease_alone(tmp_path: Path) -> None:
@@ -225,8 +228,10 @@ class FakeScorer:
     def __init__(self, *, seconds: float = 0.0, statuses: tuple[RewardStatus, ...] = (RewardStatus.OK,) * 4) -> None:
         self._seconds = seconds
         self._statuses = statuses
+        self.calls = 0
 
     async def score(self, call: RewardCall) -> Scores:
+        self.calls += 1
         await asyncio.sleep(self._seconds)
         return Scores(
             values=np.array([[1.0 if status == RewardStatus.OK else np.nan] for status in self._statuses], np.float32),
