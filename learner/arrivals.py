@@ -70,6 +70,7 @@ class Arrivals:
             return
         if whole is None:
             return
+        self._parts.discard(whole.group_id)  # parts of attempts that were cut off
         self._coordinator.fleet.answered(peer, whole.group_id)  # now: its Goodbye may be right behind
         if not self.queue.full():
             self.queue.put_nowait((peer, whole))

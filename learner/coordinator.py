@@ -6,7 +6,6 @@ waits, does no I/O but queueing messages. What arrives from servers is arrivals.
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 import time
@@ -16,6 +15,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
+from learner.admission import why_refused
 from learner.batch import Batch
 from learner.config import LearnerConfig
 from learner.evaluation import Evaluation
@@ -36,9 +36,14 @@ from protocol.waits import Waiting
 
 log = logging.getLogger(__name__)
 
-ROWS_AHEAD = 16
-"""Rows made ready in one go."""
+ROWS_AHEAD, ROWS_AT_ONCE = 32, 4
+"""Rows kept ready for the next grants, and made in one go: some data sets take seconds a row."""
 NOTICES_KEPT = 8
+COUNTED = (
+    "malformed", "servers_refused", "groups_refused", "groups_duplicate", "groups_stale", "groups_restored",
+    "rows_too_long", "stalls",
+)  # fmt: skip
+"""Counters that every row of metrics.jsonl shows, from 0 on."""
 LEAST_QUARANTINED = 16
 """Groups quarantined in a row that stop a run, at least."""
 
@@ -68,6 +73,8 @@ class Coordinator:
     """Rows of ordinals under way."""
     stock: dict[int, PromptRow | None] = field(default_factory=dict)
     """Rows of the next ordinals."""
+    ids: dict[str, int] = field(default_factory=dict)
+    """Ordinals under way by group id."""
     begun: Callable[[], None] = lambda: None
     """Called at the first lease."""
     granted: Callable[[Entry], None] = lambda entry: None
@@ -84,6 +91,8 @@ class Coordinator:
         """Expect the reward functions that the user named."""
         self.reward_functions = tuple(self.config.reward_funcs)
         self.progress = Progress(self.clock())
+        self.counters.update(dict.fromkeys(COUNTED, 0))
+        self.ids = {self.train_id(entry.ordinal): entry.ordinal for entry in self.ledger.entries.values()}
 
     def notice(self, name: str, text: str, **fields: object) -> None:
         """Log an event and show it on the screen."""
@@ -115,7 +124,7 @@ class Coordinator:
         older = self.fleet.named(hello.server)
         if older is not None and is_overtaken(hello.session, older.hello.session):
             return  # of a connection given up since: nothing orders the messages of different connections
-        refusal = self.why_refused(hello)
+        refusal = why_refused(hello, self.identity, self.reward_functions)
         if refusal is not None:
             code, reason = refusal
             self.counters["servers_refused"] += 1
@@ -154,28 +163,6 @@ class Coordinator:
             self.send(server, self.current_weights)
         self.changed.notify()
 
-    def why_refused(self, hello: Hello) -> tuple[str, str] | None:
-        """(code, reason) when this server does not fit the run."""
-        mine = self.identity
-        if hello.run_id == mine.run_id and hello.incarnation > mine.incarnation:
-            return "incarnation", f"it has worked for incarnation {hello.incarnation}; this is {mine.incarnation}"
-        if hello.engine == "scripted":
-            if hello.vocab_size > mine.vocab_size:
-                return "model", f"it invents {hello.vocab_size} tokens, the model has {mine.vocab_size}"
-        elif (hello.vocab_size, hello.model_digest) != (mine.vocab_size, mine.model_digest):
-            return "model", (
-                f"its model has another shape (vocabulary {hello.vocab_size}, weights {hello.model_digest[:12]}) than"
-                f" the learner's ({mine.vocab_size}, {mine.model_digest[:12]}): give both the same --model"
-            )
-        elif hello.tokenizer_digest != mine.tokenizer_digest:
-            return "tokenizer", "its tokenizer has another vocabulary than the learner's: give both the same --model"
-        if self.reward_functions and hello.reward_functions != self.reward_functions:
-            return "reward_functions", (
-                f"it scores with {', '.join(hello.reward_functions) or 'nothing'}; this run expects"
-                f" {', '.join(self.reward_functions)}"
-            )
-        return None
-
     def drop_server(self, server: Server, reason: str, *, fault: bool = True) -> None:
         """The server is gone: its leases go to others. Whether that counts against the groups is `fault`."""
         held = self.fleet.leave(server.peer)
@@ -204,7 +191,7 @@ class Coordinator:
         Raises:
             RunStopped: nothing but quarantined groups: the engine or the task is broken, not a prompt.
         """
-        self.rows.pop(entry.ordinal, None)
+        self._forget(entry.ordinal)
         if how is End.QUARANTINED:
             self.notice("quarantined", f"group {entry.ordinal} quarantined: {reason}", ordinal=entry.ordinal)
             self.quarantined_in_a_row += 1
@@ -224,7 +211,7 @@ class Coordinator:
         """The batch trained into `policy_version`. Its step is journaled already."""
         self.ledger.trained([group.sequence for group in batch.groups], policy_version)
         for group in batch.groups:
-            self.rows.pop(group.ordinal, None)
+            self._forget(group.ordinal)
         self.changed.notify()
 
     def skipped(self, batch: Batch, reason: str) -> None:
@@ -260,21 +247,21 @@ class Coordinator:
             going_on = "; ".join(f"{w.name} ({w.owner}) for {now_s - w.started_s:.0f} s" for w in waits)
             self.notice("stalled", f"no step for {self.progress.limit_s:.0f} s; waits: {going_on}")
 
-    def pump(self) -> bool:
-        """Grant free slots and lease what is pending. True when `restock` would let it go on."""
-        more = self._grant() if self.training else False
+    def pump(self) -> None:
+        """Grant free slots and lease what is pending."""
+        if self.training:
+            self._grant()
         if self.evaluation is not None:
             self._lease_evaluation(self.evaluation, reserve=True)
         if self.training:
             self._lease_pending()
         if self.evaluation is not None:
             self._lease_evaluation(self.evaluation, reserve=False)
-        return more
 
-    async def restock(self) -> None:
-        """Make the next rows ready, on a thread: some data sets take seconds a row (I9)."""
-        missing = [o for o in range(self.ledger.cursor, self.ledger.cursor + ROWS_AHEAD) if o not in self.stock]
-        self.stock |= await asyncio.to_thread(lambda: {ordinal: self.prompts.row(ordinal) for ordinal in missing})
+    def missing_rows(self) -> list[int]:
+        """The next ordinals whose rows are still to be made, some at a time."""
+        ahead = range(self.ledger.cursor, self.ledger.cursor + ROWS_AHEAD)
+        return [ordinal for ordinal in ahead if ordinal not in self.stock][:ROWS_AT_ONCE] if self.training else []
 
     def stop_training(self) -> None:
         """Lease nothing more for training and call back what is out; the ledger keeps it for a continued run."""
@@ -286,7 +273,8 @@ class Coordinator:
 
     def entry_of(self, held_id: str) -> Entry | None:
         """The ledger's entry of a training group id."""
-        return next((e for e in self.ledger.entries.values() if self.train_id(e.ordinal) == held_id), None)
+        ordinal = self.ids.get(held_id)
+        return None if ordinal is None else self.ledger.find(ordinal)
 
     def train_id(self, ordinal: int) -> str:
         """Group id of a training ordinal."""
@@ -323,19 +311,21 @@ class Coordinator:
         self.fleet.assign(server, held_id, self.config.num_generations)
         return True
 
-    def _grant(self) -> bool:
-        """Fill free slots with the rows in stock. True when a slot is left for which the row is still to be made."""
-        while self.ledger.can_grant():
-            if self.ledger.cursor not in self.stock:
-                return True
+    def _grant(self) -> None:
+        """Fill free slots with the rows in stock."""
+        while self.ledger.can_grant() and self.ledger.cursor in self.stock:
             row = self.stock.pop(self.ledger.cursor)
             if row is None:
                 self._filter_row()
                 continue
             entry = self.ledger.grant()
             self.rows[entry.ordinal] = row
+            self.ids[self.train_id(entry.ordinal)] = entry.ordinal
             self.granted(entry)
-        return False
+
+    def _forget(self, ordinal: int) -> None:
+        self.rows.pop(ordinal, None)
+        self.ids.pop(self.train_id(ordinal), None)
 
     def _filter_row(self) -> None:
         ordinal = self.ledger.filter_unleased()

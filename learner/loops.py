@@ -15,6 +15,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import logging
+from collections.abc import Sequence
 from typing import Protocol
 
 from learner.arrivals import Arrivals
@@ -25,6 +26,7 @@ from learner.coordinator import Coordinator
 from learner.evaluation import Evaluation
 from learner.fleet import Server
 from learner.journal_records import Record, StepRecord
+from learner.prompts import PromptRow, Prompts
 from learner.publish import Publisher
 from learner.recorder import Recorder, StepTimer
 from protocol.errors import ProtocolError, RunStopped, VersionMismatch
@@ -105,6 +107,8 @@ def handle(coordinator: Coordinator, server: Server, message: AnyMessage) -> Non
             coordinator.send(server, Pong(sent_s=message.sent_s))
         case Return():
             if message.group_id in server.outstanding:  # else it is no longer, or never was, this server's to return
+                if not (message.fault or server.draining):
+                    server.live = None  # it does not serve what we thought: no lease until it reports a version
                 coordinator.lost(message.group_id, fault=message.fault, reason=message.reason)
         case WeightsLive() if coordinator.is_unborn(message.version):
             refuse(coordinator, server.peer, ProtocolError(f"live at {message.version}, which was never published"))
@@ -148,13 +152,32 @@ async def lease_loop(coordinator: Coordinator, waits: Waits, *, tick_s: float) -
     """
     while True:
         coordinator.tick(waits.current())
-        if coordinator.pump():
-            await waits.wait(coordinator.restock(), name="prompts", owner="data set", deadline_s=None)
-            continue
+        coordinator.pump()
         try:
             await waits.wait(coordinator.changed.wait(), name="change", owner="lease_loop", deadline_s=tick_s)
         except WaitTimeout:
             continue
+
+
+async def stock_loop(coordinator: Coordinator, waits: Waits) -> None:
+    """Make the next rows ready, on a thread: tokenizing is no work for the event loop (I9).
+
+    consumes: the data set      waits for: grants      unblocked by: coordinator.changed
+    produces: rows in stock
+    """
+    while True:
+        missing = coordinator.missing_rows()
+        if not missing:
+            await waits.wait(coordinator.changed.wait(), name="change", owner="lease_loop", deadline_s=None)
+            continue
+        make = asyncio.to_thread(make_rows, coordinator.prompts, missing)
+        coordinator.stock |= await waits.wait(make, name="prompts", owner="data set", deadline_s=None)
+        coordinator.changed.notify()
+
+
+def make_rows(prompts: Prompts, ordinals: Sequence[int]) -> dict[int, PromptRow | None]:
+    """Rows by ordinal; None where a prompt is too long."""
+    return {ordinal: prompts.row(ordinal) for ordinal in ordinals}
 
 
 async def accept_loop(arrivals: Arrivals, waits: Waits) -> None:

@@ -14,7 +14,7 @@ from learner.config import LearnerConfig
 from learner.coordinator import Coordinator
 from learner.dashboard.terminal import Screen, screen_loop
 from learner.journal import Journal
-from learner.loops import accept_loop, batch_loop, evaluate_loop, lease_loop, receive_loop, train_loop
+from learner.loops import accept_loop, batch_loop, evaluate_loop, lease_loop, receive_loop, stock_loop, train_loop
 from learner.monitor import Monitor
 from learner.publish import Publisher
 from learner.recorder import Recorder
@@ -54,6 +54,7 @@ class Run:
         loops = {
             "receive_loop": receive_loop(self.coordinator, self.arrivals),
             "lease_loop": lease_loop(self.coordinator, self.waits, tick_s=self.config.heartbeat_s),
+            "stock_loop": stock_loop(self.coordinator, self.waits),
             "accept_loop": accept_loop(self.arrivals, self.waits),
             "batch_loop": batch_loop(self.coordinator, self.buffer, self.batches, self.waits),
             "evaluate_loop": evaluate_loop(

@@ -17,12 +17,13 @@ from learner.arrivals import Arrivals
 from learner.batch import Batch, StepResult
 from learner.buffer import Buffer
 from learner.config import LearnerConfig
-from learner.coordinator import ROWS_AHEAD, Coordinator
+from learner.coordinator import Coordinator
 from learner.evaluation import Evaluation
 from learner.fleet import Fleet, Server
 from learner.journal_records import EndRecord, GroupRecord, Record, StepRecord
 from learner.leases import RunIdentity
 from learner.ledger import Ledger
+from learner.loops import make_rows
 from learner.prompts import PromptRow
 from learner.recorder import StepTimer
 from protocol.errors import PeerGone, ProtocolError
@@ -179,11 +180,12 @@ class Desk:
         return self.fleet.servers[peer or name.encode()]
 
     def pump(self) -> None:
-        """Grant and lease all that is possible, as lease_loop does."""
+        """Grant and lease all that is possible, as stock_loop and lease_loop do."""
         coordinator = self.coordinator
-        while coordinator.pump():
-            ahead = range(coordinator.ledger.cursor, coordinator.ledger.cursor + ROWS_AHEAD)
-            coordinator.stock |= {ordinal: coordinator.prompts.row(ordinal) for ordinal in ahead}
+        coordinator.pump()
+        while coordinator.training and coordinator.ledger.can_grant():
+            coordinator.stock |= make_rows(coordinator.prompts, coordinator.missing_rows())
+            coordinator.pump()
 
     def leases(self, name: str = "north") -> list[Lease]:
         """Leases sent to that peer since the last call."""

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,7 +16,16 @@ from learner.batch import Batch, StepResult
 from learner.fleet import Health
 from learner.journal_records import StepRecord
 from learner.ledger import End, State
-from learner.loops import accept_loop, batch_loop, evaluate_loop, lease_loop, receive_loop, train_loop
+from learner.loops import (
+    accept_loop,
+    batch_loop,
+    evaluate_loop,
+    handle,
+    lease_loop,
+    receive_loop,
+    stock_loop,
+    train_loop,
+)
 from protocol.errors import MalformedMessage, RunStopped, StalenessViolation, VersionMismatch
 from protocol.messages import (
     Ack,
@@ -33,6 +44,7 @@ from protocol.messages import (
     WeightsLive,
     Welcome,
 )
+from protocol.signals import Signal
 from protocol.versions import Version
 from protocol.waits import Waits
 from tests.learners import (
@@ -441,7 +453,10 @@ def test_leases_follow_what_changes_and_ticks_when_nothing_does():
     async def scenario(stage):
         desk = stage.desk
         desk.coordinator.drop_server(desk.fleet.servers[b"north"], "left", fault=False)
-        async with stage.running(lambda: lease_loop(desk.coordinator, stage.waits, tick_s=1.0)):
+        async with stage.running(
+            lambda: stock_loop(desk.coordinator, stage.waits),
+            lambda: lease_loop(desk.coordinator, stage.waits, tick_s=1.0),
+        ):
             await asyncio.sleep(0.5)
             assert (desk.ledger.slots_in_use, desk.leases()) == (6, [])
             desk.join("south", room=1000)
@@ -453,6 +468,43 @@ def test_leases_follow_what_changes_and_ticks_when_nothing_does():
             assert desk.fleet.servers == {}, "a silent server is found by the tick"
 
     on_stage(scenario)
+
+
+def test_a_server_that_returns_a_lease_without_fault_gets_no_other_before_it_reports_a_version():
+    """Else the lease would go to and fro as fast as messages travel, while its engine loads."""
+
+    async def scenario(stage):
+        desk = stage.desk
+        desk.pump()
+        leases = desk.leases()
+        server = desk.fleet.servers[b"north"]
+        reason = "live at None, the lease asks for 1.0"
+        handle(desk.coordinator, server, Return(group_id=leases[0].group_id, attempt=1, reason=reason, fault=False))
+        desk.pump()
+        assert desk.leases() == [], "it serves nothing we know of"
+        handle(desk.coordinator, server, WeightsLive(version=Version(1, 0)))
+        desk.pump()
+        assert [lease.ordinal for lease in desk.leases()] == [leases[0].ordinal]
+
+    on_stage(scenario)
+
+
+def test_rows_are_made_off_the_event_loop():
+    made_in: list[int] = []
+    prompts = SimpleNamespace(row=lambda ordinal: made_in.append(threading.get_ident()))
+
+    async def scenario():
+        stock: dict[int, None] = {}
+        desk = SimpleNamespace(
+            prompts=prompts, stock=stock, changed=Signal(), missing_rows=lambda: [] if stock else [7]
+        )
+        loop = asyncio.create_task(stock_loop(desk, Waits()))
+        await asyncio.wait_for(desk.changed.wait(), 10)
+        loop.cancel()
+        return stock
+
+    assert asyncio.run(scenario()) == {7: None}
+    assert made_in[0] != threading.get_ident()
 
 
 def test_no_server_for_server_wait_s_ends_the_loop():
