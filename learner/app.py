@@ -187,6 +187,7 @@ class Learner:
             waits=self.waits,
         )
         recorder = make_recorder(directory, trainer, coordinator, journal, stats, self.lag, loaded.checkpoint)
+        recorder.published = lambda: publisher.published
         monitor = Monitor(coordinator, recorder, buffer, self.waits, self.lag, self.compute, address=channel.address)
         recorder.step_done = lambda row: self.screen.print_step(monitor.view())
         resumed_from = loaded.checkpoint.policy_version if loaded.checkpoint else 0
@@ -199,7 +200,7 @@ class Learner:
 
     def _conclude(self, run: Run, finished: bool) -> int:
         """Write what is left of the run."""
-        summary = run.recorder.summary(weights_published=run.publisher.published)
+        summary = run.recorder.summary()
         if finished:
             write_summary(self.directory.summary_path, summary)
             plot_reward_curve(
@@ -277,4 +278,5 @@ def make_recorder(
         lag=lag,
         evals=eval_points(eval_tracker.rows()),
         checkpoint=checkpoint.path if checkpoint else None,
+        published_before=int(checkpoint.state.counters.get("weights_published", 0)) if checkpoint else 0,
     )

@@ -62,6 +62,10 @@ class Saver(Protocol):
 
     policy_version: int
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What `save` will write, about."""
+
     def save(self, directory: Path) -> None:
         """Write model, optimizer and random state into an empty directory."""
 
@@ -93,6 +97,10 @@ class Recorder:
     evals: list[EvalPoint] = field(default_factory=list)
     checkpoint: Path | None = None
     """The last good one."""
+    published: Callable[[], int] = lambda: 0
+    """Versions published by this process."""
+    published_before: int = 0
+    """By the processes that this run continues."""
     last_row: Row | None = None
     _saved: deque[LedgerSnapshot] = field(default_factory=deque)
 
@@ -140,6 +148,7 @@ class Recorder:
             policy_version=self.trainer.policy_version,
             config_fingerprint=self.run.config_fingerprint,
             ledger=snapshot,
+            counters={"weights_published": self.weights_published},
         )
         begun_s = self.coordinator.clock()
         self.checkpoint = await compute(
@@ -149,6 +158,7 @@ class Recorder:
             self.trainer.save,
             state,
             keep=config.save_total_limit,
+            estimate_bytes=self.trainer.checkpoint_bytes,
         )
         event(log, "saved", checkpoint=self.checkpoint, seconds=self.coordinator.clock() - begun_s)
         self._saved.append(snapshot)
@@ -183,7 +193,12 @@ class Recorder:
         fleet, now_s = self.coordinator.fleet, self.coordinator.clock()
         return [server_view(server, fleet.health(server, now_s), now_s) for server in fleet.servers.values()]
 
-    def summary(self, *, weights_published: int) -> Summary:
+    @property
+    def weights_published(self) -> int:
+        """Versions published in the lineage of this run, over all restarts."""
+        return self.published_before + self.published()
+
+    def summary(self) -> Summary:
         """The run in one object."""
         config, ledger = self.coordinator.config, self.coordinator.ledger
         return summarize(
@@ -193,7 +208,7 @@ class Recorder:
             max_staleness=config.max_staleness,
             counts={**ledger.counts(), "unaccounted": ledger.unaccounted},
             evals=self.evals,
-            weights_published=weights_published,
+            weights_published=self.weights_published,
             checkpoint=self.checkpoint or Path(),
         )
 

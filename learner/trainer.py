@@ -195,6 +195,11 @@ class Trainer:
         """
         export.write_weights(self._model, self._config.published_dtype, mapped)
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What `save` writes, about: the weights and AdamW's two moments of each."""
+        return 3 * sum(p.numel() * p.element_size() for p in self._parameters.values())
+
     def save(self, directory: Path) -> None:
         """Write model and tokenizer as a plain Hugging Face directory, and beside them what `checkpoint` needs."""
         directory.mkdir(parents=True, exist_ok=True)

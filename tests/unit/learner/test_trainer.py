@@ -362,3 +362,13 @@ def test_untied_models_train_and_publish_their_head(make, tmp_path):
     before = weights(trainer)
     train(trainer, 1)
     assert not torch.equal(weights(trainer)["lm_head.weight"], before["lm_head.weight"])
+
+
+def test_the_size_of_a_checkpoint_is_known_before_the_first(make, tmp_path):
+    trainer = make()
+    train(trainer, 1)
+    trainer.save(tmp_path / "checkpoint")
+    written = sum(
+        (tmp_path / "checkpoint" / name).stat().st_size for name in ("model.safetensors", "optimizer.safetensors")
+    )
+    assert 0.8 * written < trainer.checkpoint_bytes < 1.2 * written
