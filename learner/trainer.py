@@ -198,7 +198,8 @@ class Trainer:
     @property
     def checkpoint_bytes(self) -> int:
         """What `save` writes, about: the weights and AdamW's two moments of each."""
-        return 3 * sum(p.numel() * p.element_size() for p in self._parameters.values())
+        sizes: list[int] = [p.numel() * p.element_size() for p in self._parameters.values()]
+        return 3 * sum(sizes)
 
     def save(self, directory: Path) -> None:
         """Write model and tokenizer as a plain Hugging Face directory, and beside them what `checkpoint` needs."""
