@@ -9,7 +9,7 @@ import pytest
 
 from tests.system.harness import END_S, RUN_S, START_S, Lab, reward, write_jsonl
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 TIMEOUT_S = 0.5
 """Of a reward call."""
 

@@ -13,7 +13,7 @@ import pytest
 from tests.system.harness import END_S, RUN_S, START_S, Lab, Process
 from tests.system.lineage import Lineage, check_whole_lineage, read_lineage
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 STEPS = 40
 TOKENS = {"killed": 8, "leaving": 16, "staying": 40}
 SLOW = {"token_s": 0.05, "mean_length": 8.0, "length_sigma": 0.0}

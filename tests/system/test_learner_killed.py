@@ -16,7 +16,7 @@ import pytest
 from tests.system.harness import END_S, RUN_S, START_S, Event, Lab, Process
 from tests.system.lineage import Lineage, check_whole_lineage, read_lineage
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 STEPS = 14
 SAVE_STEPS = 3
 DEATHS = ("groups_journaled:2", "step_journaled:5", "checkpoint:6:renamed", "forward_backward:9")

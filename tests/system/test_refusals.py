@@ -23,7 +23,7 @@ from tests.system.harness import END_S, RUN_S, START_S, Lab, Process, reward
 from tests.system.lineage import check_whole_lineage, read_lineage
 from tests.system.raw_peer import RawPeer
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 STEPS = 50
 SLOW = {"token_s": 0.25, "mean_length": 8.0, "length_sigma": 0.0}
 """Two seconds a group, four groups at a time."""

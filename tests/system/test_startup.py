@@ -9,7 +9,7 @@ import pytest
 
 from tests.system.harness import END_S, RUN_S, START_S, Lab, Process
 
-pytestmark = pytest.mark.system
+pytestmark = [pytest.mark.system, pytest.mark.timeout(300)]
 CONFIG, FAILED = 2, 1
 
 
