@@ -13,6 +13,8 @@ import logging
 import signal
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from learner.arrivals import Arrivals
 from learner.buffer import Buffer
@@ -37,7 +39,6 @@ from learner.rundir import RunDirectory
 from learner.stats import RunStats
 from learner.summary import print_summary, write_summary
 from learner.trackers import JsonlTracker, SampleWriter
-from learner.trainer import Trainer
 from protocol.addresses import is_local, parse_address, tcp_address
 from protocol.channel import Listener, bulk_address, check_address, listen
 from protocol.logs import configure_logging
@@ -47,15 +48,18 @@ from protocol.waits import Waits
 from protocol.weights.staging import clean_staging, default_staging_directory
 from protocol.weights.transfer import WeightsServer
 
+if TYPE_CHECKING:
+    from learner.trainer import Trainer
+
 log = logging.getLogger(__name__)
 
 
-def run(config: LearnerConfig, make_trainer: Callable[..., Trainer] = Trainer) -> int:
+def run(config: LearnerConfig, make_trainer: Callable[..., Trainer] | None = None) -> int:
     """Train to the end of the run, or until a signal; return the exit code.
 
     Args:
         config: complete and checked.
-        make_trainer: called with (config, checkpoint=...) on the compute thread.
+        make_trainer: called with (config, checkpoint=...) on the compute thread; by default the Trainer.
 
     Raises:
         ConfigError: something in the configuration cannot work.
@@ -90,12 +94,12 @@ class Learner:
         config: LearnerConfig,
         directory: RunDirectory,
         screen: Screen,
-        make_trainer: Callable[..., Trainer] = Trainer,
+        make_trainer: Callable[..., Trainer] | None = None,
     ) -> None:
         self.config = config
         self.directory = directory
         self.screen = screen
-        self.make_trainer = make_trainer
+        self.make_trainer = make_trainer or load_trainer
         self.waits = Waits()
         self.lag = LoopLag()
         self.compute = Compute()
@@ -215,6 +219,13 @@ class Learner:
             f"stopped by {run.interrupted} at step {run.trainer.policy_version}; the same command goes on"
         )
         return 128 + signal.Signals[run.interrupted].value
+
+
+def load_trainer(config: LearnerConfig, *, checkpoint: Path | None) -> Trainer:
+    """Load the model. Only now is torch imported: what is wrong before this is said at once."""
+    from learner.trainer import Trainer
+
+    return Trainer(config, checkpoint=checkpoint)
 
 
 def opening_line(config: LearnerConfig, checkpoint: Checkpoint | None) -> str:

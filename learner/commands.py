@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 
 from learner.config import LearnerConfig
 from protocol.errors import ConfigError
@@ -42,7 +43,7 @@ def train(argv: Sequence[str], *, prog: str) -> int:
 
 
 def check_complete(config: LearnerConfig) -> None:
-    """Refuse a configuration without a model or without data.
+    """Refuse a configuration without a model or without data, or with paths that lead nowhere.
 
     Raises:
         ConfigError: Names the key and what to write.
@@ -51,3 +52,8 @@ def check_complete(config: LearnerConfig) -> None:
         raise ConfigError("model is empty: name the directory of a Hugging Face causal model, --model DIR")
     if not config.dataset:
         raise ConfigError("dataset is empty: name a .jsonl file or a task, --dataset reasoning_gym:chain_sum")
+    if config.model.startswith((".", "/", "~")) and not Path(config.model).expanduser().is_dir():
+        raise ConfigError(f"model {config.model!r}: no such directory; give one with config.json, or a hub name")
+    for key, data in (("dataset", config.dataset), ("eval_dataset", config.eval_dataset)):
+        if data and ":" not in data and not Path(data).expanduser().is_file():
+            raise ConfigError(f"{key} {data!r}: no such file; give a .jsonl file or reasoning_gym:<task>")

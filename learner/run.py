@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from learner.arrivals import Arrivals
 from learner.batch import Batch
@@ -18,12 +19,14 @@ from learner.loops import accept_loop, batch_loop, evaluate_loop, lease_loop, re
 from learner.monitor import Monitor
 from learner.publish import Publisher
 from learner.recorder import Recorder
-from learner.trainer import Trainer
 from protocol.logs import event
 from protocol.loop_lag import LoopLag, loop_lag_gauge
 from protocol.messages import Drain, Goodbye
 from protocol.versions import Version
 from protocol.waits import Waits
+
+if TYPE_CHECKING:
+    from learner.trainer import Trainer
 
 log = logging.getLogger(__name__)
 

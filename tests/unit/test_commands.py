@@ -161,9 +161,25 @@ def test_a_dry_run_counts_the_published_version_too(tiny_model_dir: Path) -> Non
 
 
 def test_a_dry_run_command_loads_nothing_heavy(tiny_model_dir: Path) -> None:
-    done, heavy = run_quickly("learner", "train", "--model", str(tiny_model_dir), "--dataset", "d", "--dry-run")
+    done, heavy = run_quickly(
+        "learner", "train", "--model", str(tiny_model_dir), "--dataset", "reasoning_gym:gcd", "--dry-run"
+    )
     assert (done.returncode, done.stderr, heavy) == (0, "", [])
     assert "slots_total" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("flags", "error"),
+    [
+        (("--model", "/nowhere", "--dataset", "reasoning_gym:gcd"), "model '/nowhere': no such directory"),
+        (("--model", ".", "--dataset", "nothing.jsonl"), "dataset 'nothing.jsonl': no such file"),
+        (("--model", ".", "--dataset", "reasoning_gym:gcd", "--eval-dataset", "e"), "eval_dataset 'e': no such file"),
+    ],
+)
+def test_a_path_that_leads_nowhere_is_said_before_torch_is_loaded(flags: tuple[str, ...], error: str) -> None:
+    done, heavy = run_quickly("learner", "train", *flags)
+    assert (done.returncode, heavy) == (2, [])
+    assert error in done.stderr
 
 
 def test_a_dry_run_of_a_missing_model(tmp_path: Path) -> None:
