@@ -4,10 +4,11 @@
     learner -> server   Welcome, Refused, Lease, Ack, Cancel, WeightsReady, WeightsChunk
     both ways           Ping, Pong, Drain, Goodbye, Fault
 
-A message is one small msgpack header (its scalar fields, by name) and one raw little-endian frame per array field
-(see codec.py). Array fields of a decoded message are read-only views of the received frames. Shapes: G generations of
-the group, N completions in this message (N = G unless the group travels in parts), T their tokens in all,
-K version spans, F reward functions. Arrays that a field does not need are None and cost nothing.
+A message is one small msgpack header (its scalar fields, by name), then its array fields as raw little-endian frames:
+large ones one by one, small ones in one (see codec.py). Array fields of a decoded message are read-only views of the
+received frames. Shapes: G generations of the group, N completions in this message (N = G unless the group travels in
+parts), T their tokens in all, K version spans, F reward functions. Arrays that a field does not need are None and cost
+nothing.
 """
 
 from __future__ import annotations

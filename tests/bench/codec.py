@@ -71,10 +71,11 @@ def ours(quick: bool) -> float:
     groups = make_groups()
     frames = [bytes(frame) for frame in encode(groups[0])]  # what a socket delivers
     decoded = decode(frames)
-    for sent, received, frame in zip(arrays_of(groups[0]), arrays_of(decoded), frames[1:], strict=True):
+    received_bytes = [np.frombuffer(frame, np.uint8) for frame in frames[1:]]
+    for sent, received in zip(arrays_of(groups[0]), arrays_of(decoded), strict=True):
         assert np.array_equal(sent, received)
         assert not received.flags.writeable
-        assert np.shares_memory(received, np.frombuffer(frame, np.uint8)), "decoded arrays must be views"
+        assert any(np.shares_memory(received, frame) for frame in received_bytes), "decoded arrays must be views"
     return cpu_per_item(groups, lambda group: decode(encode(group)), quick=quick)
 
 

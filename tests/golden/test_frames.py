@@ -12,7 +12,7 @@ from typing import get_args
 import numpy as np
 import pytest
 
-from protocol.codec import decode, encode
+from protocol.codec import SMALL_BYTES, decode, encode
 from protocol.errors import VersionMismatch
 from protocol.messages import (
     Ack,
@@ -110,6 +110,11 @@ SAMPLES: dict[str, AnyMessage] = {
         ),
         seed=2**63 - 1, min_version=V7, prompt_tokens=ints(4, 5, 6),
         row=np.frombuffer(b'{"prompt":"2+3=","columns":{"answer":"5"}}', np.uint8), deadline_s=60.0,
+    ),
+    "lease_large_row": Lease(
+        group_id=ID, ordinal=41, sequence=40, attempt=2, purpose=Purpose.TRAIN, num_generations=2,
+        sampling=Sampling(max_completion_length=8, stop_token_ids=(2,)), seed=1, min_version=V7,
+        prompt_tokens=ints(4, 5, 6), row=np.full(SMALL_BYTES, ord(" "), np.uint8),
     ),
     "group": Group(**GROUP),
     "group_all_arrays": Group(

@@ -8,11 +8,12 @@ from typing import Any
 import hypothesis.extra.numpy as npst
 import msgspec
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from protocol.codec import decode, encode
-from protocol.errors import InvalidGroup, ProtocolError
+from protocol.codec import SMALL_BYTES, decode, encode
+from protocol.errors import InvalidGroup, MalformedMessage, ProtocolError
 from protocol.messages import FinishReason, Group, Hello, Lease, Ping, Purpose, Sampling, WeightsChunk
 from protocol.parts import PartAssembler, merge_groups, split_group
 from protocol.validation import validate_group
@@ -26,7 +27,9 @@ texts = st.text(max_size=20)
 naturals = st.integers(0, 2**63 - 1)
 reals = st.floats(allow_nan=False)
 versions = st.builds(Version, st.integers(0, 2**31 - 1), st.integers(0, 2**31 - 1))
-octets = npst.arrays(np.uint8, st.integers(0, 40))
+octets = npst.arrays(np.uint8, st.integers(0, 40)) | st.integers(-9, 9).map(
+    lambda offset: np.resize(np.arange(251, dtype=np.uint8), SMALL_BYTES + offset)
+)
 samplings = st.builds(
     Sampling,
     temperature=st.floats(0, 999),
@@ -205,7 +208,32 @@ def test_headers_with_any_value_anywhere_raise_nothing_else(name, data):
     only_protocol_errors([msgspec.msgpack.encode(fields), *frames])
 
 
-@given(st.sampled_from(sorted(WIRES)), st.permutations(range(17)), st.integers(0, 17))
+@given(st.sampled_from(sorted(WIRES)), st.permutations(range(6)), st.integers(0, 6))
 def test_frames_missing_doubled_or_in_another_order_raise_nothing_else(name, order, count):
     header, *frames = WIRES[name]
     only_protocol_errors([header, *[frames[k % len(frames)] for k in order[:count] if frames]])
+
+
+@given(
+    st.sampled_from(sorted(name for name, frames in WIRES.items() if len(frames) > 1)),
+    st.data(),
+    st.binary(min_size=1, max_size=20),
+)
+def test_frames_of_other_sizes_than_the_header_describes_are_never_accepted(name, data, extra):
+    """No byte too many or too few passes, be it among the padding, and no frame."""
+    header, *frames = WIRES[name]
+    which = data.draw(st.integers(0, len(frames) - 1))
+    place = data.draw(st.integers(0, len(frames[which])))
+    match data.draw(st.sampled_from(["lengthen", "shorten", "split", "drop", "add"])):
+        case "lengthen":
+            frames[which] = frames[which][:place] + extra + frames[which][place:]
+        case "shorten":
+            frames[which] = frames[which][: min(place, len(frames[which]) - 1)]
+        case "split":
+            frames[which : which + 1] = [frames[which][:place], frames[which][place:]]
+        case "drop":
+            del frames[which]
+        case "add":
+            frames.insert(which, extra)
+    with pytest.raises(MalformedMessage, match=r"frames of \[.*\] bytes after a header that describes"):
+        decode([header, *frames])

@@ -116,9 +116,10 @@ PER_SEGMENT = 3
 @functools.cache
 def segments() -> list[bytes]:
     """SPREAD on disk: three segments of three records."""
+    two_records = sum(len(buffer) for record in SPREAD[:2] for buffer in pack_record(record_frames(record)))
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        write(directory, SPREAD, segment_bytes=2200)
+        write(directory, SPREAD, segment_bytes=HEAD_BYTES + two_records + 1)
         return [path.read_bytes() for path in list_segments(directory).values()]
 
 

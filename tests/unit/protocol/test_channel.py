@@ -25,8 +25,9 @@ from protocol.channel import (
     listen,
     wake_pair,
 )
-from protocol.codec import MAX_FRAME_BYTES, MAX_FRAMES, encode
+from protocol.codec import MAX_FRAME_BYTES, MAX_FRAMES, SMALL_BYTES, encode
 from protocol.errors import ConfigError, MalformedMessage, PeerGone, VersionMismatch
+from protocol.loop_socket import COPY_BELOW_BYTES
 from protocol.messages import Hello, Ping, WeightsChunk
 from protocol.versions import Version
 
@@ -137,11 +138,11 @@ def test_large_headers_and_large_arrays_arrive():
 
 
 def test_small_arrays_are_aligned():
-    """Small frames lie at any offset in the receive buffer; arrays made of them must not."""
+    """Small frames lie at any offset in the receive buffer; arrays made of them must not, shared frame or not."""
 
     async def body() -> None:
         async with listen(LOOPBACK) as listener, dial(listener.address) as dialer:
-            for length in range(1, 40):
+            for length in (*range(1, 40), COPY_BELOW_BYTES - 1, COPY_BELOW_BYTES, SMALL_BYTES - 1, SMALL_BYTES + 1):
                 dialer.send(WeightsChunk(version=Version(1, 1), offset=0, data=np.zeros(length, np.uint8)))
                 _, chunk = await listener.recv()
                 assert chunk.data.ctypes.data % 8 == 0

@@ -7,13 +7,14 @@ import msgspec
 import numpy as np
 import pytest
 
-from protocol.codec import MAX_FRAME_BYTES, MAX_FRAMES, MAX_HEADER_BYTES, decode, encode
+from protocol.codec import MAX_FRAME_BYTES, MAX_FRAMES, MAX_HEADER_BYTES, SMALL_BYTES, decode, encode
 from protocol.errors import MalformedMessage, ProtocolError, VersionMismatch
-from protocol.messages import Fault, Hello, Lease, Ping, WeightsChunk
+from protocol.messages import Fault, Group, Hello, Lease, Ping, WeightsChunk
 from protocol.versions import PROTOCOL_VERSION, Version
 from tests.factories import make_group, make_lease
 
 CHUNK = WeightsChunk(version=Version(1, 2), offset=0, data=np.arange(6, dtype=np.uint8))
+LARGE_CHUNK = msgspec.structs.replace(CHUNK, data=np.arange(SMALL_BYTES // 2, dtype=np.uint16).view(np.uint8))
 
 
 def wire(message: Any) -> list[bytes]:
@@ -46,21 +47,43 @@ def test_the_header_is_a_named_map_that_describes_each_array():
     assert header_of(make_group())["span_versions"] == ["<i4", 4, 2]
 
 
-def test_frames_follow_the_fields_and_absent_arrays_have_none():
-    group = make_group(step_rewards=np.zeros(15, np.float32))
-    header, *frames = encode(group)
-    names = [name for name in group.__struct_fields__ if isinstance(getattr(group, name), np.ndarray)]
-    assert len(frames) == len(names) == 14
-    for name, frame in zip(names, frames, strict=True):
-        assert bytes(frame) == getattr(group, name).tobytes(), name
+def test_small_arrays_share_the_last_frame_in_order_and_aligned():
+    group = make_group(rewards=[0.0, 1.0, 0.0], step_rewards=np.zeros(15, np.float32))
+    header, shared = encode(group)
+    arrays = [value for value in map(group.__getattribute__, group.__struct_fields__) if isinstance(value, np.ndarray)]
+    assert len(arrays) == 14
+    expected = b""
+    for array in arrays:
+        expected = expected.ljust(-(-len(expected) // 8) * 8, b"\0") + array.tobytes()
+    assert any(array.nbytes % 8 for array in arrays)
+    assert bytes(shared) == expected
     assert msgspec.msgpack.decode(header)["loss_mask"] is None
     assert len(encode(WeightsChunk(version=Version(1, 2), offset=0))) == 1
 
 
-def test_encoding_copies_nothing():
-    group = make_group()
-    frames = encode(group)
-    assert np.shares_memory(np.asarray(frames[3]), group.completion_tokens)
+@pytest.mark.parametrize("num_bytes", [0, 1, SMALL_BYTES - 1, SMALL_BYTES, SMALL_BYTES + 1])
+def test_an_array_of_the_threshold_has_a_frame_of_its_own(num_bytes):
+    row = np.full(num_bytes, 7, np.uint8)
+    lease = msgspec.structs.replace(make_lease(prompt_tokens=[1, 2, 3]), row=row)
+    tokens = lease.prompt_tokens.tobytes()
+    frames = wire(lease)[1:]
+    shared = tokens if num_bytes >= SMALL_BYTES else tokens + bytes(4) + row.tobytes()
+    assert frames == ([row.tobytes(), shared] if num_bytes >= SMALL_BYTES else [shared])
+    np.testing.assert_array_equal(decode(wire(lease)).row, row, strict=True)
+
+
+def test_large_arrays_keep_their_order_before_the_shared_frame():
+    num_tokens = SMALL_BYTES // 4
+    group = make_group(rewards=[0.0], lengths=[num_tokens], loss_mask=np.ones(num_tokens, np.uint8))
+    _, tokens, logprobs, shared = wire(group)
+    assert tokens == group.completion_tokens.tobytes()
+    assert logprobs == group.behavior_logprobs.tobytes()
+    assert shared.endswith(group.loss_mask.tobytes())
+
+
+def test_encoding_copies_no_large_array():
+    frames = encode(LARGE_CHUNK)
+    assert np.shares_memory(np.asarray(frames[1]), LARGE_CHUNK.data)
 
 
 def test_an_array_that_is_not_contiguous_is_copied_into_order():
@@ -69,12 +92,16 @@ def test_an_array_that_is_not_contiguous_is_copied_into_order():
     transposed = np.arange(8, dtype=np.int32).reshape(2, 4).T
     group = make_group(span_versions=transposed)
     np.testing.assert_array_equal(decode(wire(group)).span_versions, transposed)
-    assert all(frame.c_contiguous for message in (lease, group) for frame in encode(message)[1:])
+    every_second = np.arange(2 * SMALL_BYTES, dtype=np.uint16).view(np.uint8)[::2]
+    chunk = msgspec.structs.replace(CHUNK, data=every_second)
+    np.testing.assert_array_equal(decode(wire(chunk)).data, every_second)
+    assert memoryview(encode(chunk)[1]).c_contiguous
 
 
+@pytest.mark.parametrize("chunk", [CHUNK, LARGE_CHUNK])
 @pytest.mark.parametrize("buffer", [bytes, bytearray, lambda frame: memoryview(bytearray(frame))])
-def test_decoded_arrays_are_read_only_views_of_the_frames(buffer):
-    frames = [bytes(frame) if i == 0 else buffer(frame) for i, frame in enumerate(encode(CHUNK))]
+def test_decoded_arrays_are_read_only_views_of_the_frames(buffer, chunk):
+    frames = [bytes(frame) if i == 0 else buffer(frame) for i, frame in enumerate(encode(chunk))]
     data = decode(frames).data
     assert np.shares_memory(data, np.frombuffer(frames[1], np.uint8))
     with pytest.raises(ValueError, match="read-only"):
@@ -88,7 +115,7 @@ def test_arrays_come_back_equal_with_dtype_and_shape():
         sampling_mask=np.ones((15, 3), np.uint8),
         routed_experts=np.arange(30, dtype=np.uint16).reshape(15, 2),
     )
-    assert len(encode(group)) == 18 <= MAX_FRAMES
+    assert len(encode(group)) == 2
     decoded = decode(wire(group))
     for name in group.__struct_fields__:
         sent, received = getattr(group, name), getattr(decoded, name)
@@ -99,12 +126,28 @@ def test_arrays_come_back_equal_with_dtype_and_shape():
             assert received == sent, name
 
 
+def test_a_group_with_all_its_arrays_large_needs_every_frame():
+    group = make_group()
+    arrays = [name for name, kind in Group.__annotations__.items() if "Int" in kind or "Float" in kind]
+    dtypes = {name: value.dtype for name in arrays if (value := getattr(group, name)) is not None}
+    large = {name: np.zeros((SMALL_BYTES, 1), dtypes.get(name, np.uint8)) for name in arrays}
+    large["step_rewards"] = large["step_rewards"].astype(np.float32)
+    large["routed_experts"] = large["routed_experts"].astype(np.uint16)
+    frames = wire(msgspec.structs.replace(group, **large))
+    assert len(frames) == 18 == MAX_FRAMES
+    assert decode(frames).routed_experts.shape == (SMALL_BYTES, 1)
+
+
 def test_a_matrix_of_one_column_keeps_its_column():
     assert decode(wire(make_group())).reward_values.shape == (4, 1)
 
 
-def test_empty_arrays_travel():
-    assert decode(wire(msgspec.structs.replace(CHUNK, data=np.zeros(0, np.uint8)))).data.size == 0
+def test_empty_arrays_travel_and_are_not_none():
+    empty = msgspec.structs.replace(CHUNK, data=np.zeros(0, np.uint8))
+    assert wire(empty)[1:] == [b""]
+    assert decode(wire(empty)).data.shape == (0,)
+    group = make_group(routed_experts=np.zeros((15, 0), np.uint16))
+    assert decode(wire(group)).routed_experts.shape == (15, 0)
 
 
 def test_a_wrong_dtype_is_the_senders_mistake():
@@ -125,29 +168,56 @@ def test_frame_counts_are_checked():
     frames = wire(CHUNK)
     assert refusal([]) == f"0 frames, allowed are 1 to {MAX_FRAMES}"
     assert refusal(frames * MAX_FRAMES) == f"{2 * MAX_FRAMES} frames, allowed are 1 to {MAX_FRAMES}"
-    assert refusal(frames[:1]) == "1 frames, fewer than the header has arrays"
-    assert refusal([*frames, b""]) == "3 frames, more than the header has arrays"
+    assert refusal(frames[:1]) == "frames of [] bytes after a header that describes [6]"
+    assert refusal([*frames, b""]) == "frames of [6, 0] bytes after a header that describes [6]"
     assert refusal([*wire(Ping(sent_s=1.0)), b""]) == "2 frames: Ping has no arrays"
+    no_array = wire(msgspec.structs.replace(CHUNK, data=None))
+    assert refusal([*no_array, b""]) == "frames of [0] bytes after a header that describes []"
+
+
+def test_an_array_in_the_wrong_kind_of_frame_is_refused():
+    """There is one form for each message: small arrays share a frame, large ones do not."""
+    lease = make_lease(prompt_tokens=[1, 2])
+    header, shared = wire(lease)
+    tokens, row = shared[:8], shared[8:]
+    assert decode([header, shared]).row.tobytes() == row
+    assert "bytes after a header that describes" in refusal([header, tokens, row])
+    large = msgspec.structs.replace(lease, row=LARGE_CHUNK.data)
+    header, row, shared = wire(large)
+    for frames in ([row, shared], [shared, row], [shared + row], [row + shared]):
+        if frames != [row, shared]:
+            assert "bytes after a header that describes" in refusal([header, *frames])
+
+
+@pytest.mark.parametrize("change", [lambda f: f[:-1], lambda f: f + b"\0", lambda f: f + bytes(8), lambda f: b""])
+def test_the_shared_frame_has_exactly_the_arrays_and_the_padding_between(change):
+    header, shared = wire(make_lease(prompt_tokens=[1, 2, 3]))
+    assert f"describes [{len(shared)}]" in refusal([header, change(shared)])
+    unpadded = shared[:12] + shared[16:]
+    assert f"frames of [{len(shared) - 4}] bytes" in refusal([header, unpadded])
 
 
 def test_sizes_are_checked_before_anything_else():
     too_long = b"\xc0" * (MAX_HEADER_BYTES + 1)
     assert refusal([too_long]) == f"header of {MAX_HEADER_BYTES + 1} bytes, allowed are {MAX_HEADER_BYTES}"
-    huge = memoryview(np.empty(MAX_FRAME_BYTES + 1, np.uint8))
-    frames = [*with_header(wire(CHUNK)[:1], data=["|u1", MAX_FRAME_BYTES + 1]), huge]
-    assert f"up to {MAX_FRAME_BYTES} bytes" in refusal(frames)
+    lease = with_header(wire(make_lease()), prompt_tokens=["<i4", MAX_FRAME_BYTES // 4 + 1])
+    assert refusal(lease) == f"prompt_tokens: expected <i4, at most {MAX_FRAME_BYTES} bytes"
 
 
 @pytest.mark.parametrize(
     ("described", "reason"),
     [
-        (["|u1", 7], "data: expected |u1 that fills its frame"),
-        (["|u1", 5], "data: expected |u1 that fills its frame"),
-        (["|i1", 6], "data: expected |u1 that fills its frame"),
-        (["<i4", 6], "data: expected |u1 that fills its frame"),
-        (["|u1", 2, 4], "data: its frame does not fill the described array"),
-        (["|u1", 6, 0], "data: its frame does not fill the described array"),
-        (["|u1", 2**64 - 1, 2**64 - 1], "data: its frame does not fill the described array"),
+        (["|u1", 7], "frames of [6] bytes after a header that describes [7]"),
+        (["|u1", 5], "frames of [6] bytes after a header that describes [5]"),
+        (["|i1", 6], "data: expected |u1"),
+        (["<i4", 6], "data: expected |u1"),
+        (["|u1", 2, 4], "frames of [6] bytes after a header that describes [8]"),
+        (["|u1", 6, 0], "frames of [6] bytes after a header that describes [0]"),
+        (["|u1", 1 << 26, 1 << 26], "data: expected |u1, at most 67108864 bytes"),
+        (["|u1", SMALL_BYTES], "frames of [6] bytes after a header that describes [16384]"),
+        (["|u1", 2**64 - 1, 2**64 - 1], "Expected `int` <= 67108864"),
+        (["|u1", 0, 2**64 - 1], "Expected `int` <= 67108864"),
+        (["|u1", (1 << 26) + 1, 0], "Expected `int` <= 67108864"),
         (["|u1", -1], "Expected `int` >= 0"),
         (["|u1", -1, -6], "Expected `int` >= 0"),
         (["|u1", 6.0], "Expected `int`, got `float`"),
@@ -162,11 +232,6 @@ def test_sizes_are_checked_before_anything_else():
 )
 def test_an_array_must_be_what_its_header_says(described, reason):
     assert reason in refusal(with_header(wire(CHUNK), data=described))
-
-
-def test_a_frame_of_odd_size_is_refused():
-    frames = wire(make_lease())
-    assert "prompt_tokens: its frame does not fill" in refusal([frames[0], frames[1] + b"x", *frames[2:]])
 
 
 @pytest.mark.parametrize(
@@ -189,8 +254,8 @@ def test_headers_must_fit_their_type(changes, reason):
 
 
 def test_the_messages_own_checks_hold_on_arrival():
-    lease = wire(make_lease())
-    assert refusal(with_header([lease[0], b"", lease[2]], prompt_tokens=["<i4", 0])).startswith(
+    lease = wire(make_lease(prompt_tokens=[1, 2]))
+    assert refusal(with_header([lease[0], lease[1][8:]], prompt_tokens=["<i4", 0])).startswith(
         "prompt_tokens has shape (0,): expected [P]"
     )
     sampling = header_of(make_lease())["sampling"]

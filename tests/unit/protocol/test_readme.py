@@ -7,11 +7,13 @@ from pathlib import Path
 from typing import Any, get_args
 
 import msgspec
+import numpy as np
 import pytest
 
 from protocol import codec, validation
 from protocol.messages import AnyMessage, Float32, Int32, Sampling, ServerStatus, UInt8, UInt16
 from protocol.versions import PROTOCOL_VERSION
+from tests.factories import make_lease
 
 ROOT = Path(__file__).parents[3]
 TEXT = (ROOT / "protocol" / "README.md").read_text()
@@ -46,7 +48,7 @@ def test_no_section_describes_what_is_not_there():
 
 
 def test_the_worked_example_is_a_golden_frame():
-    example = TEXT.partition("frame 0")[2].partition("Never anything")[0]
+    example = TEXT.partition("frame 0")[2].partition("\n\n")[0]
     header, _, array = example.partition("frame 1")
     octets = [re.split(r"\"|map", line)[0] for line in header.splitlines() if line.strip()]
     golden = (ROOT / f"tests/golden/frames_v{PROTOCOL_VERSION}/weights_chunk.hex").read_text().splitlines()
@@ -54,9 +56,20 @@ def test_the_worked_example_is_a_golden_frame():
     assert bytes.fromhex(array.strip()).hex() == golden[1]
 
 
+def test_the_worked_shared_frame_is_what_the_codec_sends():
+    tokens, _, row = re.search(r"`prompt_tokens` \[([\d, ]+)\] and `row` (`)(.*?)`", TEXT).groups()
+    shared = TEXT.partition("A `Lease` with")[2].partition("frame 1")[2].partition("\n\n")[0]
+    lease = make_lease(prompt_tokens=[int(token) for token in tokens.split(",")])
+    lease = msgspec.structs.replace(lease, row=np.frombuffer(row.encode(), np.uint8))
+    assert codec.encode(lease)[1] == bytes.fromhex(shared)
+
+
 def test_the_limits_are_those_of_the_code():
     assert f"# The wire, version {PROTOCOL_VERSION}" in TEXT
     assert f"at most {codec.MAX_HEADER_BYTES >> 10} KiB" in TEXT
     assert f"at most {codec.MAX_FRAME_BYTES >> 20} MiB. At most {codec.MAX_FRAMES} frames in all" in TEXT
+    assert f"of {codec.SMALL_BYTES >> 10} KiB ({codec.SMALL_BYTES} bytes) or more" in TEXT
+    assert f"the next multiple of {codec.ALIGNMENT} bytes" in TEXT
+    assert f"length, rows and columns are at most {codec.MAX_FRAME_BYTES} each" in TEXT
     assert f"{validation.MAX_NOTES} notes of {validation.MAX_NOTE_CHARACTERS} characters" in TEXT
     assert f"({validation.LOGPROB_TOLERANCE:.0e}".replace("e-03", "e-3") in TEXT
