@@ -113,8 +113,12 @@ def run_processes(max_staleness: int, *, quick: bool) -> Outcome:
             written = lab.write_config("learner", config)
             learner = lab.start("learner", module, written, lab.run.path / "logs" / "learner.log")
             server = lab.server(room=ROOM, scripted=SCRIPT)
-            lab.wait_step(num_steps(quick), alive=[learner, server])
-            assert (learner.wait_exit(END_S), server.wait_exit(END_S)) == (0, 0)
+            try:
+                lab.wait_step(num_steps(quick), alive=[learner, server])
+                assert (learner.wait_exit(END_S), server.wait_exit(END_S)) == (0, 0)
+            except AssertionError as error:  # its text ends with the logs; the last line is what a row gives as reason
+                print(error, file=sys.stderr)
+                raise AssertionError(str(error).partition("\n")[0]) from None
             outcome = measure(lab.run.rows())
     assert max(outcome.staleness) <= max_staleness, f"staleness {max(outcome.staleness)}, bound {max_staleness}"
     return outcome
