@@ -61,10 +61,10 @@ def test_the_bound_holds_and_the_run_ends_whatever_the_dial_says(options, seed, 
     assert (simulation.staleness_max > 0) == (bound > 0), "rollouts do run ahead, and in synchronous mode do not"
 
 
-@pytest.mark.parametrize("seed", [3, 4])
+@pytest.mark.parametrize(("servers", "seed"), [(3, 3), (1, 4)])
 @pytest.mark.parametrize("what", Simulation.CHAOS)
-def test_the_bound_holds_and_the_run_ends_whatever_goes_wrong(what, seed, tmp_path):
-    simulation = simulate(Plan(seed=seed, max_steps=30, chaos=(what,)), tmp_path)
+def test_the_bound_holds_and_the_run_ends_whatever_goes_wrong(what, servers, seed, tmp_path):
+    simulation = simulate(Plan(seed=seed, servers=servers, max_steps=30, chaos=(what,)), tmp_path)
     check_faults(simulation)
     if what.endswith("learner"):
         assert simulation.witness["groups restored"] > 0, "journaled groups are not sampled again"
