@@ -113,9 +113,10 @@ class Fleet:
     ) -> Server | None:
         """The admissible server with most room for a group of that many samples, or None.
 
-        A server is sent one group beyond its room, so that a finished sample's place is never empty. `reserve` is for
-        eval leases: a quarter of the room is theirs, whether training fills the rest or not. `exact` asks for that
-        very version.
+        A server is sent as much again as it has room for, at least one group: of a group that is not answered, most
+        samples may have ended, and the places of those who wait for a straggler are not to stay empty. `reserve` is
+        for eval leases: a quarter of the room is theirs, whether training fills the rest or not. `exact` asks for
+        that very version.
         """
         best: Server | None = None
         for server in self.servers.values():
@@ -127,7 +128,7 @@ class Fleet:
             if reserve:
                 has_room = len(server.eval_outstanding) * samples < max(samples, server.hello.room // EVAL_SHARE)
             else:
-                has_room = server.samples < server.hello.room + samples
+                has_room = server.samples < server.hello.room + max(server.hello.room, samples)
             if has_room and (best is None or server.hello.room - server.samples > best.hello.room - best.samples):
                 best = server
         return best

@@ -145,7 +145,7 @@ def make_identity(incarnation: int = 1) -> RunIdentity:
 def make_hello(name: str = "north", **fields: Any) -> Hello:
     """Introduce a server that fits `make_identity`."""
     defaults: dict[str, Any] = {
-        "session": f"{name}-session", "server": name, "engine": "transformers", "room": 8, "vocab_size": VOCAB_SIZE,
+        "session": f"{name}-session", "server": name, "engine": "transformers", "room": 6, "vocab_size": VOCAB_SIZE,
         "model_digest": "weights-digest", "tokenizer_digest": "tokens-digest", "reward_functions": REWARD_FUNCTIONS,
     }  # fmt: skip
     return Hello(**{**defaults, **fields})

@@ -468,7 +468,7 @@ def evaluate(desk: Desk, policy_version: int = 0, *, pinned: bool = True, num_ro
 
 def test_evaluation_leases_hold_no_slot_and_have_room_when_training_fills_the_server():
     desk = make_desk(eval_rows=3, eval_num_generations=2)
-    desk.join("north", room=8)
+    desk.join("north", room=6)
     desk.pump()
     assert len(desk.leases()) == 3, "training has filled it"
     evaluate(desk)
