@@ -172,8 +172,6 @@ class Lease(Message, frozen=True, kw_only=True):
     """[P] token ids; the server never tokenizes a prompt."""
     row: UInt8
     """UTF-8 JSON {"prompt": str | messages, "columns": {...}}: what reward functions are given."""
-    deadline_s: float = 0.0
-    """The learner cancels the lease when it is not answered in that time; 0 is no limit."""
 
     def __post_init__(self) -> None:
         """Check what can be checked without a model."""

@@ -46,7 +46,6 @@ def make_lease(
     columns: Mapping[str, Any] | None = None,
     run_id: str = RUN_ID,
     run_seed: int = 0,
-    deadline_s: float = 0.0,
 ) -> Lease:
     """Make a lease of one short prompt; `sequence` is the ordinal unless given."""
     row = msgspec.json.encode({"prompt": prompt, "columns": dict(columns or {"answer": "5"})})
@@ -62,7 +61,6 @@ def make_lease(
         min_version=min_version,
         prompt_tokens=np.array(prompt_tokens, np.int32),
         row=np.frombuffer(row, np.uint8),
-        deadline_s=deadline_s,
     )
 
 

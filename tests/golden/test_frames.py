@@ -109,7 +109,7 @@ SAMPLES: dict[str, AnyMessage] = {
             temperature=0.5, top_p=0.9, top_k=20, min_p=0.1, max_completion_length=8, stop_token_ids=(2, 3)
         ),
         seed=2**63 - 1, min_version=V7, prompt_tokens=ints(4, 5, 6),
-        row=np.frombuffer(b'{"prompt":"2+3=","columns":{"answer":"5"}}', np.uint8), deadline_s=60.0,
+        row=np.frombuffer(b'{"prompt":"2+3=","columns":{"answer":"5"}}', np.uint8),
     ),
     "lease_large_row": Lease(
         group_id=ID, ordinal=41, sequence=40, attempt=2, purpose=Purpose.TRAIN, num_generations=2,

@@ -68,7 +68,6 @@ plain_messages = st.one_of(
         min_version=versions,
         prompt_tokens=npst.arrays(np.int32, st.integers(1, 40)),
         row=octets,
-        deadline_s=reals,
     ),
 )
 
