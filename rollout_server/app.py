@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import gc
 import logging
 import os
 import signal
@@ -48,6 +49,7 @@ async def serve(config: ServerConfig) -> int:
     async with contextlib.AsyncExitStack() as stack:
         scorer = await stack.enter_async_context(open_scorer(config))
         engine = await stack.enter_async_context(create_engine(config))
+        gc.freeze()  # what is loaded stays: a full collection of it would hold the loop for 100 ms (I9)
         dialer = await stack.enter_async_context(dial(config.learner, insecure_plaintext=config.insecure_plaintext))
         receiver = WeightsReceiver(
             engine,
