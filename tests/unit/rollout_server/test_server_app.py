@@ -15,7 +15,7 @@ import pytest
 from protocol.channel import listen
 from protocol.errors import ConfigError
 from protocol.errors import Refused as RefusedError
-from protocol.messages import Drain, Goodbye, Group, Hello, Refused, Return, WeightsLive, WeightsReady
+from protocol.messages import Drain, Goodbye, Group, Hello, Ping, Refused, Return, WeightsLive, WeightsReady
 from protocol.tasks import run_loop
 from protocol.versions import Version
 from protocol.weights.layout import build_manifest
@@ -228,6 +228,7 @@ def test_a_second_signal_ends_the_server_at_once(make_lab: Callable[..., Lab]) -
         learner.send(lab.ready)
         await learner.hears(WeightsLive)
         learner.send(make_lease())
+        await learner.hears(Ping, lambda ping: ping.status.groups_in_flight == 1)  # else there is nothing to drain
         os.kill(os.getpid(), signal.SIGTERM)
         await learner.hears(Drain)
         os.kill(os.getpid(), signal.SIGTERM)
