@@ -27,6 +27,7 @@ from protocol.addresses import (
     tcp_address,
 )
 from protocol.codec import MAX_FRAME_BYTES, Buffer, decode, encode
+from protocol.connection_watch import ConnectionWatch
 from protocol.errors import ConfigError, PeerGone, PeerSilent, ProtocolError
 from protocol.loop_socket import LoopSocket
 from protocol.messages import AnyMessage
@@ -95,7 +96,7 @@ class Listener(Channel, Protocol):
 
 
 class Dialer(Channel, Protocol):
-    """A server's end: one connection to the learner, made again when it breaks. One task receives."""
+    """A server's end: one connection to the learner, made anew by `reconnect`. One task receives."""
 
     def send(self, message: AnyMessage) -> None:
         """Queue a message; never blocks. While the learner is away it waits here, until `reconnect`.
@@ -108,7 +109,8 @@ class Dialer(Channel, Protocol):
         """Wait for a message. What is no message comes as a value.
 
         Raises:
-            PeerSilent: nothing at all was heard for `silence_s` (None: wait for ever).
+            PeerSilent: the connection broke, or nothing at all was heard for `silence_s` (None: wait for ever). Some
+                messages may be lost, either way: `reconnect`, and settle with the listener what still matters.
             PeerGone: this end was closed.
         """
 
@@ -196,7 +198,13 @@ class _ZmqDialer(_ZmqChannel):
         socket = _new_socket(self._context, zmq.DEALER)
         socket.set(zmq.ROUTING_ID, secrets.token_hex(8).encode())
         _connect(socket, self._address, self._insecure_plaintext)
-        return LoopSocket(socket)
+        opened = LoopSocket(socket)
+        self._watch = ConnectionWatch(socket, opened.break_off)
+        return opened
+
+    async def close(self) -> None:
+        self._watch.close()
+        await super().close()
 
     async def recv(self, silence_s: float | None = None) -> AnyMessage | ProtocolError:
         socket = self._socket
@@ -206,6 +214,8 @@ class _ZmqDialer(_ZmqChannel):
             if socket is self._socket:
                 raise
             return await self.recv(silence_s)  # another task reconnected meanwhile
+        if frames is None and socket.broken:
+            raise PeerSilent(f"the connection to {self._address} broke")
         if frames is None:
             raise PeerSilent(f"heard nothing from {self._address} for {silence_s:g} s")
         return _decode(frames)
@@ -217,6 +227,7 @@ class _ZmqDialer(_ZmqChannel):
             raise PeerGone(f"cannot send to {self._address}: {error.strerror}") from None
 
     def reconnect(self) -> None:
+        self._watch.close()
         self._socket.close(0)
         self._socket = self._open()
 

@@ -40,6 +40,9 @@ class LoopSocket:
         self._waiter: asyncio.Future[None] | None = None
         self._burst = 0
         self._heard_s = self._loop.time()
+        self._heard = False
+        self.broken = False
+        """Whether `break_off` was called: nothing more is to be expected of the connection."""
         self._loop.add_reader(self._fd, self._on_signal)
 
     def send(self, frames: Sequence[Buffer]) -> None:
@@ -56,7 +59,7 @@ class LoopSocket:
             self._on_signal()
 
     async def recv(self, silence_s: float | None = None) -> list[Buffer] | None:
-        """Wait for a message and return its frames; None when nothing at all arrived for `silence_s`.
+        """Wait for a message and return its frames; None when nothing at all arrived for `silence_s`, or it is broken.
 
         Cancelling loses no message.
 
@@ -69,12 +72,19 @@ class LoopSocket:
         while (frames := self._take()) is None:
             self._burst = 0
             deadline_s = None if silence_s is None else self._heard_s + silence_s
-            if deadline_s is not None and self._loop.time() >= deadline_s:
+            if self.broken or (deadline_s is not None and self._loop.time() >= deadline_s):
                 return None
             await self._wait_readable(deadline_s)
         self._burst += 1
         self._heard_s = self._loop.time()
+        self._heard = True
         return frames
+
+    def break_off(self) -> None:
+        """The connection is gone: what has arrived can still be received. Before anything was heard, none was made."""
+        if self._heard:
+            self.broken = True
+            self._wake()
 
     def close(self, linger_ms: int) -> None:
         """Close; what is queued may go on leaving for `linger_ms`. A task waiting in recv gets PeerGone."""

@@ -90,6 +90,10 @@ class MemoryNetwork:
         """Lose everything from (`to_listener`) and to (`to_dialer`) that dialer until `heal`. Neither end is told."""
         self._dialers[name].cut = (to_listener, to_dialer)
 
+    def reset(self, name: str) -> None:
+        """Break that dialer's connection, as a TCP reset does: what is under way is lost, and the dialer is told."""
+        self._dialers[name].break_off()
+
     def heal(self, name: str) -> None:
         """End a cut. What was lost stays lost."""
         self._dialers[name].cut = (False, False)
@@ -105,6 +109,11 @@ class MemoryNetwork:
             if dialer.peer == peer and not dialer.inbox.closed:
                 return dialer
         return None
+
+    def lose_listener(self) -> None:
+        """The listener has closed: every connection to it is broken."""
+        for dialer in self._dialers.values():
+            dialer.from_listener.end(dialer.inbox.break_off)
 
     def deliver_to_listener(self, peer: bytes, frames: list[Buffer]) -> None:
         """Hand a message that has arrived to whoever listens, now or later."""
@@ -122,7 +131,15 @@ class _Inbox:
         self._loop = asyncio.get_running_loop()
         self._arrived: asyncio.Queue[tuple[bytes, list[Buffer]] | None] = asyncio.Queue()
         self._heard_s = self._loop.time()
+        self._heard = False
+        self.broken = False
         self._burst = 0
+
+    def break_off(self) -> None:
+        """The connection is gone; what has arrived can still be received. Before anything was heard, none was made."""
+        if self._heard and not self.broken:
+            self.broken = True
+            self._arrived.put_nowait(None)
 
     def put(self, item: tuple[bytes, list[Buffer]]) -> None:
         self._arrived.put_nowait(item)
@@ -132,20 +149,25 @@ class _Inbox:
         self._arrived.put_nowait(None)
 
     async def get(self, silence_s: float | None) -> tuple[bytes, AnyMessage | ProtocolError] | None:
-        """Like LoopSocket.recv: None after `silence_s` without a message."""
+        """Like LoopSocket.recv: None after `silence_s` without a message, or when the connection is broken."""
         self._burst = 0 if self._arrived.empty() else self._burst + 1
         if self._burst >= RECV_BURST:
             self._burst = 0
             await asyncio.sleep(0)
+        if self.broken and self._arrived.empty():
+            return None
         deadline_s = None if silence_s is None or not self._arrived.empty() else self._heard_s + silence_s
         try:
             async with asyncio.timeout_at(deadline_s):
                 item = await self._arrived.get()
         except TimeoutError:
             return None
-        if self.closed or item is None:
+        if self.closed:
             raise PeerGone("this end of the channel is closed")
+        if item is None:
+            return None  # broken
         self._heard_s = self._loop.time()
+        self._heard = True
         try:
             return item[0], decode(item[1])
         except ProtocolError as error:
@@ -186,6 +208,11 @@ class _Link:
         self._network.witness.lost += len(self._under_way)
         self._under_way.clear()
 
+    def end(self, ended: Callable[[], None]) -> None:
+        """Call `ended` when all that is under way has arrived."""
+        loop = asyncio.get_running_loop()
+        loop.call_at(max(self._last_due_s, loop.time()), lambda: loop.call_soon(ended))
+
     def _schedule(self, frames: list[Buffer], delay_s: float) -> None:
         loop = asyncio.get_running_loop()
         self._under_way.append(frames)
@@ -222,6 +249,11 @@ class _MemoryChannel:
 
 
 class _MemoryListener(_MemoryChannel):
+    async def close(self) -> None:
+        if not self.inbox.closed:
+            self._network.lose_listener()
+        await super().close()
+
     @property
     def address(self) -> str:
         return "memory"
@@ -265,9 +297,16 @@ class _MemoryDialer(_MemoryChannel):
             if inbox is self.inbox:
                 raise
             return await self.recv(silence_s)  # another task reconnected meanwhile
+        if item is None and inbox.broken:
+            raise PeerSilent("the connection to memory broke")
         if item is None:
             raise PeerSilent(f"heard nothing from memory for {silence_s:g} s")
         return item[1]
+
+    def break_off(self) -> None:
+        self.from_listener.drop()
+        self._to_listener.drop()
+        self.inbox.break_off()
 
     def reconnect(self) -> None:
         self.from_listener.drop()

@@ -130,7 +130,7 @@ async def connect(parts: Parts) -> None:
         parts.dialer.send(hello)
         answered = wait_welcome(parts, hello.session)
         limit_s = parts.welcome.liveness_s
-        with contextlib.suppress(WaitTimeout):
+        with contextlib.suppress(WaitTimeout, PeerSilent):
             welcome = await parts.waits.wait(answered, name="welcome", owner="learner", deadline_s=limit_s)
             if welcome is not None:
                 welcomed(parts, welcome)
@@ -142,6 +142,7 @@ async def wait_welcome(parts: Parts, session: str) -> Welcome | None:
     """Wait for the answer to a Hello. None: it was lost with its learner, and another has taken that one's place.
 
     Raises:
+        PeerSilent: the connection broke.
         Refused: this server does not fit the learner's run.
     """
     while True:

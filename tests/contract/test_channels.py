@@ -357,3 +357,26 @@ def test_a_new_listener_hears_a_dialer_that_stayed(transport, run):
             assert message.status is AckStatus.OK
 
     on_pair(transport, run, body)
+
+
+def test_a_dialer_hears_that_its_listener_is_gone_after_all_that_it_said(transport, run):
+    """ZeroMQ would connect again under the same id, and nobody would know that messages are missing."""
+
+    async def body(listener: Listener, dialer: Dialer, peer: bytes) -> None:
+        listener.send(peer, ping(1))
+        assert (await dialer.recv(SOON_S)).sent_s == 1
+        listener.send(peer, Goodbye(reason="done"))
+        await listener.close()
+        assert (await dialer.recv(SOON_S)).reason == "done"
+        for _ in range(2):
+            with pytest.raises(PeerSilent, match=r"the connection to .* broke"):
+                await dialer.recv(None)
+        async with transport.listen() as second:
+            dialer.reconnect()
+            dialer.send(ping(2))
+            peer, message = await second.recv()
+            assert message.sent_s == 2
+            second.send(peer, ping(3))
+            assert (await dialer.recv(SOON_S)).sent_s == 3
+
+    on_pair(transport, run, body)
