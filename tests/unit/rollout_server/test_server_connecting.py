@@ -132,6 +132,34 @@ def test_a_leftover_learner_is_waited_out(tmp_path: Path) -> None:
     play(tmp_path, scenario)
 
 
+def test_a_connection_that_breaks_before_the_welcome_is_made_anew_at_once(tmp_path: Path) -> None:
+    async def scenario(served: Served) -> None:
+        hello = await served.learner.hears(Hello)
+        served.learner.send(Refused(code="incarnation", reason="it has worked for incarnation 3; this is 2"))
+        await asyncio.sleep(0.01)
+        served.network.reset("server-0")
+        begun_s = asyncio.get_running_loop().time()
+        again = await served.learner.welcome(incarnation=3)
+        assert again.session != hello.session
+        assert asyncio.get_running_loop().time() - begun_s < 0.1, "not only after liveness_s"
+
+    play(tmp_path, scenario)
+
+
+def test_a_welcomed_connection_that_breaks_is_made_anew_at_once(tmp_path: Path) -> None:
+    async def scenario(served: Served) -> None:
+        hello = await served.learner.welcome()
+        first = served.learner.peer
+        await asyncio.sleep(0.01)
+        served.network.reset("server-0")
+        begun_s = asyncio.get_running_loop().time()
+        again = await served.learner.welcome()
+        assert (again.session != hello.session, served.learner.peer != first) == (True, True)
+        assert asyncio.get_running_loop().time() - begun_s < 0.1
+
+    play(tmp_path, scenario)
+
+
 # --- connecting again
 
 
