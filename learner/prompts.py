@@ -156,7 +156,7 @@ class Prompts:
             return self._tokenizer.apply_chat_template(
                 messages, tokenize=False, add_generation_prompt=not prefilled, continue_final_message=prefilled
             )
-        except Exception as error:
+        except Exception as error:  # a template is the model's own program: it may raise anything
             raise ConfigError(
                 f"{self._rows.place(index)}: the tokenizer's chat template refuses the prompt: {error}; string prompts"
                 " need no template, with prompt_format text"

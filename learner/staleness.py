@@ -52,8 +52,8 @@ def derive_bounds(
 ) -> Bounds:
     """Derive S from what the user allows; with no window given, choose W as well.
 
-    Up to max_staleness 3 the window is closed (W = 1, S = m). From 4 on W = P + 1 and S = m - 1: the same speed in
-    simulation, with a mean staleness a quarter lower.
+    Up to max_staleness 3 the window is closed (W = 1, S = m). From 4 on W = P + 1 and S = m - 1: the same bound, one
+    step less of running ahead, and a straggler no longer holds up the groups of the step behind it.
 
     Raises:
         ConfigError: no S satisfies the pair, or the pair cannot progress, or it buys nothing.
