@@ -1,7 +1,7 @@
 """What the two processes say to each other: frozen, typed, validated when built and when decoded.
 
-    server -> learner   Hello, Group, Return, WeightsRequest, WeightsLive, WeightsFailed
-    learner -> server   Welcome, Refused, Lease, Ack, Cancel, WeightsReady, WeightsChunk
+    server -> learner   Hello, Group, Return, WeightsRequest, WeightsStaged, WeightsLive, WeightsFailed, WeightsLost
+    learner -> server   Welcome, Refused, Lease, Ack, Cancel, WeightsReady, WeightsChunk, WeightsSwap
     both ways           Ping, Pong, Drain, Goodbye, Fault
 
 A message is one small msgpack header (its scalar fields, by name), then its array fields as raw little-endian frames:
@@ -121,6 +121,8 @@ class Hello(Message, frozen=True, kw_only=True):
     """Digest of names, shapes of the weights the engine serves (`protocol.weights.manifest.schema_digest`)."""
     tokenizer_digest: str
     """Digest of the vocabulary (`tokenizer_digest`); empty for an engine without one."""
+    canaries: bool = False
+    """Whether its engine checks new weights against canaries: WeightsReady then brings them."""
     reward_functions: tuple[str, ...]
     run_id: str = ""
     """The run this server worked for before this connection; empty at its first Hello."""
@@ -278,6 +280,19 @@ class WeightsReady(Message, frozen=True, kw_only=True):
     """The manifest, UTF-8 JSON (see weights/manifest.py)."""
     addresses: tuple[str, ...]
     """Bulk endpoints that serve it, best first; `*` as the host is the host the server dialed."""
+    canary_tokens: Int32 | None = None
+    """[N, L] sequences to try the weights on, for engines that check (Hello.canaries); L >= 2."""
+    canary_logprobs: Float32 | None = None
+    """[N, L - 1] log softmax (temperature 1) of canary_tokens[:, 1:] under this version, by the learner."""
+
+    def __post_init__(self) -> None:
+        """Check that every canary token but the first of a sequence has its logprob."""
+        tokens, logprobs = self.canary_tokens, self.canary_logprobs
+        shapes = None if tokens is None else tokens.shape, None if logprobs is None else logprobs.shape
+        if shapes == (None, None):
+            return
+        if not (shapes[0] and shapes[1] and len(shapes[0]) == 2 and shapes[1] == (shapes[0][0], shapes[0][1] - 1)):
+            raise ValueError(f"canary_tokens {shapes[0]}, canary_logprobs {shapes[1]}: expected [N, L] and [N, L - 1]")
 
 
 class WeightsRequest(Message, frozen=True, kw_only=True):
@@ -301,13 +316,41 @@ class WeightsChunk(Message, frozen=True, kw_only=True):
     data: UInt8 | None = None
 
 
+class WeightsStaged(Message, frozen=True, kw_only=True):
+    """The version is here, whole and verified; the server goes on sampling with the old one until its turn to swap."""
+
+    version: Version
+
+
+class WeightsSwap(Message, frozen=True, kw_only=True):
+    """The server's turn: swap to `version` now. Versions roll over the fleet, so that never all engines pause at once."""
+
+    version: Version
+    checksums: tuple[str, ...] = ()
+    """What other engines have reported of it (WeightsLive.checksum): those of the same kind must agree."""
+
+
 class WeightsLive(Message, frozen=True, kw_only=True):
-    """Every token sampled from now on by this server is of `version` or newer."""
+    """Every token sampled from now on by this server is of `version` or newer, and the engine passed its checks."""
 
     version: Version
     transfer_s: float = 0.0
     verify_s: float = 0.0
     pause_s: float = 0.0
+    check_s: float = 0.0
+    """Checking the engine after the swap; it samples meanwhile, and its groups wait."""
+    checksum: str = ""
+    """`kind:digest` of the weights as the engine holds them; empty when it cannot tell. Comparable within a kind."""
+    mismatch_kl: float | None = None
+    """Mean over the canary tokens of exp(d) - 1 - d, d = learner's - engine's logprob; None without canaries."""
+    mismatch: float | None = None
+    """Mean of |d| over the canary tokens, in nats."""
+
+
+class WeightsLost(Message, frozen=True, kw_only=True):
+    """No version is live any more (the engine died or failed a check, and restarts). No leases until WeightsLive."""
+
+    reason: str
 
 
 class WeightsFailed(Message, frozen=True, kw_only=True):
@@ -326,6 +369,13 @@ class ServerStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     groups_unacked: int = 0
     groups_finished: int = 0
     tokens_generated: int = 0
+    prompt_tokens: int = 0
+    """Of all samples begun, the shared ones counted for each."""
+    cached_prompt_tokens: int = 0
+    """Of those, the ones whose keys and values were there already."""
+    kv_usage: float = 0.0
+    """Share of the engine's KV cache in use; a gauge, 0 where it is not known."""
+    engine_restarts: int = 0
     wall_s: float = 0.0
     busy_s: float = 0.0
     """The engine was decoding or prefilling."""
@@ -376,5 +426,5 @@ class Fault(Message, frozen=True, kw_only=True):
 
 AnyMessage = (
     Hello | Welcome | Refused | Lease | Group | Ack | Return | Cancel | WeightsReady | WeightsRequest | WeightsChunk
-    | WeightsLive | WeightsFailed | Ping | Pong | Drain | Goodbye | Fault
+    | WeightsStaged | WeightsSwap | WeightsLive | WeightsFailed | WeightsLost | Ping | Pong | Drain | Goodbye | Fault
 )  # fmt: skip

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
@@ -51,8 +51,9 @@ class ServerConfig(Section):
     """Unique within the run; default is host name and process id."""
     model: str = ""
     """Directory of the Hugging Face model whose weights the learner sends. Required unless the engine is scripted."""
-    engine: Literal["transformers", "scripted"] = "transformers"
-    """transformers: embedded, CPU or one GPU. scripted: no model at all."""
+    engine: Literal["auto", "sglang", "transformers", "scripted"] = "auto"
+    """sglang: a child process, or one that you run (engine_url). transformers: embedded, CPU or one GPU. scripted: no
+    model at all. auto: sglang where there is CUDA (or an engine_url), else transformers."""
     room: int = Field(64, ge=1)
     """Samples decoded at once."""
     max_model_length: int = Field(2048, ge=2)
@@ -80,6 +81,21 @@ class ServerConfig(Section):
     """Allow a learner address off loopback without keys: for a closed lab only."""
     drain_s: float = Field(30.0, ge=0)
     """After SIGTERM or the learner's Drain: finish groups for so long, then return them."""
+    weight_update_mode: Literal["retract", "in_place", "drain"] = "retract"
+    """What an update of the weights does to samples under way in SGLang. retract: keys and values are computed again,
+    later tokens are exactly the new version's. in_place: they are kept. drain: samples end before the swap."""
+    engine_url: str = ""
+    """Use the SGLang server at this address instead of starting one; it must see the staging directory."""
+    engine_api_key: str = ""
+    """Of the server at engine_url. In a --config file it is not seen by others on the host, as a flag it is."""
+    engine_admin_key: str = ""
+    """Its --admin-api-key: without one anybody could load weights into it. Required with engine_url."""
+    engine_start_s: float = Field(900.0, gt=0)
+    """Within which SGLang must be up; it loads and compiles for minutes where the model is large."""
+    engine_log: Path | None = None
+    """What SGLang prints; default a file in a private temporary directory, which is kept when SGLang fails."""
+    sglang: dict[str, Any] = Field(default_factory=dict)
+    """Arguments of sglang.launch_server: --sglang.tp-size 2 is its --tp-size 2, --sglang.enable-metrics a bare flag."""
     scripted: ScriptedOptions = ScriptedOptions()
     """Behavior of the scripted engine."""
 

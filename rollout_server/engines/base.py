@@ -1,8 +1,8 @@
 """What an engine is: prompts in, completions out, weights swapped in flight.
 
 Every engine passes tests/contract/test_engines.py. An engine is driven from the event loop and does its work
-elsewhere (a thread, a child process): no method here blocks the loop. It samples every completion of a request with
-the request's own seed, so the same weights give the same tokens whatever else runs beside them.
+elsewhere (a thread, a child process): no method here blocks the loop. An engine whose `info.reproducible` is true
+samples every completion with the request's own seed: the same weights give the same tokens whatever else runs beside.
 """
 
 from __future__ import annotations
@@ -13,7 +13,8 @@ from types import TracebackType
 from typing import Protocol, Self
 
 from protocol.completions import Completion
-from protocol.messages import Int32, Sampling
+from protocol.messages import Float32, Int32, Sampling
+from protocol.signals import Signal
 from protocol.versions import Version
 
 
@@ -40,19 +41,40 @@ class EngineInfo:
     vocab_size: int
     model_digest: str
     tokenizer_digest: str
+    reproducible: bool = True
+    """Whether the request's seed alone decides what is sampled."""
+    canaries: bool = False
+    """Whether `load_weights` checks new weights against canaries."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
-    """Counters since start (only grow) and two gauges."""
+    """Counters since start (only grow) and three gauges."""
 
     samples_running: int = 0
     samples_waiting: int = 0
     tokens_generated: int = 0
+    prompt_tokens: int = 0
+    """Of all samples begun, the shared ones counted for each."""
+    cached_prompt_tokens: int = 0
+    """Of those, the ones whose keys and values were there already."""
+    kv_usage: float = 0.0
+    """Share of the KV cache in use (a gauge); 0 where it is not known."""
+    restarts: int = 0
     busy_s: float = 0.0
     paused_s: float = 0.0
     occupancy_s: float = 0.0
     """Integral over time of samples_running / room."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Canaries:
+    """What the learner's model says of sequences to try new weights on (messages.WeightsReady)."""
+
+    tokens: Int32
+    """[N, L]"""
+    logprobs: Float32
+    """[N, L - 1] of tokens[:, 1:], temperature 1."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,10 +83,34 @@ class StagedWeights:
 
     version: Version
     path: Path
+    digest: str = ""
+    """Of the content: equal for equal tensors, whatever the version (manifest.content_digest)."""
+    canaries: Canaries | None = None
+    checksums: tuple[str, ...] = ()
+    """What other engines hold of this version (`LoadReport.checksum`)."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadReport:
+    """What a swap took, and what the check of the new weights found."""
+
+    pause_s: float
+    """Nothing was sampled for so long."""
+    check_s: float = 0.0
+    checksum: str = ""
+    """`kind:digest` of the weights as held; empty for an engine that copies them itself."""
+    mismatch_kl: float | None = None
+    """Mean of exp(d) - 1 - d over the canary tokens, d = learner's - engine's logprob."""
+    mismatch: float | None = None
+    """Mean of |d|."""
 
 
 class EngineFailure(Exception):
     """The engine could not finish a request or a load. Its groups are returned; the engine restarts or stays as is."""
+
+
+class SamplesWithheld(EngineFailure):
+    """What was sampled must not leave the server, through no fault of the group: its weights failed their check."""
 
 
 class Engine(Protocol):
@@ -76,7 +122,11 @@ class Engine(Protocol):
 
     @property
     def live(self) -> Version | None:
-        """The version that samples the next token; None before the first `load_weights`."""
+        """The version that samples the next token; None before the first `load_weights`, and after a loss."""
+
+    @property
+    def lost(self) -> Signal:
+        """Notified when `live` became None: the engine restarts, and needs the newest weights loaded again."""
 
     def status(self) -> EngineStatus:
         """Return counters and gauges; cheap, called every heartbeat."""
@@ -93,14 +143,15 @@ class Engine(Protocol):
     def abort(self, group_id: str) -> None:
         """End the group's samples now; an unknown id is no error. `generate` then returns soon."""
 
-    async def load_weights(self, weights: StagedWeights) -> float:
-        """Swap `weights` in without ending any request, and return the pause in seconds.
+    async def load_weights(self, weights: StagedWeights) -> LoadReport:
+        """Swap `weights` in without ending any request, and check them where the engine can.
 
-        On return every later token is of `weights.version`, and `live` says so. On failure the old version still
-        serves, whole.
+        On return every later token is of `weights.version`, and `live` says so. On failure either the old version
+        still serves, whole, or none is live (and `lost` is notified): never a part of one. While an engine restarts
+        this waits for it.
 
         Raises:
-            EngineFailure: names, shapes or dtypes do not fit, or the file cannot be read.
+            EngineFailure: names, shapes or dtypes do not fit, the file cannot be read, or a check failed.
         """
 
     async def __aenter__(self) -> Self:
