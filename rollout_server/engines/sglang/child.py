@@ -24,8 +24,11 @@ log = logging.getLogger(__name__)
 WORKERS = "sglang::"
 """What SGLang's own processes call themselves."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the kernel keeps it
-LEFT_BEHIND = ("sem.mp-", "sglang_", "psm_", "torch_")
-"""Names in it of what SGLang and torch make, and leave when they are killed."""
+LEFT_BEHIND = "sglang_"
+"""How the names of what SGLang makes there begin. It leaves them behind when it is killed."""
+TRACKER = "multiprocessing.resource_tracker"
+"""A process of Python's that removes other shared names when all who could use them have ended: it ends last."""
+TRACKER_S = 5.0
 LOG_LINES = 15
 LOG_BYTES = 16_384
 END_S = 10.0
@@ -73,8 +76,7 @@ class Child:
             asyncio.get_running_loop().remove_reader(descriptor)
             os.close(descriptor)
         self._watched.clear()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        await asyncio.to_thread(kill_group, self.pid)
         await asyncio.wait_for(self._exit, END_S)
         for path in self._shared:
             path.unlink(missing_ok=True)
@@ -99,6 +101,21 @@ class Child:
     def _ended(self, what: str) -> None:
         if not self.died.done():
             self.died.set_result(what)
+
+
+def kill_group(group: int) -> None:
+    """Kill a process group; a resource tracker in it may tidy up first."""
+    trackers = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getpgid(process.pid) == group:
+                if any(TRACKER in word for word in process.cmdline()):
+                    trackers.append(process)
+                else:
+                    process.kill()
+    psutil.wait_procs(trackers, TRACKER_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
 
 
 def shared_memory_of(pid: int) -> set[Path]:
