@@ -168,9 +168,9 @@ class Client:
             raise EngineFailure(f"SGLang has no checksum of its weights: {outcome.message}")
         return outcome.per_engine_checksum
 
-    async def flush_cache(self, *, keyless: bool = False) -> None:
-        """Forget cached prompts. `keyless` tries it without the admin key, to see whether anybody may."""
-        await self._call("POST", "/flush_cache", Ignored, None, admin=not keyless)
+    async def abort_all(self, *, keyless: bool = False) -> None:
+        """End every request there is. `keyless` tries it without the admin key, to see whether anybody may."""
+        await self._call("POST", "/abort_request", Ignored, {"rid": "", "abort_all": True}, admin=not keyless)
 
     async def loads(self, *, deadline_s: float = CALL_S) -> list[Load]:
         """Read the state of every scheduler, from shared memory: no scheduler is asked."""

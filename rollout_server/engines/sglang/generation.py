@@ -88,8 +88,7 @@ class Generation:
 
     async def _ask(self, index: int) -> Completion | None:
         life, request = self._life, self._request
-        version, swaps = life.sampling, life.swaps
-        cache_key = f"w{version}"
+        version, swaps, cache_key = life.sampling, life.swaps, life.cache_key
         try:
             await self._compute_prompt(cache_key)
             if self._aborted:

@@ -52,6 +52,15 @@ class Life:
         """Name a request: all as long as each other, so that none begins with another."""
         return f"{self._rid_prefix}{next(self._rids):012x}"
 
+    @property
+    def cache_key(self) -> str:
+        """Requests share prompts within it only: computed by these weights, in this life.
+
+        A retracted sample keeps the key it came with, and its prompt is computed again by the new weights under it: so
+        a version's name alone, loaded once more in another life, would find what is not its own.
+        """
+        return f"{self._rid_prefix}-{self.sampling}"
+
     def has_passed(self, version: Version) -> None:
         """Let go what was held back for its sake."""
         self.checked = version
