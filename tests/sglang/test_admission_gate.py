@@ -190,7 +190,7 @@ def test_a_file_that_does_not_fit_is_refused_before_sglang_hears_of_it(
             for number, (wrong, told) in enumerate(
                 [
                     (
-                        {**tensors, name: tensors[name].T.contiguous()},
+                        {**tensors, name: turned},
                         rf"{name} is \[32, 64\], the model has \[64, 32\]",
                     ),
                     ({k: v for k, v in tensors.items() if k != name}, f"{name} is missing"),
