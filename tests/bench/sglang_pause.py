@@ -20,6 +20,14 @@ from tests.bench.harness import Row, Skip
 
 UPDATES, QUICK_UPDATES = 40, 10
 ALLOWANCE_S = 0.020
+SHAPE = {
+    "hidden_size": 512,
+    "intermediate_size": 1536,
+    "num_hidden_layers": 6,
+    "head_dim": 64,
+    "num_attention_heads": 8,
+}
+"""78 MB: large enough for the load to be what counts."""
 
 
 def ours(quick: bool) -> float:
@@ -38,11 +46,11 @@ def with_engine(measure: Callable[[Any, Any, int], Coroutine[Any, Any, float]], 
     if not PYTHON.exists():
         raise Skip("the environment that has SGLang is not built: make sglang")
     with tempfile.TemporaryDirectory() as folder:
-        sglang = RunningSGLang.start(build_tiny_model(Path(folder) / "model"))
+        sglang = RunningSGLang.start(build_tiny_model(Path(folder) / "model", **SHAPE))
         try:
 
             async def run() -> float:
-                versions = Versions(Path(folder))
+                versions = Versions(Path(folder), **SHAPE)
                 async with attach(sglang) as engine:
                     return await measure(
                         engine, [versions.make(0), versions.make(1)], QUICK_UPDATES if quick else UPDATES

@@ -47,8 +47,9 @@ def run(case: Coroutine[Any, Any, None], limit_s: float = LIMIT_S) -> None:
 class Versions:
     """Versions of the tiny model, each with weights of its own, on disk and as models to compare with."""
 
-    def __init__(self, directory: Path) -> None:
+    def __init__(self, directory: Path, **shape: int) -> None:
         self._directory = directory
+        self._shape = shape
         self.models: dict[Version, Any] = {}
 
     def make(self, number: int, *, canaries: bool = False) -> StagedWeights:
@@ -58,7 +59,7 @@ class Versions:
         version = Version(1, number)
         folder = self._directory / f"model-{number}"
         if version not in self.models:
-            build_tiny_model(folder, seed=number)
+            build_tiny_model(folder, seed=number, **self._shape)
             self.models[version] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
             save_file(load_file(folder / "model.safetensors"), self._directory / f"{number}.safetensors")
         path = self._directory / f"{number}.safetensors"

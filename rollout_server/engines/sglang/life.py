@@ -28,6 +28,8 @@ class Life:
     client: Client
     info: ServerInfo
     admission: Admission
+    tokens_before: float
+    """What SGLang's count of decoded tokens lacks to be a count over all lives."""
     condemned: asyncio.Future[EngineFailure] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Done when this life is over, with what to tell."""
     sampling: Version | None = None
@@ -37,9 +39,8 @@ class Life:
     passed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set, and replaced, whenever `checked` moves."""
     swaps: int = 0
-    decoded_before: float = 0.0
-    """SGLang's count of decoded tokens when this life began."""
     decoded: float = 0.0
+    """That count, as of the last poll."""
     _rids: Any = field(default_factory=itertools.count)
     _rid_prefix: str = field(default_factory=lambda: secrets.token_hex(4))
 
