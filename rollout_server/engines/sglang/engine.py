@@ -247,9 +247,8 @@ class SGLangEngine:
         if config.engine_url:
             return UrlHost(config)
         device = resolve_device(config.device)
-        return ChildHost(
-            config, self._schema, device=device, dtype=resolve_dtype(config.dtype, device), has_amx=has_amx()
-        )
+        dtype = resolve_dtype(config.dtype, device)
+        return ChildHost(config, self._schema, device=device, dtype=dtype, has_amx=has_amx())
 
     async def _begin(self) -> Life:
         """Bring SGLang up for one life.
