@@ -1,4 +1,4 @@
-"""A scripted engine that can lose its weights, as one in a process of its own can."""
+"""A scripted engine that checks its weights and can lose them, as one in a process of its own does."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import replace
 
 from protocol.completions import Completion
+from protocol.versions import Version
 from rollout_server.config import ScriptedOptions
 from rollout_server.engines.base import (
     EngineFailure,
@@ -19,11 +20,22 @@ from rollout_server.engines.scripted import ScriptedEngine
 
 
 class MortalEngine(ScriptedEngine):
-    """What it was doing when it died fails; it has no weights then, and a load waits until it is up again."""
+    """What it was doing when it died fails; it has no weights then, and a load waits until it is up again.
 
-    def __init__(self, options: ScriptedOptions, room: int) -> None:
+    With `canaries` it wants logprobs that are all the negative policy_version, and reports a checksum.
+    """
+
+    def __init__(self, options: ScriptedOptions, room: int, *, canaries: bool = False) -> None:
         super().__init__(options, room)
+        self._info = replace(self._info, canaries=canaries)
         self.deaths = 0
+        self.restarted = 0
+        """Deaths after which weights were loaded."""
+        self.checked = 0
+        """Loads that had canaries."""
+        self.stuck_s = 0.0
+        """What the next load takes longer."""
+        self.is_stuck = False
         self._up_s = 0.0
         self._withholds = False
 
@@ -53,6 +65,26 @@ class MortalEngine(ScriptedEngine):
             raise
 
     async def load_weights(self, weights: StagedWeights) -> LoadReport:
-        """Wait for the restart, then load."""
+        """Wait for the restart, then load and check."""
         await asyncio.sleep(max(0.0, self._up_s - asyncio.get_running_loop().time()))
-        return await super().load_weights(weights)
+        if self.stuck_s:
+            stuck_s, self.stuck_s, self.is_stuck = self.stuck_s, 0.0, True
+            await asyncio.sleep(stuck_s)
+            self.is_stuck = False
+        dead = self.live is None and self.deaths > 0
+        loaded = await super().load_weights(weights)
+        self.restarted += dead
+        return self._check(weights, loaded) if self.info.canaries else loaded
+
+    def _check(self, weights: StagedWeights, loaded: LoadReport) -> LoadReport:
+        checksum = checksum_of(weights.version)
+        assert weights.checksums in ((), (checksum,)), "of another version"
+        if weights.canaries is not None:
+            self.checked += 1
+            assert (weights.canaries.logprobs == -weights.version.policy_version).all(), "of another version"
+        return replace(loaded, checksum=checksum, mismatch_kl=0.0, mismatch=0.0)
+
+
+def checksum_of(version: Version) -> str:
+    """What every mortal engine holds of a version."""
+    return f"mortal:{version.policy_version}"

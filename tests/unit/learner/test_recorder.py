@@ -102,7 +102,8 @@ def test_a_timer_adds_up_stages_and_the_whole():
         raise ValueError("counted all the same")
     clock.now_s += 0.5
     assert timer.timings == {
-        "wait_s": 6.0, "forward_backward_s": 0.0, "wait_publish_s": 0.0, "optimizer_s": 0.0, "journal_s": 1.0
+        "wait_s": 6.0, "forward_backward_s": 0.0, "wait_publish_s": 0.0, "optimizer_s": 0.0, "canaries_s": 0.0,
+        "journal_s": 1.0,
     }  # fmt: skip
     assert timer.elapsed_s == 7.5
 

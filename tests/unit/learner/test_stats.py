@@ -17,6 +17,7 @@ TIMINGS = {
     "forward_backward_s": 1.0,
     "wait_publish_s": 0.25,
     "optimizer_s": 0.1,
+    "canaries_s": 0.05,
     "journal_s": 0.01,
 }
 
