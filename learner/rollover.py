@@ -5,7 +5,8 @@
 
 A swap pauses an engine, and a bad version could break it. So at most an eighth of the fleet swaps at once, one server
 where there are fewer than 16, and who serves the oldest weights goes first: a server whose staged version was
-superseded before its turn came is the first in line for the next. One that serves nothing pauses nobody: it gets its
+superseded before its turn came is the first in line for the next. Those who had a turn for this version already come
+last: one that fails every time must not keep the others from theirs. One that serves nothing pauses nobody: it gets its
 turn at once, and takes none from the others. Servers are named by their connection.
 """
 
@@ -44,6 +45,8 @@ class Rollover:
         self.waiting: dict[bytes, None] = {}
         """Servers that have it staged, in the order in which they said so."""
         self.turns: dict[bytes, Turn] = {}
+        self._tried: set[bytes] = set()
+        """Servers that had a turn for the version."""
         self._checksums: dict[str, str] = {}
         """The first of each kind that was reported of the version."""
 
@@ -57,6 +60,7 @@ class Rollover:
         if version != self.version:
             self.version = version
             self.waiting.clear()
+            self._tried.clear()
             self._checksums.clear()
 
     def staged(self, server: bytes, version: Version) -> bool:
@@ -77,6 +81,7 @@ class Rollover:
         """Forget a server."""
         self.turns.pop(server, None)
         self.waiting.pop(server, None)
+        self._tried.discard(server)
 
     def expire(self, now_s: float) -> list[bytes]:
         """Take back the turns that were not answered in time; return whose they were."""
@@ -96,10 +101,11 @@ class Rollover:
             return []
         allowed = max(1, len(live) // SERVERS_AT_ONCE)
         granted = []
-        for server in sorted(self.waiting, key=lambda server: live[server] or OLDEST):
+        for server in sorted(self.waiting, key=lambda server: (server in self._tried, live[server] or OLDEST)):
             pauses = live[server] is not None
             if pauses and sum(turn.pauses for turn in self.turns.values()) >= allowed:
-                break
+                continue  # but one that serves nothing may stand behind it
+            self._tried.add(server)
             del self.waiting[server]
             self.turns[server] = Turn(self.version, now_s + TURN_S, pauses)
             granted.append(server)
