@@ -323,7 +323,7 @@ class WeightsStaged(Message, frozen=True, kw_only=True):
 
 
 class WeightsSwap(Message, frozen=True, kw_only=True):
-    """The server's turn: swap to `version` now. Versions roll over the fleet, so that never all engines pause at once."""
+    """The server's turn: swap to `version` now. Versions roll over the fleet: never do all engines pause at once."""
 
     version: Version
     checksums: tuple[str, ...] = ()

@@ -79,6 +79,7 @@ async def serve(config: ServerConfig) -> int:
             loops = [
                 tasks.create_task(control_loop(parts), name="control_loop"),
                 tasks.create_task(receiver.loop(), name="weights_loop"),
+                tasks.create_task(receiver.engine_loop(), name="engine_loop"),
                 tasks.create_task(report_loop(parts), name="report_loop"),
                 tasks.create_task(heartbeat_loop(parts), name="heartbeat_loop"),
                 tasks.create_task(loop_lag_gauge(lag), name="loop_lag"),
