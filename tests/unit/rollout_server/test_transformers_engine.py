@@ -250,6 +250,6 @@ def test_create_engine_follows_the_configuration(tiny_model_dir: Path) -> None:
     scripted = create_engine(ServerConfig(engine="scripted", room=5, scripted=ScriptedOptions(vocab_size=9)))
     assert isinstance(scripted, ScriptedEngine)
     assert (scripted.info.room, scripted.info.vocab_size) == (5, 9)
-    assert isinstance(create_engine(ServerConfig(model=str(tiny_model_dir))), TransformersEngine)
+    assert isinstance(create_engine(ServerConfig(model=str(tiny_model_dir), device="cpu")), TransformersEngine)
     with pytest.raises(ConfigError, match="model is empty: engine transformers needs"):
-        create_engine(ServerConfig())
+        create_engine(ServerConfig(device="cpu"))
