@@ -6,7 +6,7 @@ import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 __version__ = "3.7.1"
 
@@ -44,7 +44,9 @@ class Kernel:
         self.__name__ = function.__name__
 
     def __getitem__(self, _: object) -> NoReturn:
-        raise NotImplementedError(f"triton kernel {self.__name__} needs a GPU; this is the stand-in of tests/sglang_cpu")
+        raise NotImplementedError(
+            f"triton kernel {self.__name__} needs a GPU; this is the stand-in of tests/sglang_cpu"
+        )
 
 
 def cdiv(x: int, y: int) -> int:
@@ -65,7 +67,7 @@ def made_up(module: str, name: str) -> Any:
 class Module(ModuleType):
     """A module of which every attribute exists."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         return made_up(self.__name__, name)
