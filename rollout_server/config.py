@@ -113,6 +113,8 @@ class ServerConfig(Section):
     """Its --admin-api-key: without one anybody could load weights into it. Required with engine_url."""
     engine_start_s: float = Field(900.0, gt=0)
     """Within which SGLang must be up; it loads and compiles for minutes where the model is large."""
+    engine_probe_s: float = Field(60.0, gt=0)
+    """When SGLang stands still with work to do, it is asked for one token; without it in so long, it is restarted."""
     engine_log: Path | None = None
     """What SGLang prints; default a file in a private temporary directory, which is kept when SGLang fails."""
     sglang: dict[str, Any] = Field(default_factory=dict)

@@ -12,8 +12,10 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+import numpy as np
+
 from protocol.completions import Completion
-from protocol.messages import Float32, Int32, Sampling
+from protocol.messages import FinishReason, Float32, Int32, Sampling
 from protocol.signals import Signal
 from protocol.versions import Version
 
@@ -111,6 +113,16 @@ class EngineFailure(Exception):
 
 class SamplesWithheld(EngineFailure):
     """What was sampled must not leave the server, through no fault of the group: its weights failed their check."""
+
+
+def empty_completion() -> Completion:
+    """What an abort leaves of a sample that had not begun."""
+    return Completion(
+        completion_tokens=np.zeros(0, np.int32),
+        behavior_logprobs=np.zeros(0, np.float32),
+        spans=(),
+        finish_reason=FinishReason.ABORT,
+    )
 
 
 class Engine(Protocol):

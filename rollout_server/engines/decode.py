@@ -23,11 +23,11 @@ from transformers import DynamicCache
 from protocol.completions import Completion
 from protocol.messages import FinishReason
 from protocol.versions import Version
-from rollout_server.engines.base import EngineFailure, EngineStatus
+from rollout_server.engines.base import EngineFailure, EngineStatus, empty_completion
 from rollout_server.engines.counters import Int64, uniforms
 from rollout_server.engines.kv_cache import PromptCache, RowCache
 from rollout_server.engines.live_weights import copy_weights, unique_tensors
-from rollout_server.engines.rows import Job, Rows, empty_completion
+from rollout_server.engines.rows import Job, Rows
 from rollout_server.engines.sampler import sample
 
 PREFILL_TOKENS = 512

@@ -58,16 +58,6 @@ class Sample:
     marks: VersionMarks
 
 
-def empty_completion() -> Completion:
-    """What an abort leaves of a sample that never had a row."""
-    return Completion(
-        completion_tokens=np.zeros(0, np.int32),
-        behavior_logprobs=np.zeros(0, np.float32),
-        spans=(),
-        finish_reason=FinishReason.ABORT,
-    )
-
-
 class Rows:
     """State of up to `room` samples, and the tokens they have drawn."""
 

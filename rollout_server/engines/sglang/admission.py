@@ -1,0 +1,155 @@
+"""How many samples SGLang is given at once, and who waits here instead of in its queue.
+
+Too few leave it idle; too many fill its KV cache, and it throws running samples out to compute them again (a
+retraction). The rule is additive-increase in spirit and multiplicative in fact, on what SGLang reports: grow by a
+quarter each time the whole pool has turned over while the cache is under GROW_BELOW, shrink to TRIM_TO of it once it is
+over TRIM_ABOVE, cut on every retraction (prime-rl has such a rule, 2026-08; samples under way are never called back).
+It starts from what fits however long the samples get. Pure but for the futures that wake who waits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from dataclasses import dataclass, field
+
+GROW_BELOW, TRIM_ABOVE, TRIM_TO = 0.6, 0.8, 0.7
+GROWTH = 1.25
+CUT = 0.8
+"""Of the samples running, after a retraction or while SGLang lets samples queue."""
+
+
+class Limit:
+    """The number of samples at once; `room` at most, 1 at least.
+
+    Args:
+        room: what the user allows.
+        safe: samples that fit into the KV cache at their longest.
+    """
+
+    def __init__(self, room: int, safe: int) -> None:
+        self._room = room
+        self.value = max(1, min(room, safe))
+        self._ended = 0
+        """Samples that ended since the limit last moved."""
+        self._full = True
+        """Whether the limit was what kept samples waiting all that time."""
+        self._cooling = False
+        """It has just been lowered: what was decided must show its effect before it is lowered again."""
+
+    def ended(self, *, retracted: bool, running: int) -> bool:
+        """A sample has ended. True when the limit has moved.
+
+        Args:
+            retracted: SGLang threw it out at least once for want of memory.
+            running: samples it has now.
+        """
+        self._ended += 1
+        self._cooling = self._cooling and self._ended < self.value // 2
+        return retracted and self._shrink(int(CUT * running))
+
+    def observe(self, *, usage: float, running: int, queued: int, waiting: int) -> bool:
+        """Move the limit by what SGLang reports. True when it has moved.
+
+        Args:
+            usage: share of the KV cache in use.
+            running: samples SGLang was given.
+            queued: those of them it has not begun.
+            waiting: samples that wait here.
+        """
+        if usage > TRIM_ABOVE:
+            return self._shrink(int(running * TRIM_TO / usage))
+        if queued > running // 4 and running >= self.value > 1:
+            return self._shrink(max(running - queued, int(CUT * running)))
+        self._full = self._full and waiting > 0
+        if self._ended < self.value:
+            return False
+        grows = usage < GROW_BELOW and self._full and self.value < self._room
+        self._ended, self._full = 0, True
+        if grows:
+            self.value = min(self._room, max(self.value + 1, int(self.value * GROWTH)))
+        return grows
+
+    def _shrink(self, target: int) -> bool:
+        target = max(1, target)
+        if self._cooling or target >= self.value:
+            return False
+        self.value, self._ended, self._full, self._cooling = target, 0, True, True
+        return True
+
+
+@dataclass(slots=True, eq=False)
+class Seat:
+    """One sample's place in the queue, later in SGLang."""
+
+    group_id: str
+    given: asyncio.Future[bool] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    """True: go. False: the group was aborted."""
+
+
+class Admission:
+    """First come, first served, `limit` at once. `close` holds everybody back (a swap), `open` goes on.
+
+    Args:
+        limit: moves while this runs; call `admit` after it has.
+    """
+
+    def __init__(self, limit: Limit) -> None:
+        self.limit = limit
+        self.running = 0
+        self.idle = asyncio.Event()
+        """Set while no sample is in SGLang."""
+        self.idle.set()
+        self._waiting: deque[Seat] = deque()
+        self._closed = False
+
+    @property
+    def waiting(self) -> int:
+        """Samples without a seat."""
+        return len(self._waiting)
+
+    async def enter(self, group_id: str) -> bool:
+        """Wait for a seat. False when the group was aborted meanwhile. Who got True must `leave`."""
+        seat = Seat(group_id)
+        self._waiting.append(seat)
+        self.admit()
+        try:
+            return await seat.given
+        except asyncio.CancelledError:
+            if seat in self._waiting:
+                self._waiting.remove(seat)
+            elif seat.given.done() and not seat.given.cancelled() and seat.given.result():
+                self.leave()
+            raise
+
+    def leave(self) -> None:
+        """Give a seat back."""
+        self.running -= 1
+        if not self.running:
+            self.idle.set()
+        self.admit()
+
+    def admit(self) -> None:
+        """Give out the free seats."""
+        while self._waiting and not self._closed and self.running < self.limit.value:
+            seat = self._waiting.popleft()
+            if not seat.given.done():  # else its sample is being cancelled
+                self.running += 1
+                self.idle.clear()
+                seat.given.set_result(True)
+
+    def abort(self, group_id: str) -> None:
+        """Send the group's waiting samples away."""
+        for seat in [seat for seat in self._waiting if seat.group_id == group_id]:
+            self._waiting.remove(seat)
+            if not seat.given.done():
+                seat.given.set_result(False)
+
+    def close(self) -> None:
+        """Give out no seats until `open`."""
+        self._closed = True
+
+    def open(self) -> None:
+        """Give out seats again."""
+        self._closed = False
+        self.admit()

@@ -1,0 +1,133 @@
+"""One SGLang child process: starting it, hearing of its death at once, ending it with all that it started.
+
+SGLang is several processes, and the death of one leaves the others hanging for seconds, sometimes for ever. Each is
+watched through a pidfd: the kernel says when it ends, nobody polls. They share one process group, which ends together.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Self
+
+import psutil
+
+from protocol.logs import event
+
+log = logging.getLogger(__name__)
+
+WORKERS = "sglang::"
+"""What SGLang's own processes call themselves."""
+SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the kernel keeps it
+LEFT_BEHIND = "sglang_"
+"""How the names of what SGLang makes there begin. It leaves them behind when it is killed."""
+TRACKER = "multiprocessing.resource_tracker"
+"""A process of Python's that removes other shared names when all who could use them have ended: it ends last."""
+TRACKER_S = 5.0
+LOG_LINES = 15
+LOG_BYTES = 16_384
+END_S = 10.0
+
+
+class Child:
+    """A running child. Made by `start`, ended by `kill`; `died` is done when any of its processes has ended."""
+
+    def __init__(self, process: asyncio.subprocess.Process, log_file: Path) -> None:
+        self.pid = process.pid
+        self.log_file = log_file
+        self.died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
+        """What ended."""
+        self._process = process
+        self._exit = asyncio.ensure_future(process.wait())
+        self._exit.add_done_callback(self._exited)
+        self._watched: list[int] = []
+        self._shared: set[Path] = set()
+
+    @classmethod
+    async def start(cls, command: Sequence[str], environment: Mapping[str, str], log_file: Path) -> Self:
+        """Start the command in a process group of its own; what it prints goes to `log_file`."""
+        with log_file.open("ab") as output:
+            process = await asyncio.create_subprocess_exec(
+                *command, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, env=dict(environment),
+                start_new_session=True,
+            )  # fmt: skip
+        event(log, "engine_started", pid=process.pid, log=log_file)
+        return cls(process, log_file)
+
+    def watch_workers(self) -> None:
+        """Watch the processes that SGLang has started, once it is up, and note what they would leave behind."""
+        with contextlib.suppress(psutil.NoSuchProcess):  # then `died` says so
+            leader = psutil.Process(self.pid)
+            for process in [leader, *leader.children(recursive=True)]:
+                with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+                    self._shared |= shared_memory_of(process.pid)
+                    name = (" ".join(process.cmdline()).split() or [""])[0]
+                    if name.startswith(WORKERS):
+                        self._watch(process.pid, name)
+
+    async def kill(self) -> None:
+        """End every process of the group, now; nothing here is worth a polite word."""
+        for descriptor in self._watched:
+            asyncio.get_running_loop().remove_reader(descriptor)
+            os.close(descriptor)
+        self._watched.clear()
+        await asyncio.to_thread(kill_group, self.pid)
+        await asyncio.wait_for(self._exit, END_S)
+        for path in self._shared:
+            path.unlink(missing_ok=True)
+
+    def tail(self) -> str:
+        """The last lines it printed."""
+        return log_tail(self.log_file)
+
+    def _watch(self, pid: int, name: str) -> None:
+        descriptor = os.pidfd_open(pid)
+        self._watched.append(descriptor)
+        asyncio.get_running_loop().add_reader(descriptor, self._worker_ended, descriptor, f"{name} ({pid}) died")
+
+    def _exited(self, code: asyncio.Future[int]) -> None:
+        if not code.cancelled():
+            self._ended(f"exit code {code.result()}")
+
+    def _worker_ended(self, descriptor: int, what: str) -> None:
+        asyncio.get_running_loop().remove_reader(descriptor)
+        self._ended(what)
+
+    def _ended(self, what: str) -> None:
+        if not self.died.done():
+            self.died.set_result(what)
+
+
+def kill_group(group: int) -> None:
+    """Kill a process group; a resource tracker in it may tidy up first."""
+    trackers = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+            if os.getpgid(process.pid) == group:
+                if any(TRACKER in word for word in process.cmdline()):
+                    trackers.append(process)
+                else:
+                    process.kill()
+    psutil.wait_procs(trackers, TRACKER_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(group, signal.SIGKILL)
+
+
+def shared_memory_of(pid: int) -> set[Path]:
+    """Files of shared memory that a process has mapped and that go by SGLang's or torch's names."""
+    maps = Path(f"/proc/{pid}/maps").read_text("utf-8").splitlines()
+    paths = {Path(line.split(maxsplit=5)[5]) for line in maps if f" {SHARED_MEMORY}/" in line}
+    return {path for path in paths if path.parent == SHARED_MEMORY and path.name.startswith(LEFT_BEHIND)}
+
+
+def log_tail(file: Path) -> str:
+    """Read the last lines of a log that may be large; progress bars' carriage returns end lines, too."""
+    with file.open("rb") as content:
+        content.seek(max(0, content.seek(0, os.SEEK_END) - LOG_BYTES))
+        lines = content.read().decode("utf-8", "replace").splitlines()
+    return "\n".join([line for line in lines if line.strip()][-LOG_LINES:])

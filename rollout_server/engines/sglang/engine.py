@@ -1,0 +1,374 @@
+"""SGLang behind the Engine contract: its lives, and the swap and check of weights within one.
+
+    generate  -->  Generation (seats, requests)  -->  held back until the versions it is of have passed their check
+    load_weights:  file against schema -> pause -> update -> resume -> checksum, canaries -> live
+
+Two tasks run beside: `_supervise` gives SGLang one life after another, `_poll` reads its state and tries it when it
+stands still. What fails in a life condemns it; nothing SGLang does takes the rollout server down.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from protocol.completions import Completion
+from protocol.errors import ConfigError
+from protocol.identity import tokenizer_digest
+from protocol.logs import event
+from protocol.signals import Signal
+from protocol.versions import Version
+from protocol.waits import Waits
+from rollout_server.config import ServerConfig
+from rollout_server.engines.base import (
+    EngineFailure,
+    EngineInfo,
+    EngineStatus,
+    GenerationRequest,
+    LoadReport,
+    SamplesWithheld,
+    StagedWeights,
+)
+from rollout_server.engines.device import has_amx, resolve_device, resolve_dtype
+from rollout_server.engines.sglang.admission import Admission, Limit
+from rollout_server.engines.sglang.answers import PROBE
+from rollout_server.engines.sglang.check import Gate, WeightsSuspect
+from rollout_server.engines.sglang.generation import Generation, check_request
+from rollout_server.engines.sglang.host import ChildHost, Host, StartFailed, UrlHost
+from rollout_server.engines.sglang.life import Life
+from rollout_server.engines.sglang.meter import Meter
+from rollout_server.engines.sglang.progress import Progress
+from rollout_server.engines.sglang.schema import check_file, read_schema
+from rollout_server.engines.sglang.swap import check, gate_kind, swap, unlink_weights
+from rollout_server.engines.text import load_tokenizer
+
+log = logging.getLogger(__name__)
+
+POLL_S = 0.25
+STALL_S = 10.0
+"""Without a token for so long, SGLang is asked for one."""
+RESTART_S = (0.0, 1.0, 5.0, 15.0, 30.0)
+"""Pauses before a start; the last one repeats."""
+FLOOR = (0, 5, 21)
+"""Before it, the update of weights under way kills SGLang."""
+
+
+class SGLangEngine:
+    """`Engine` on SGLang. See base.py for the contract.
+
+    Args:
+        config: of the server: model, room, how SGLang is run.
+        waits: where waiting for SGLang is shown.
+        clock: monotonic seconds.
+    """
+
+    def __init__(self, config: ServerConfig, waits: Waits, clock: Callable[[], float] = time.monotonic) -> None:
+        self._config = config
+        self._waits = waits
+        self._clock = clock
+        self._mode = config.weight_update_mode
+        self._meter = Meter(config.room, clock)
+        self._lost = Signal()
+        self._began = Signal()
+        self._life: Life | None = None
+        self._live: Version | None = None
+        self._gate: Gate | None = None
+        self._linked: set[Path] = set()
+        """Files that have a directory for SGLang beside them."""
+        self._generations: dict[str, Generation] = {}
+        self._tokens_reported = 0
+        self._kv_usage = 0.0
+        self._restarts = 0
+        self._closed = False
+
+    @property
+    def info(self) -> EngineInfo:
+        """What Hello says of this engine."""
+        return self._info
+
+    @property
+    def live(self) -> Version | None:
+        """The newest version that passed its check; SGLang may sample with a newer one that is being checked."""
+        return self._live
+
+    @property
+    def lost(self) -> Signal:
+        """Notified when SGLang's life ended."""
+        return self._lost
+
+    def status(self) -> EngineStatus:
+        """Counters and gauges; tokens of samples under way are as of the last poll."""
+        self._meter.settle()
+        life, meter = self._life, self._meter
+        tokens = meter.tokens_finished
+        if life is not None and life.admission.running:
+            tokens = max(tokens, int(life.decoded - life.decoded_before))
+        self._tokens_reported = max(self._tokens_reported, tokens)
+        return EngineStatus(
+            samples_running=0 if life is None else life.admission.running,
+            samples_waiting=0 if life is None else life.admission.waiting,
+            tokens_generated=self._tokens_reported,
+            prompt_tokens=meter.prompt_tokens,
+            cached_prompt_tokens=meter.cached_prompt_tokens,
+            kv_usage=self._kv_usage,
+            restarts=self._restarts,
+            busy_s=meter.busy_s,
+            paused_s=meter.paused_s,
+            occupancy_s=meter.occupancy_s,
+        )
+
+    async def generate(self, request: GenerationRequest) -> list[Completion]:
+        """Sample the group; return it when every version that sampled it has passed its check.
+
+        Raises:
+            SamplesWithheld: a version that sampled it has not.
+            EngineFailure: the request does not fit the model, no weights are live, or SGLang failed.
+        """
+        life = self._life
+        if self._closed:
+            raise EngineFailure("the engine is closed")
+        if life is None or self._live is None:
+            raise EngineFailure(f"group {request.group_id}: no weights are live yet: load_weights first")
+        in_place = self._mode == "in_place"
+        generation = Generation(
+            request,
+            life,
+            self._meter,
+            limit=check_request(request, vocab_size=self._info.vocab_size, max_length=self._max_length),
+            keeps_cache=in_place,
+            late=int(in_place and not life.info.disable_overlap_schedule),
+        )
+        self._generations[request.group_id] = generation
+        try:
+            return await life.run(_checked(life, generation))
+        finally:
+            del self._generations[request.group_id]
+
+    def abort(self, group_id: str) -> None:
+        """End the group's samples now."""
+        if group_id in self._generations:
+            self._tasks.create_task(_abort(self._generations[group_id]), name=f"abort {group_id}")
+
+    async def load_weights(self, weights: StagedWeights) -> LoadReport:
+        """Check the file, swap it in, check what SGLang then holds. Waits for SGLang where it restarts.
+
+        Raises:
+            EngineFailure: the file does not fit (the old version still serves), or the swap or a check failed (SGLang
+                restarts, `live` is None).
+        """
+        dtypes = await asyncio.to_thread(check_file, weights.path, self._schema)
+        async with self._loading:
+            while not self._closed and self._life is None:
+                await self._waits.wait(self._began.wait(), name="engine start", owner="sglang", deadline_s=None)
+            life = self._life
+            if self._closed or life is None:
+                raise EngineFailure("the engine is closed")
+            return await life.run(self._load(life, weights, dtypes))
+
+    async def _load(self, life: Life, weights: StagedWeights, dtypes: set[str]) -> LoadReport:
+        version = weights.version
+        self._linked.add(weights.path)
+        try:
+            pause_s = await swap(life, weights, self._mode, meter=self._meter, waits=self._waits, clock=self._clock)
+            begun_s = self._clock()
+            assert self._gate is not None
+            exact = dtypes == {life.info.dtype}
+            checksum, mismatch = await check(life, weights, self._gate, exact=exact, max_length=self._max_length)
+        except WeightsSuspect as suspect:
+            failure = SamplesWithheld(f"weights {version} failed their check in SGLang: {suspect}")
+            event(log, "weights_suspect", level=logging.ERROR, version=version, reason=suspect)
+            life.condemn(failure)
+            raise failure from suspect
+        except BaseException as error:  # also a cancellation: SGLang stands still, or holds nobody knows what
+            life.condemn(SamplesWithheld(f"the swap to weights {version} failed: {error}"))
+            raise
+        self._live = version
+        life.has_passed(version)
+        return LoadReport(
+            pause_s=pause_s,
+            check_s=self._clock() - begun_s,
+            checksum=checksum,
+            mismatch_kl=mismatch.kl if mismatch else None,
+            mismatch=mismatch.mean if mismatch else None,
+        )
+
+    async def __aenter__(self) -> Self:
+        """Read the model's schema, bring SGLang up.
+
+        Raises:
+            ConfigError: the model, SGLang or its arguments do not work; with the end of SGLang's log.
+        """
+        self._loading = asyncio.Lock()
+        async with contextlib.AsyncExitStack() as stack:
+            self._host = await asyncio.to_thread(self._prepare)
+            stack.push_async_callback(self._host.close)
+            try:
+                self._life = await self._begin()
+            except StartFailed as failure:
+                raise ConfigError(str(failure)) from failure
+            stack.push_async_callback(self._life.client.close)
+            self._tasks = await stack.enter_async_context(asyncio.TaskGroup())
+            self._loops = [
+                self._tasks.create_task(self._supervise(self._life), name="engine"),
+                self._tasks.create_task(self._poll(), name="engine poll"),
+            ]
+            self._stack = stack.pop_all()
+        return self
+
+    async def __aexit__(
+        self, exc_type: type[BaseException] | None, exc: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        """Stop; what is outstanding ends with EngineFailure."""
+        self._closed = True
+        self._began.notify()
+        for loop in self._loops:
+            loop.cancel()
+        if self._life is not None:
+            self._life.condemn(EngineFailure("the engine was closed"))
+            await self._life.client.close()
+        for file in self._linked:
+            await asyncio.to_thread(unlink_weights, file)
+        await self._stack.__aexit__(exc_type, exc, traceback)
+
+    def _prepare(self) -> Host:
+        """Everything that takes time and no event loop: imports, the model's schema, its tokenizer."""
+        config = self._config
+        model = Path(config.model)
+        self._schema = read_schema(model)
+        self._max_length = min(config.max_model_length, self._schema.max_positions or config.max_model_length)
+        self._tokenizer_digest = tokenizer_digest(load_tokenizer(model).get_vocab())
+        if config.engine_url:
+            return UrlHost(config)
+        device = resolve_device(config.device)
+        return ChildHost(
+            config, self._schema, device=device, dtype=resolve_dtype(config.dtype, device), has_amx=has_amx()
+        )
+
+    async def _begin(self) -> Life:
+        """Bring SGLang up for one life.
+
+        Raises:
+            StartFailed: it did not come up, or is too old.
+        """
+        client = await self._waits.wait(self._host.start(), name="engine start", owner="sglang", deadline_s=None)
+        info, loads = await client.info(), await client.loads()
+        if parse_release(info.version) < FLOOR:
+            await client.close()
+            raise StartFailed(
+                f"SGLang {info.version} is too old: its scheduler dies when weights are swapped under running samples;"
+                f" {'.'.join(map(str, FLOOR))} is the oldest that works, 0.5.23 the one this is tested with"
+            )
+        if self._gate is None or self._gate.kind != gate_kind(info):
+            self._gate = Gate(gate_kind(info))
+        self._info = EngineInfo(
+            engine="sglang",
+            room=self._config.room,
+            vocab_size=self._schema.vocab_size,
+            model_digest=self._schema.digest,
+            tokenizer_digest=self._tokenizer_digest,
+            reproducible=info.enable_deterministic_inference,
+            canaries=True,
+        )
+        capacity = sum(load.max_total_num_tokens for load in loads)
+        decoded = sum(load.tokens_decoded for load in loads)
+        limit = Limit(self._config.room, safe=capacity // self._max_length)
+        event(log, "engine_up", url=client.url, version=info.version, kv_tokens=capacity, limit=limit.value)
+        return Life(client=client, info=info, admission=Admission(limit), decoded_before=decoded, decoded=decoded)
+
+    async def _supervise(self, life: Life) -> None:
+        """Give SGLang one life after another.
+
+        consumes: the life's end      waits for: the host, or whoever condemns it
+        produces: the next life       after `lost` has been notified
+        """
+        while True:
+            died = self._host.died()
+            ends: list[asyncio.Future[Any]] = [life.condemned, died]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if died.done():
+                life.condemn(EngineFailure(f"SGLang died: {died.result()}"))
+            event(log, "engine_lost", level=logging.ERROR, reason=life.condemned.result(), live=self._live)
+            self._life = self._live = None
+            self._restarts += 1
+            self._meter.runs(0)
+            self._lost.notify()
+            await life.client.close()
+            await self._host.stop()
+            life = self._life = await self._begin_again()
+            self._began.notify()
+
+    async def _begin_again(self) -> Life:
+        """Try to bring SGLang up until it is."""
+        for pause_s in itertools.chain(RESTART_S, itertools.repeat(RESTART_S[-1])):
+            await asyncio.sleep(pause_s)
+            try:
+                return await self._begin()
+            except (EngineFailure, ConfigError) as failure:
+                event(log, "engine_start_failed", level=logging.ERROR, reason=failure)
+        raise AssertionError("the pauses never end")
+
+    async def _poll(self) -> None:
+        """Read SGLang's state while it works, and try it when it stands still.
+
+        waits for: its own timer      produces: the limit of samples, counters, the end of a life that hangs
+        """
+        progress = Progress(STALL_S, self._clock())
+        while True:
+            await asyncio.sleep(POLL_S)
+            life = self._life
+            if life is None or life.condemned.done():
+                continue
+            busy = life.admission.running > 0 and not self._loading.locked()
+            if busy:
+                with contextlib.suppress(EngineFailure):  # no answer is no progress; the probe decides
+                    await self._read_loads(life)
+            progress.note((life.decoded, self._meter.tokens_finished, life), self._clock(), busy=busy)
+            if progress.stalled(self._clock()):
+                await self._probe(life)
+
+    async def _read_loads(self, life: Life) -> None:
+        loads = await life.client.loads(deadline_s=STALL_S)
+        self._kv_usage = max(load.token_usage for load in loads)
+        life.decoded = sum(load.tokens_decoded for load in loads)
+        admission = life.admission
+        if admission.limit.observe(
+            usage=self._kv_usage,
+            running=admission.running,
+            queued=sum(load.num_waiting_reqs for load in loads),
+            waiting=admission.waiting,
+        ):
+            event(log, "engine_limit", samples=admission.limit.value, kv_usage=self._kv_usage)
+            admission.admit()
+
+    async def _probe(self, life: Life) -> None:
+        """Ask for one token. Who does not give it in time is given up."""
+        deadline_s = self._config.engine_probe_s
+        try:
+            await life.client.generate(PROBE, deadline_s=deadline_s)
+        except EngineFailure as failure:
+            life.condemn(EngineFailure(f"SGLang makes no progress: no token within {deadline_s:g} s ({failure})"))
+
+
+async def _checked(life: Life, generation: Generation) -> list[Completion]:
+    completions = await generation.run()
+    versions = [version for completion in completions for version, _ in completion.spans]
+    if versions:
+        await life.wait_checked(max(versions))
+    return completions
+
+
+async def _abort(generation: Generation) -> None:
+    with contextlib.suppress(EngineFailure):  # the end of SGLang's life ends the samples, too
+        await generation.abort()
+
+
+def parse_release(version: str) -> tuple[int, ...]:
+    """Read the numbers a version begins with: 0.5.23.post1 is (0, 5, 23)."""
+    return tuple(int(part) for part in itertools.takewhile(str.isdecimal, version.split(".")))

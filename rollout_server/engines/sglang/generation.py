@@ -1,0 +1,155 @@
+"""One group on its way through SGLang: G single requests that share the prompt's keys and values.
+
+SGLang's own `n = G` would answer when the last sample has ended, take no request ids, and let none be aborted alone.
+The prompt is computed once, by a request that samples nothing, when that is worth a request; the G that follow find it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+
+from protocol.completions import Completion
+from protocol.identity import sample_seed
+from rollout_server.engines.base import EngineFailure, GenerationRequest, empty_completion
+from rollout_server.engines.sglang.answers import ForeignWeights, prefill_body, sample_body, to_completion
+from rollout_server.engines.sglang.client import Disconnected
+from rollout_server.engines.sglang.life import Life
+from rollout_server.engines.sglang.meter import Meter
+
+WORTH_TOKENS = 512
+"""Prompt tokens to be computed again without it, from which on a request of its own for the prompt pays."""
+ABORT_AGAIN_S = 1.0
+"""An abort may overtake its request; it is said again until the sample has ended."""
+
+
+class Generation:
+    """Samples one request. `run` once; `abort` at any time.
+
+    Args:
+        request: what to sample.
+        life: of SGLang.
+        meter: told of what samples took.
+        limit: tokens of a completion at most.
+        keeps_cache: whether a swap of weights keeps keys and values (in place).
+        late: see answers.to_completion.
+    """
+
+    def __init__(
+        self, request: GenerationRequest, life: Life, meter: Meter, *, limit: int, keeps_cache: bool, late: int
+    ) -> None:
+        self._request, self._life, self._meter = request, life, meter
+        self._limit, self._keeps_cache, self._late = limit, keeps_cache, late
+        self._aborted = False
+        self._running: set[str] = set()
+        """Request ids."""
+        self._ended = asyncio.Event()
+        self._prompts: dict[str, asyncio.Event] = {}
+        """By cache key: set once the prompt is computed."""
+
+    async def run(self) -> list[Completion]:
+        """Sample all completions.
+
+        Raises:
+            EngineFailure: one of them failed; the others are called off.
+        """
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                samples = [tasks.create_task(self._sample(index)) for index in range(self._request.num_generations)]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
+        finally:
+            self._ended.set()
+        return [sample.result() for sample in samples]
+
+    async def abort(self) -> None:
+        """End every sample with what it has; returns when they have ended."""
+        self._aborted = True
+        self._life.admission.abort(self._request.group_id)
+        while not self._ended.is_set():
+            for rid in tuple(self._running):
+                await self._life.client.abort(rid)
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._ended.wait(), ABORT_AGAIN_S)
+
+    async def _sample(self, index: int) -> Completion:
+        """Wait for a seat, ask, and give it back; once more where the answer stands on stale keys and values."""
+        admission = self._life.admission
+        while await admission.enter(self._request.group_id):
+            self._meter.runs(admission.running)
+            try:
+                completion = await self._ask(index)
+            finally:
+                admission.leave()
+                self._meter.runs(admission.running)
+            if completion is not None:
+                return completion
+        return empty_completion()
+
+    async def _ask(self, index: int) -> Completion | None:
+        life, request = self._life, self._request
+        version, swaps = life.sampling, life.swaps
+        cache_key = f"w{version}"
+        try:
+            await self._compute_prompt(cache_key)
+            if self._aborted:
+                return empty_completion()
+            rid = life.next_rid()
+            self._running.add(rid)
+            seed = sample_seed(request.seed, index) if life.info.enable_deterministic_inference else None
+            body = sample_body(
+                request.prompt_tokens, request.sampling, limit=self._limit, rid=rid, cache_key=cache_key, seed=seed
+            )
+            try:
+                answer = await life.client.generate(body)
+            finally:
+                self._running.discard(rid)
+            completion = to_completion(
+                answer, stops=request.sampling.stop_token_ids, aborted=self._aborted, late=self._late
+            )
+        except (Disconnected, ForeignWeights) as failure:
+            life.condemn(failure)
+            raise
+        meta = answer.meta_info
+        if self._keeps_cache and meta.cached_tokens and completion.spans and completion.spans[0][0] != version:
+            return None  # begun after a swap, on a prompt that was computed before it
+        self._meter.finished(
+            tokens=len(completion.completion_tokens), prompt=meta.prompt_tokens, cached=meta.cached_tokens
+        )
+        if life.admission.limit.ended(
+            retracted=meta.num_retractions > life.swaps - swaps, running=life.admission.running
+        ):
+            life.admission.admit()
+        return completion
+
+    async def _compute_prompt(self, cache_key: str) -> None:
+        """Have the prompt's keys and values computed once for each cache key, if that pays."""
+        prompt = self._request.prompt_tokens
+        if len(prompt) * (self._request.num_generations - 1) < WORTH_TOKENS:
+            return
+        if cache_key in self._prompts:
+            await self._prompts[cache_key].wait()
+            return
+        self._prompts[cache_key] = asyncio.Event()
+        await self._life.client.generate(prefill_body(prompt, rid=self._life.next_rid(), cache_key=cache_key))
+        self._prompts[cache_key].set()
+
+
+def check_request(request: GenerationRequest, *, vocab_size: int, max_length: int) -> int:
+    """Check a request against the model and return how many tokens its completions may have.
+
+    Raises:
+        EngineFailure: its prompt is too long, or of another vocabulary.
+    """
+    prompt = request.prompt_tokens
+    if len(prompt) >= max_length:
+        raise EngineFailure(
+            f"group {request.group_id}: a prompt of {len(prompt)} tokens leaves no room for a completion: the model"
+            f" takes {max_length} tokens in all (max_model_length)"
+        )
+    if prompt.min() < 0 or prompt.max() >= vocab_size:
+        raise EngineFailure(
+            f"group {request.group_id}: prompt tokens {prompt.min()} to {prompt.max()}: allowed is 0 to"
+            f" {vocab_size - 1}, the model's vocabulary"
+        )
+    return min(request.sampling.max_completion_length, max_length - len(prompt))

@@ -1,0 +1,263 @@
+"""Who runs SGLang: we do, as a child, or the user does and gives its address. Both are used alike."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import secrets
+import shutil
+import socket
+import tempfile
+from pathlib import Path
+from typing import Any, Protocol
+
+from protocol.errors import ConfigError
+from rollout_server.config import ServerConfig
+from rollout_server.engines.base import EngineFailure
+from rollout_server.engines.sglang.answers import PROBE
+from rollout_server.engines.sglang.child import Child
+from rollout_server.engines.sglang.client import CallRefused, Client, Disconnected
+from rollout_server.engines.sglang.command import build_command, build_options, child_environment, keys_yaml
+from rollout_server.engines.sglang.schema import ModelSchema
+
+RETRY_S = 0.2
+"""Between two looks at whether SGLang answers yet."""
+SPARE_TOKENS = 8
+"""SGLang ends a sample a little before its context does."""
+UNAUTHORIZED = (401, 403)
+
+
+class StartFailed(EngineFailure):
+    """SGLang did not come up. The text ends with the last lines it printed, where there are any."""
+
+
+class Host(Protocol):
+    """Runs SGLang, one life after another."""
+
+    async def start(self) -> Client:
+        """Bring SGLang up, with whatever weights; return the way to talk to it.
+
+        Raises:
+            StartFailed: it did not come up in time, or cannot.
+            ConfigError: what the user asks for cannot work.
+        """
+
+    def died(self) -> asyncio.Future[str]:
+        """What ended SGLang, once something has."""
+
+    async def stop(self) -> None:
+        """End what `start` started."""
+
+    async def close(self) -> None:
+        """Stop, and remove what is left on disk."""
+
+
+class ChildHost:
+    """SGLang as our child process.
+
+    Args:
+        config: the server's.
+        schema: the model's limits.
+        device: cuda or cpu.
+        dtype: of the served weights.
+        has_amx: whether this CPU has what SGLang's own CPU kernels need.
+    """
+
+    def __init__(self, config: ServerConfig, schema: ModelSchema, *, device: str, dtype: str, has_amx: bool) -> None:
+        self._config = config
+        self._device, self._dtype, self._has_amx = device, dtype, has_amx
+        self._context_length = config.max_model_length + SPARE_TOKENS
+        if schema.max_positions is not None:
+            self._context_length = min(self._context_length, schema.max_positions)
+        self._child: Child | None = None
+        self._directory = Path(tempfile.mkdtemp(prefix="headway-sglang-"))
+        """0700, and its name short: sockets are made in it, in a folder for each life."""
+        self._scratch = self._directory / "life"
+        self._log_file = config.engine_log or self._directory / "sglang.log"
+        self._failed = False
+
+    async def start(self) -> Client:
+        """See Host."""
+        keys = secrets.token_hex(24), secrets.token_hex(24)
+        self._scratch.mkdir(mode=0o700)
+        keys_file = self._scratch / "keys.yaml"
+        keys_file.touch(mode=0o600)
+        keys_file.write_text(keys_yaml(*keys), "utf-8")
+        port = free_port(int(self._config.sglang.get("port", 0)))
+        options = build_options(
+            model=Path(self._config.model), port=port, keys_file=keys_file, device=self._device,
+            dtype=self._dtype, room=self._config.room, context_length=self._context_length, has_amx=self._has_amx,
+            chosen=self._config.sglang,
+        )  # fmt: skip
+        self._log_file.parent.mkdir(parents=True, exist_ok=True)
+        environment = child_environment(os.environ, directory=self._scratch, options=options)
+        self._child = await Child.start(build_command(options, parent=os.getpid()), environment, self._log_file)
+        client = Client(f"http://127.0.0.1:{port}", api_key=keys[0], admin_key=keys[1])
+        try:
+            async with asyncio.timeout(self._config.engine_start_s):
+                await until_answers(client, self._child.died)
+                await until_generates(client, self._child.died)
+        except TimeoutError as error:
+            raise await self._failure(
+                client, f"was not up within engine_start_s = {self._config.engine_start_s:g} s"
+            ) from error
+        except StartFailed as failure:
+            raise await self._failure(client, str(failure)) from failure
+        except BaseException:
+            await client.close()
+            await self.stop()
+            raise
+        self._child.watch_workers()
+        keys_file.unlink()
+        return client
+
+    def died(self) -> asyncio.Future[str]:
+        """See Host."""
+        assert self._child is not None
+        return self._child.died
+
+    async def stop(self) -> None:
+        """See Host."""
+        if self._child is not None:
+            child, self._child = self._child, None
+            await child.kill()
+        await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
+
+    async def close(self) -> None:
+        """Stop; the log of an engine that failed is kept."""
+        await self.stop()
+        if not (self._failed and self._log_file.parent == self._directory):
+            await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
+
+    async def _failure(self, client: Client, what: str) -> StartFailed:
+        """Put an end to a start that failed and say what it printed."""
+        assert self._child is not None
+        tail = self._child.tail()
+        self._failed = True
+        await client.close()
+        await self.stop()
+        return StartFailed(f"SGLang {what}. The end of its log, {self._log_file}:\n{tail}")
+
+
+class UrlHost:
+    """SGLang that somebody else runs.
+
+    Args:
+        config: with engine_url and its keys.
+    """
+
+    def __init__(self, config: ServerConfig) -> None:
+        self._config = config
+
+    async def start(self) -> Client:
+        """Wait until it answers, then see that our keys fit and that nobody gets in without."""
+        config = self._config
+        client = Client(config.engine_url, api_key=config.engine_api_key, admin_key=config.engine_admin_key)
+        try:
+            async with asyncio.timeout(config.engine_start_s):
+                await until_answers(client)
+                await self._check_keys(client)
+                await client.resume()  # whoever used it before may have gone in the middle of a swap
+                await until_generates(client)
+        except TimeoutError as error:
+            await client.close()
+            raise StartFailed(
+                f"no SGLang answered at engine_url = {config.engine_url} within engine_start_s ="
+                f" {config.engine_start_s:g} s"
+            ) from error
+        except BaseException:
+            await client.close()
+            raise
+        return client
+
+    def died(self) -> asyncio.Future[str]:
+        """Nobody tells: a connection that breaks does, or a probe that is not answered."""
+        return asyncio.get_running_loop().create_future()
+
+    async def stop(self) -> None:
+        """It is not ours to stop."""
+
+    async def close(self) -> None:
+        """Nothing of it is on disk."""
+
+    async def _check_keys(self, client: Client) -> None:
+        url = self._config.engine_url
+        try:
+            await client.flush_cache(keyless=True)
+        except CallRefused as refused:
+            if refused.status not in UNAUTHORIZED:
+                raise
+        else:
+            raise ConfigError(
+                f"engine_url = {url}: it takes new weights from anybody: start SGLang with --admin-api-key KEY and"
+                " give the same as --engine-admin-key"
+            )
+        try:
+            await client.flush_cache()
+        except CallRefused as refused:
+            if refused.status in UNAUTHORIZED:
+                raise ConfigError(
+                    f"engine_url = {url} refuses engine_admin_key: it must be its --admin-api-key"
+                ) from None
+            raise
+
+
+async def until_answers(client: Client, died: asyncio.Future[str] | None = None) -> None:
+    """Wait until SGLang takes calls.
+
+    Raises:
+        StartFailed: it ended, or cannot take them.
+        ConfigError: it refuses our API key.
+    """
+    while True:
+        if died is not None and died.done():
+            raise StartFailed(f"ended while starting ({died.result()})")
+        try:
+            await client.info()
+            return
+        except Disconnected:
+            await asyncio.sleep(RETRY_S)  # nobody tells when a port opens
+        except CallRefused as refused:
+            if refused.status in UNAUTHORIZED:
+                raise ConfigError(
+                    f"engine_url = {client.url} refuses engine_api_key: it must be its --api-key"
+                ) from None
+            raise StartFailed(str(refused)) from refused
+
+
+async def until_generates(client: Client, died: asyncio.Future[str] | None = None) -> None:
+    """Wait until SGLang has sampled a token.
+
+    Raises:
+        StartFailed: it ended, or cannot.
+    """
+    token = asyncio.ensure_future(client.generate(PROBE))
+    try:
+        ends: list[asyncio.Future[Any]] = [token] if died is None else [token, died]
+        await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+        if not token.done():
+            assert died is not None
+            raise StartFailed(f"ended while starting ({died.result()})")
+        token.result()
+    except (Disconnected, CallRefused) as error:
+        raise StartFailed(str(error)) from error
+    finally:
+        token.cancel()
+
+
+def free_port(wanted: int) -> int:
+    """Find a free port on loopback, or see that the wanted one (not 0) is.
+
+    Raises:
+        ConfigError: it is in use.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", wanted))
+        except OSError as error:
+            raise ConfigError(
+                f"sglang.port = {wanted}: {error.strerror}; choose another one, or none: a free one is found"
+            ) from error
+        port: int = probe.getsockname()[1]
+        return port

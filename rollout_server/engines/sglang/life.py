@@ -1,0 +1,81 @@
+"""One life of SGLang, from its start to its end: what belongs to it dies with it.
+
+A life ends by being condemned, with the reason that everybody who still wants something of it is given. The next life
+has a connection, a queue and a limit of its own; what came before cannot leak into it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import secrets
+from collections.abc import Coroutine
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from protocol.versions import Version
+from rollout_server.engines.base import EngineFailure
+from rollout_server.engines.sglang.admission import Admission
+from rollout_server.engines.sglang.client import Client, ServerInfo
+
+T = TypeVar("T")
+
+
+@dataclass(kw_only=True, eq=False)
+class Life:
+    """See the module's text."""
+
+    client: Client
+    info: ServerInfo
+    admission: Admission
+    condemned: asyncio.Future[EngineFailure] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
+    """Done when this life is over, with what to tell."""
+    sampling: Version | None = None
+    """The version that samples now, whether it has been checked or not."""
+    checked: Version | None = None
+    """The newest version that passed its check: what older ones and it have sampled may leave the server."""
+    passed: asyncio.Event = field(default_factory=asyncio.Event)
+    """Set, and replaced, whenever `checked` moves."""
+    swaps: int = 0
+    decoded_before: float = 0.0
+    """SGLang's count of decoded tokens when this life began."""
+    decoded: float = 0.0
+    _rids: Any = field(default_factory=itertools.count)
+    _rid_prefix: str = field(default_factory=lambda: secrets.token_hex(4))
+
+    def condemn(self, why: EngineFailure) -> None:
+        """End this life. The first reason counts."""
+        if not self.condemned.done():
+            self.condemned.set_result(why)
+
+    def next_rid(self) -> str:
+        """Name a request: all as long as each other, so that none begins with another."""
+        return f"{self._rid_prefix}{next(self._rids):012x}"
+
+    def has_passed(self, version: Version) -> None:
+        """Let go what was held back for its sake."""
+        self.checked = version
+        self.passed.set()
+        self.passed = asyncio.Event()
+
+    async def wait_checked(self, version: Version) -> None:
+        """Wait until that version has passed its check."""
+        while self.checked is None or self.checked < version:
+            await self.passed.wait()
+
+    async def run(self, work: Coroutine[Any, Any, T]) -> T:
+        """Await `work`, and call it off when this life ends before it.
+
+        Raises:
+            EngineFailure: why this life has ended; or what `work` raises.
+        """
+        task = asyncio.ensure_future(work)
+        try:
+            ends: list[asyncio.Future[Any]] = [task, self.condemned]
+            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise self.condemned.result()
+            return task.result()
+        finally:
+            task.cancel()
+            await asyncio.gather(task, return_exceptions=True)

@@ -1,0 +1,99 @@
+"""The model's tensors by their published names and shapes, and whether a version fits them. No weights are loaded.
+
+The rule of names is that of live_weights.py: those of `state_dict()`, tied tensors once. What SGLang makes of them
+(fused, sharded, renamed) is its loader's business.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from protocol.errors import ConfigError, WeightsError
+from protocol.weights.layout import MappedWeights
+from protocol.weights.manifest import TensorSpec, schema_digest
+from rollout_server.engines.base import EngineFailure
+from rollout_server.engines.text import first_line
+
+NAMES_SHOWN = 3
+DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
+"""Safetensors' names of the dtypes that weights come in, and SGLang's."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelSchema:
+    """What must be known of a model without loading it."""
+
+    shapes: dict[str, tuple[int, ...]]
+    """Published name -> shape."""
+    vocab_size: int
+    """Rows of the embedding."""
+    max_positions: int | None
+    """Tokens the model was made for; None where its configuration names no limit."""
+
+    @property
+    def digest(self) -> str:
+        """The model digest of Hello."""
+        return schema_digest(TensorSpec(name=name, dtype="F32", shape=shape) for name, shape in self.shapes.items())
+
+
+def read_schema(model: Path) -> ModelSchema:
+    """Build the model from its config.json without memory for its weights.
+
+    Raises:
+        ConfigError: there is no such model.
+    """
+    import torch
+    import transformers
+
+    if not model.is_dir():
+        raise ConfigError(f"model {model}: no such directory; give one with config.json, safetensors and a tokenizer")
+    try:
+        config = transformers.AutoConfig.from_pretrained(model, local_files_only=True)
+        with torch.device("meta"):
+            built = transformers.AutoModelForCausalLM.from_config(config)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"model {model}: cannot be loaded: {first_line(error)}") from error
+    built.tie_weights()
+    shapes: dict[str, tuple[int, ...]] = {}
+    seen: set[int] = set()
+    for name, tensor in built.state_dict(keep_vars=True).items():
+        if id(tensor) not in seen:
+            seen.add(id(tensor))
+            shapes[name] = tuple(tensor.shape)
+    text = config.get_text_config()
+    return ModelSchema(
+        shapes=shapes,
+        vocab_size=built.get_input_embeddings().weight.shape[0],
+        max_positions=text.max_position_embeddings if hasattr(text, "max_position_embeddings") else None,
+    )
+
+
+def check_file(path: Path, schema: ModelSchema) -> set[str]:
+    """Check a version's file against the model, before anything is told to SGLang (it skips names it does not know).
+
+    Returns:
+        The dtypes of its tensors, in SGLang's words.
+
+    Raises:
+        EngineFailure: it cannot be read, or names, shapes or kinds of dtype differ; names the first few.
+    """
+    try:
+        with MappedWeights.open(path) as mapped:
+            specs = mapped.layout.specs
+    except WeightsError as error:
+        raise EngineFailure(f"weights {path.name} cannot be read: {error}") from error
+    found = {spec.name: spec for spec in specs}
+    wrong = [f"{name} is missing" for name in schema.shapes if name not in found]
+    wrong += [f"{name} is not in the model" for name in found if name not in schema.shapes]
+    wrong += [
+        f"{name} is {list(spec.shape)}, the model has {list(schema.shapes[name])}"
+        for name, spec in found.items()
+        if name in schema.shapes and tuple(spec.shape) != schema.shapes[name]
+    ]
+    wrong += [f"{name} is {spec.dtype}, weights are {', '.join(DTYPES)}" for name, spec in found.items()
+              if spec.dtype not in DTYPES]  # fmt: skip
+    if wrong:
+        more = f" and {len(wrong) - NAMES_SHOWN} more" if len(wrong) > NAMES_SHOWN else ""
+        raise EngineFailure(f"weights {path.name} do not fit the model: {'; '.join(wrong[:NAMES_SHOWN])}{more}")
+    return {DTYPES[spec.dtype] for spec in specs}
