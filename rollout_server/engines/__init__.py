@@ -7,6 +7,7 @@ from pathlib import Path
 
 from protocol.errors import ConfigError
 from protocol.logs import event
+from protocol.waits import Waits
 from rollout_server.config import ServerConfig
 from rollout_server.engines.base import Engine
 from rollout_server.engines.choice import choose_engine
@@ -14,8 +15,12 @@ from rollout_server.engines.choice import choose_engine
 log = logging.getLogger(__name__)
 
 
-def create_engine(config: ServerConfig) -> Engine:
+def create_engine(config: ServerConfig, waits: Waits) -> Engine:
     """Make the engine that the configuration names; entering it loads the model.
+
+    Args:
+        config: of the server.
+        waits: where an engine shows what it waits for.
 
     Raises:
         ConfigError: a model is needed and none is given, or the engine cannot run here.
@@ -34,7 +39,7 @@ def create_engine(config: ServerConfig) -> Engine:
     if choice.engine == "sglang":
         from rollout_server.engines.sglang import SGLangEngine
 
-        return SGLangEngine(config)
+        return SGLangEngine(config, waits)
     from rollout_server.engines.transformers import TransformersEngine
 
     return TransformersEngine(

@@ -72,7 +72,7 @@ def choose_engine(config: ServerConfig, machine: Machine | None = None) -> Choic
     Raises:
         ConfigError: SGLang is wanted and there is no GPU, no SGLang, or one too old.
     """
-    if config.engine not in ("auto", "sglang"):
+    if config.engine == "transformers" or config.engine == "scripted":
         return Choice(config.engine)
     if config.engine_url:
         return Choice("sglang")

@@ -10,6 +10,7 @@ import pytest
 
 from protocol.errors import ConfigError
 from protocol.settings import load_settings
+from protocol.waits import Waits
 from rollout_server import engines
 from rollout_server.config import SGLANG_OWN, ServerConfig
 from rollout_server.engines import choice
@@ -97,9 +98,18 @@ def test_the_notice_reaches_the_log_once(
 ) -> None:
     monkeypatch.setattr(choice, "read_machine", lambda: machine(cuda=True))
     with caplog.at_level(logging.INFO, logger="rollout_server.engines"):
-        engines.create_engine(ServerConfig(model=str(tiny_model_dir), device="auto"))
+        engines.create_engine(ServerConfig(model=str(tiny_model_dir), device="auto"), Waits())
     assert [record.getMessage().split(" ", 1)[0] for record in caplog.records] == ["event=engine"]
     assert "SGLang" in caplog.text
+
+
+def test_sglang_gets_the_whole_configuration(monkeypatch: pytest.MonkeyPatch) -> None:
+    from rollout_server.engines.sglang import SGLangEngine
+
+    monkeypatch.setattr(choice, "read_machine", lambda: machine(cuda=True, sglang=NEW))
+    assert isinstance(engines.create_engine(ServerConfig(model="m"), Waits()), SGLangEngine)
+    with pytest.raises(ConfigError, match="model is empty: engine sglang needs"):
+        engines.create_engine(ServerConfig(), Waits())
 
 
 def refused(*argv: str) -> str:
