@@ -18,6 +18,8 @@ CALL_S = 30.0
 """Limit of a call that does no work to speak of."""
 UPDATE_S = 600.0
 """Limit of loading a version."""
+KEEP_ALIVE_S = 2.0
+"""SGLang closes connections that were idle for 5 s; ours must not be used just then."""
 SHOWN_CHARACTERS = 500
 
 T = TypeVar("T")
@@ -121,7 +123,8 @@ class Client:
         self._session = aiohttp.ClientSession(
             url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            connector=aiohttp.TCPConnector(limit=0),  # how many at once is the admission's business
+            # How many at once is the admission's business.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
             timeout=aiohttp.ClientTimeout(total=None),
             read_bufsize=1 << 20,
         )
@@ -168,9 +171,9 @@ class Client:
             raise EngineFailure(f"SGLang has no checksum of its weights: {outcome.message}")
         return outcome.per_engine_checksum
 
-    async def flush_cache(self, *, keyless: bool = False) -> None:
-        """Forget cached prompts. `keyless` tries it without the admin key, to see whether anybody may."""
-        await self._call("POST", "/flush_cache", Ignored, None, admin=not keyless)
+    async def abort_all(self, *, keyless: bool = False) -> None:
+        """End every request there is. `keyless` tries it without the admin key, to see whether anybody may."""
+        await self._call("POST", "/abort_request", Ignored, {"rid": "", "abort_all": True}, admin=not keyless)
 
     async def loads(self, *, deadline_s: float = CALL_S) -> list[Load]:
         """Read the state of every scheduler, from shared memory: no scheduler is asked."""

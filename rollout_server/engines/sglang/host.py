@@ -183,7 +183,7 @@ class UrlHost:
     async def _check_keys(self, client: Client) -> None:
         url = self._config.engine_url
         try:
-            await client.flush_cache(keyless=True)
+            await client.abort_all(keyless=True)
         except CallRefused as refused:
             if refused.status not in UNAUTHORIZED:
                 raise
@@ -193,7 +193,7 @@ class UrlHost:
                 " give the same as --engine-admin-key"
             )
         try:
-            await client.flush_cache()
+            await client.abort_all()  # of a server that was here before
         except CallRefused as refused:
             if refused.status in UNAUTHORIZED:
                 raise ConfigError(
