@@ -18,7 +18,7 @@ GPU_STAMP := $(GPU_VENV)/.installed
 GPU_PYTHON ?= $(GPU_VENV)/bin/python
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-input
 
-.PHONY: install install-sglang demo test test-gpu bench clean
+.PHONY: install sglang demo test test-gpu bench clean
 
 install: $(STAMP)
 
@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[server-cpu,learner,rewards,demo,dev]'
 	@touch $@
 
-install-sglang: $(SGLANG_STAMP)
+sglang: $(SGLANG_STAMP)
 
 # torch with what it needs, everything else without: what SGLang asks for and a CPU cannot use would be gigabytes.
 $(SGLANG_STAMP): pyproject.toml $(SGLANG_RECIPE)/requirements.txt

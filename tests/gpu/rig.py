@@ -102,7 +102,7 @@ def missing(device: str) -> str | None:
     if machine.sglang_version is None:
         return "sglang is not installed in this environment"
     if device == "cpu" and not machine.allows_cpu_sglang:
-        return "SGLang's CPU engine is off: run these with .venv-sglang/bin/python (make install-sglang)"
+        return "SGLang's CPU engine is off: run these with .venv-sglang/bin/python (make sglang)"
     return None
 
 

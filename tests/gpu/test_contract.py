@@ -48,9 +48,7 @@ def kind(device: str, tmp_path: Path) -> contract.Kind:
             path.write_bytes((built / "model.safetensors").read_bytes())
         return StagedWeights(version=version, path=path, digest=str(version))
 
-    broken = tmp_path / "broken.safetensors"
-    broken.write_bytes(b"\x10\0\0\0\0\0\0\0not a header")
-    return contract.Kind("sglang", make, weights, StagedWeights(version=contract.V2, path=broken))
+    return contract.Kind("sglang", make, weights, contract.broken_weights(tmp_path), reproducible=False)
 
 
 @pytest.fixture(autouse=True)

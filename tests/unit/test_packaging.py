@@ -108,7 +108,7 @@ def dry_run(*argv: str) -> str:
     ("argv", "environments"),
     [
         (["test"], {"build/no-venv", "build/no-sglang"}),
-        (["install-sglang"], {"build/no-sglang"}),
+        (["sglang"], {"build/no-sglang"}),
         (["demo"], {"build/no-venv"}),
         (["demo", "ENGINE=sglang"], {"build/no-venv", "build/no-sglang"}),
         (["demo", "ENGINE=sglang", "SGLANG_PYTHON=python"], {"build/no-venv"}),
