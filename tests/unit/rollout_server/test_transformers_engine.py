@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 import rollout_server.engines.decode
 from protocol.errors import ConfigError
 from protocol.identity import tokenizer_digest
+from protocol.waits import Waits
 from rollout_server.config import ScriptedOptions, ServerConfig
 from rollout_server.engines import create_engine
 from rollout_server.engines import transformers as engine_module
@@ -273,9 +274,9 @@ def test_the_decoder_skips_special_tokens_and_keeps_spaces(tiny_model_dir: Path)
 def test_create_engine_follows_the_configuration(tiny_model_dir: Path) -> None:
     from rollout_server.engines.scripted import ScriptedEngine
 
-    scripted = create_engine(ServerConfig(engine="scripted", room=5, scripted=ScriptedOptions(vocab_size=9)))
+    scripted = create_engine(ServerConfig(engine="scripted", room=5, scripted=ScriptedOptions(vocab_size=9)), Waits())
     assert isinstance(scripted, ScriptedEngine)
     assert (scripted.info.room, scripted.info.vocab_size) == (5, 9)
-    assert isinstance(create_engine(ServerConfig(model=str(tiny_model_dir))), TransformersEngine)
+    assert isinstance(create_engine(ServerConfig(model=str(tiny_model_dir), device="cpu"), Waits()), TransformersEngine)
     with pytest.raises(ConfigError, match="model is empty: engine transformers needs"):
-        create_engine(ServerConfig())
+        create_engine(ServerConfig(device="cpu"), Waits())
