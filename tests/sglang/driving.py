@@ -18,7 +18,7 @@ from protocol.waits import Waits
 from rollout_server.config import ServerConfig
 from rollout_server.engines.base import Canaries, GenerationRequest, StagedWeights
 from rollout_server.engines.sglang import SGLangEngine
-from tests.models import build_tiny_model
+from tests.models import VOCAB_SIZE, build_tiny_model
 from tests.sglang_cpu.launch import RunningSGLang
 
 LIMIT_S = 60.0
@@ -73,7 +73,7 @@ class Versions:
 
 def make_canaries(model: Any, *, rows: int = 5, length: int = 60) -> Canaries:
     """What a learner with that model would send."""
-    tokens = np.random.default_rng(7).integers(2, 44, (rows, length)).astype(np.int32)
+    tokens = np.random.default_rng(7).integers(2, VOCAB_SIZE, (rows, length)).astype(np.int32)
     with torch.no_grad():
         logprobs = torch.log_softmax(model(torch.from_numpy(tokens).long()).logits.float(), -1)
     following = torch.from_numpy(tokens[:, 1:]).long()[..., None]
