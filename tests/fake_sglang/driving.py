@@ -130,7 +130,10 @@ def make_weights(
     file = directory / f"{version}.safetensors"
     file.write_bytes((model / "model.safetensors").read_bytes()[:-4] + struct.pack("<f", number))
     return StagedWeights(
-        version=version, path=file, digest=content_of(file), canaries=make_canaries(content_of(file)) if canaries else None
+        version=version,
+        path=file,
+        digest=content_of(file),
+        canaries=make_canaries(content_of(file)) if canaries else None,
     )
 
 

@@ -18,6 +18,8 @@ CALL_S = 30.0
 """Limit of a call that does no work to speak of."""
 UPDATE_S = 600.0
 """Limit of loading a version."""
+KEEP_S = 2.0
+"""Of a connection without use. SGLang drops it after 5 s, and a call sent at that moment would look like its death."""
 SHOWN_CHARACTERS = 500
 
 T = TypeVar("T")
@@ -73,7 +75,7 @@ class Load(msgspec.Struct):
     @property
     def tokens_decoded(self) -> float:
         """Tokens sampled since its start, but for the first of every sample; 0 where it does not say."""
-        return self.decode_moments[1] if self.decode_moments else 0.0
+        return self.decode_moments[1] if self.decode_moments and len(self.decode_moments) > 1 else 0.0
 
 
 class ServerInfo(msgspec.Struct, kw_only=True):
@@ -121,7 +123,7 @@ class Client:
         self._session = aiohttp.ClientSession(
             url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            connector=aiohttp.TCPConnector(limit=0),  # how many at once is the admission's business
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_S),  # how many is the admission's business
             timeout=aiohttp.ClientTimeout(total=None),
             read_bufsize=1 << 20,
         )
@@ -174,7 +176,10 @@ class Client:
 
     async def loads(self, *, deadline_s: float = CALL_S) -> list[Load]:
         """Read the state of every scheduler, from shared memory: no scheduler is asked."""
-        return (await self._call("GET", "/v1/loads", _Loads, None, deadline_s=deadline_s)).loads
+        loads = (await self._call("GET", "/v1/loads", _Loads, None, deadline_s=deadline_s)).loads
+        if not loads:
+            raise EngineFailure(f"SGLang at {self.url}/v1/loads names no scheduler")
+        return loads
 
     async def info(self) -> ServerInfo:
         """Read the configuration."""

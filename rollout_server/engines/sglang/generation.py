@@ -65,17 +65,18 @@ class Generation:
     async def abort(self) -> None:
         """End every sample with what it has; returns when they have ended."""
         self._aborted = True
-        self._life.admission.abort(self._request.group_id)
         while not self._ended.is_set():
+            self._life.admission.abort(self._request.group_id)
             for rid in tuple(self._running):
-                await self._life.client.abort(rid)
+                with contextlib.suppress(EngineFailure):  # said again; the end of SGLang's life ends the samples, too
+                    await self._life.client.abort(rid)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), ABORT_AGAIN_S)
 
     async def _sample(self, index: int) -> Completion:
         """Wait for a seat, ask, and give it back; once more where the answer stands on stale keys and values."""
         admission = self._life.admission
-        while await admission.enter(self._request.group_id):
+        while not self._aborted and await admission.enter(self._request.group_id):
             self._meter.runs(admission.running)
             try:
                 completion = await self._ask(index)

@@ -37,6 +37,8 @@ class Life:
     passed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set, and replaced, whenever `checked` moves."""
     swaps: int = 0
+    standing: bool = False
+    """While weights are exchanged: nothing is sampled, and that is right."""
     decoded_before: float = 0.0
     """SGLang's count of decoded tokens when this life began."""
     decoded: float = 0.0

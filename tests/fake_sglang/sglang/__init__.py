@@ -1,4 +1,4 @@
-"""A fake SGLang: first on PYTHONPATH, `python -m sglang.launch_server` starts it in 0.1 s, on the standard library alone.
+"""A fake SGLang: first on PYTHONPATH, `python -m sglang.launch_server` starts it in 0.1 s. Standard library only.
 
 It answers the calls that rollout_server/engines/sglang/client.py makes as SGLang 0.5.23 does:
 
@@ -32,6 +32,8 @@ class Faults:
     token_s: float = 0.001
     """Seconds that a step takes."""
     version: str = "0.5.23"
+    max_tokens: int = 0
+    """Held at once, instead of --max-total-tokens; 0 is off."""
     slow_start_s: float = 0.0
     """Before the port is opened."""
     die: int | None = None

@@ -145,7 +145,7 @@ class Server:
             os._exit(self.faults.die)
         return 200, {
             "calls": self.calls, "held": self.held, "bodies": self.bodies, "pid": os.getpid(),
-            "worker": self.worker.pid, "faults": dataclasses.asdict(self.faults),
+            "worker": self.worker.pid, "retracted": self.scheduler.retracted, "faults": dataclasses.asdict(self.faults),
         }  # fmt: skip
 
 

@@ -46,14 +46,14 @@ class Sample:
 class Scheduler:
     def __init__(self, model: Path, *, vocab_size: int, room: int, max_tokens: int, faults: Faults) -> None:
         self.content, self.label = content_of(model), INITIAL
-        self._vocab_size, self._room, self.max_tokens, self._faults = vocab_size, room, max_tokens, faults
+        self._vocab_size, self._room, self._max_tokens, self._faults = vocab_size, room, max_tokens, faults
         self.running: list[Sample] = []
         self.waiting: deque[Sample] = deque()
         self._cache: dict[tuple[str, ...], str] = {}
         self._paused = ""
         self._moved = asyncio.Condition()
         self._rids = map(str, itertools.count())
-        self.steps = self.decoded = self.prefilled = 0
+        self.steps = self.decoded = self.prefilled = self.retracted = 0
 
     async def run(self, alive: Callable[[], bool]) -> None:
         """Step while `alive`; then nothing is sampled any more, and nobody is told."""
@@ -117,6 +117,10 @@ class Scheduler:
         return True
 
     @property
+    def max_tokens(self) -> int:
+        return self._faults.max_tokens or self._max_tokens
+
+    @property
     def usage(self) -> float:
         return sum(sample.held for sample in self.running) / self.max_tokens
 
@@ -125,6 +129,7 @@ class Scheduler:
             self._begin(self.waiting.popleft())
         while len(self.running) > 1 and self.usage > 1:
             self._retract(self.running[-1])
+            self.retracted += 1
         for sample in tuple(self.running):
             if self._is_full(sample):
                 self._end(sample, {"type": "length", "length": len(sample.tokens)})

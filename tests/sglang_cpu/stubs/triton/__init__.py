@@ -44,7 +44,9 @@ class Kernel:
         self.__name__ = function.__name__
 
     def __getitem__(self, _: object) -> NoReturn:
-        raise NotImplementedError(f"triton kernel {self.__name__} needs a GPU; this is the stand-in of tests/sglang_cpu")
+        raise NotImplementedError(
+            f"triton kernel {self.__name__} needs a GPU; this is the stand-in of tests/sglang_cpu"
+        )
 
 
 def cdiv(x: int, y: int) -> int:
