@@ -160,8 +160,20 @@ def request(
     )
 
 
-def is_pure(completion: Completion, weights: StagedWeights) -> bool:
-    """Whether every logprob is of those weights after a prompt that was computed under them."""
+def is_pure(
+    completion: Completion, weights: StagedWeights, *, first: int = 0, end: int | None = None, prompt: str = ""
+) -> bool:
+    """Whether all logprobs of tokens [first, end) are of those weights, with the prompt computed under `prompt`.
+
+    Args:
+        completion: of the fake.
+        weights: that sampled it.
+        first: token.
+        end: token; the completion's unless given.
+        prompt: content digest; the weights' own unless given.
+    """
     content = content_of(weights.path)
-    expected = [logprob(content, content, token) for token in completion.completion_tokens.tolist()]
-    return bool(np.allclose(completion.behavior_logprobs, expected, atol=1e-6))
+    expected = [
+        logprob(content, prompt or content, token) for token in completion.completion_tokens[first:end].tolist()
+    ]
+    return bool(np.allclose(completion.behavior_logprobs[first:end], expected, atol=1e-6))

@@ -198,7 +198,7 @@ class SGLangEngine:
             await asyncio.to_thread(unlink_weights, weights.path)
             self._linked.discard(weights.path)
         if life.condemned.done():  # and `live` is None: it must stay so
-            raise life.condemned.result()
+            raise life.reason()
         self._live = version
         life.has_passed(version)
         return LoadReport(

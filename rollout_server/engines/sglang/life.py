@@ -46,9 +46,14 @@ class Life:
     _rid_prefix: str = field(default_factory=lambda: secrets.token_hex(4))
 
     def condemn(self, why: EngineFailure) -> None:
-        """End this life. The first reason counts."""
+        """End this life. The first reason counts; its class takes a text and nothing else."""
         if not self.condemned.done():
             self.condemned.set_result(why)
+
+    def reason(self) -> EngineFailure:
+        """Why this life is over: an exception of its own for everybody who raises it, or their tracebacks mix."""
+        why = self.condemned.result()
+        return type(why)(str(why))
 
     def next_rid(self) -> str:
         """Name a request: all as long as each other, so that none begins with another."""
@@ -76,7 +81,7 @@ class Life:
             ends: list[asyncio.Future[Any]] = [task, self.condemned]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                raise self.condemned.result()
+                raise self.reason()
             return task.result()
         finally:
             task.cancel()

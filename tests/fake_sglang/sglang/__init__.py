@@ -34,6 +34,8 @@ class Faults:
     version: str = "0.5.23"
     max_tokens: int = 0
     """Held at once, instead of --max-total-tokens; 0 is off."""
+    stop_at: int = 0
+    """Samples get no more tokens than these; 0 is off."""
     slow_start_s: float = 0.0
     """Before the port is opened."""
     die: int | None = None

@@ -49,7 +49,7 @@ class Server:
         config = json.loads((Path(options.model_path) / "config.json").read_text())
         self.scheduler = Scheduler(
             Path(options.model_path), vocab_size=config["vocab_size"], room=options.max_running_requests,
-            max_tokens=options.max_total_tokens, faults=faults,
+            max_tokens=options.max_total_tokens, overlap=not options.disable_overlap_schedule, faults=faults,
         )  # fmt: skip
         # cat ends when its standard input does: with this process, as SGLang's own workers do
         self.worker = subprocess.Popen(["sglang::scheduler"], executable="/bin/cat", stdin=subprocess.PIPE)
@@ -145,7 +145,9 @@ class Server:
             os._exit(self.faults.die)
         return 200, {
             "calls": self.calls, "held": self.held, "bodies": self.bodies, "pid": os.getpid(),
-            "worker": self.worker.pid, "retracted": self.scheduler.retracted, "faults": dataclasses.asdict(self.faults),
+            "worker": self.worker.pid, "retracted": self.scheduler.retracted,
+            "lengths": [len(sample.tokens) for sample in self.scheduler.running], "label": self.scheduler.label,
+            "faults": dataclasses.asdict(self.faults),
         }  # fmt: skip
 
 

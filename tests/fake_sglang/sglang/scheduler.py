@@ -44,9 +44,12 @@ class Sample:
 
 
 class Scheduler:
-    def __init__(self, model: Path, *, vocab_size: int, room: int, max_tokens: int, faults: Faults) -> None:
+    def __init__(
+        self, model: Path, *, vocab_size: int, room: int, max_tokens: int, overlap: bool, faults: Faults
+    ) -> None:
         self.content, self.label = content_of(model), INITIAL
         self._vocab_size, self._room, self._max_tokens, self._faults = vocab_size, room, max_tokens, faults
+        self._overlap = overlap
         self.running: list[Sample] = []
         self.waiting: deque[Sample] = deque()
         self._cache: dict[tuple[str, ...], str] = {}
@@ -87,7 +90,7 @@ class Scheduler:
         if mode == "retract":
             for sample in reversed(self.running):
                 self._retract(sample)
-        else:
+        elif self._overlap:
             for sample in self.running:
                 sample.pending = self._sample(sample)
 
@@ -133,6 +136,8 @@ class Scheduler:
         for sample in tuple(self.running):
             if self._is_full(sample):
                 self._end(sample, {"type": "length", "length": len(sample.tokens)})
+                continue
+            if self._faults.stop_at and len(sample.tokens) >= self._faults.stop_at:
                 continue
             token, value = sample.pending or self._sample(sample)
             sample.pending = None

@@ -9,7 +9,7 @@ import pytest
 
 from protocol.versions import Version
 from rollout_server.engines.base import StagedWeights
-from rollout_server.engines.sglang import host
+from rollout_server.engines.sglang import engine, host
 from tests.fake_sglang import driving
 
 MakeWeights = Callable[..., StagedWeights]
@@ -20,6 +20,7 @@ def fake_path(monkeypatch: pytest.MonkeyPatch) -> None:
     """Children of this process that run sglang run the fake; looks at whether it is up are quick."""
     monkeypatch.setenv("PYTHONPATH", str(driving.PATH))
     monkeypatch.setattr(host, "RETRY_S", 0.02)
+    monkeypatch.setattr(engine, "POLL_S", 0.01)
 
 
 @pytest.fixture

@@ -165,7 +165,7 @@ def test_a_request_leaves_nothing_to_the_models_defaults(
     )
     body = sample_body(PROMPT, sampling, limit=17, rid="r", cache_key="w1.2", seed=None)
     assert body["sampling_params"] == {
-        "max_new_tokens": 17, "temperature": temperature, "top_p": top_p, "top_k": top_k if top_k else -1,
+        "max_new_tokens": 17, "temperature": temperature, "top_p": top_p, "top_k": top_k or -1,
         "min_p": min_p, "stop_token_ids": stops, "ignore_eos": stops == (), "min_new_tokens": 0,
         "frequency_penalty": 0.0, "presence_penalty": 0.0, "repetition_penalty": 1.0,
     }  # fmt: skip

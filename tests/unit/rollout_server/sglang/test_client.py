@@ -44,7 +44,7 @@ def test_a_call_that_is_refused_says_how(tiny_model_dir: Path) -> None:
             with pytest.raises(CallRefused, match=r"/generate says 400: \{\"error\": .*refused") as refused:
                 await client.generate(PROBE)
             assert refused.value.status == 400
-            with pytest.raises(EngineFailure, match="/update_weights_from_disk says 400: .*no such shape"):
+            with pytest.raises(EngineFailure, match=r"/update_weights_from_disk says 400: .*no such shape"):
                 await client.update_weights(str(tiny_model_dir), "1.0", flush_cache=True)
             with pytest.raises(EngineFailure, match="/server_info: an answer that is none: Expected `object`"):
                 await client.info()
@@ -67,7 +67,7 @@ def test_each_key_opens_its_own_calls(
                 if works:
                     await call
                 else:
-                    with pytest.raises(CallRefused, match="says 401: .*Unauthorized"):
+                    with pytest.raises(CallRefused, match=r"says 401: .*Unauthorized"):
                         await call
 
     run(case())
@@ -77,9 +77,9 @@ def test_a_call_has_a_deadline(tiny_model_dir: Path) -> None:
     async def case() -> None:
         async with connected(tiny_model_dir) as (client, fake):
             await fake.tell(hang=True, hold=["/v1/loads"])
-            with pytest.raises(EngineFailure, match="/generate did not answer within 0.05 s"):
+            with pytest.raises(EngineFailure, match=r"/generate did not answer within 0.05 s"):
                 await client.generate(PROBE, deadline_s=0.05)
-            with pytest.raises(EngineFailure, match="/v1/loads did not answer within 0.05 s"):
+            with pytest.raises(EngineFailure, match=r"/v1/loads did not answer within 0.05 s"):
                 await client.loads(deadline_s=0.05)
 
     run(case())

@@ -12,7 +12,6 @@ import pytest
 
 from protocol.messages import FinishReason
 from rollout_server.engines.base import EngineFailure, EngineStatus, StagedWeights
-from rollout_server.engines.sglang import engine as engine_module
 from rollout_server.engines.sglang import generation
 from tests.fake_sglang.driving import ROOM, V0, child_engine, is_pure, request, run, until
 
@@ -167,7 +166,7 @@ def test_an_abort_is_said_again_until_the_samples_have_ended(
 
 def test_a_cancelled_group_gives_its_seats_back(tiny_model_dir: Path, weights: MakeWeights) -> None:
     async def case() -> None:
-        async with child_engine(tiny_model_dir, room=4) as (engine, fake):
+        async with child_engine(tiny_model_dir, room=4) as (engine, _):
             await engine.load_weights(weights(V0))
             gone = asyncio.create_task(engine.generate(request("gone", generations=6, length=LONG)))
             await until(lambda: engine.status().samples_running == 4)
@@ -195,7 +194,7 @@ def test_two_calls_of_one_group_do_not_disturb_each_other(tiny_model_dir: Path, 
 
 def test_room_is_never_exceeded_and_counters_only_grow(tiny_model_dir: Path, weights: MakeWeights) -> None:
     async def case() -> None:
-        async with child_engine(tiny_model_dir) as (engine, fake):
+        async with child_engine(tiny_model_dir) as (engine, _):
             await engine.load_weights(weights(V0))
             assert engine.info.room == ROOM
             seen: list[EngineStatus] = []
@@ -226,11 +225,7 @@ def test_room_is_never_exceeded_and_counters_only_grow(tiny_model_dir: Path, wei
     run(case())
 
 
-def test_the_number_of_samples_shrinks_when_sglang_throws_them_out(
-    tiny_model_dir: Path, weights: MakeWeights, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(engine_module, "POLL_S", 0.02)
-
+def test_the_number_of_samples_shrinks_when_sglang_throws_them_out(tiny_model_dir: Path, weights: MakeWeights) -> None:
     async def case() -> None:
         # Eight samples fit at their longest of 64, says the engine; the fake has room for their beginnings only.
         options = {"max-total-tokens": 8 * 64}
@@ -253,7 +248,7 @@ def test_a_sample_that_sglang_gives_up_fails_its_group_alone(tiny_model_dir: Pat
         async with child_engine(tiny_model_dir) as (engine, fake):
             await engine.load_weights(weights(V0))
             await fake.tell(refuse={"/generate": 400})
-            with pytest.raises(EngineFailure, match="/generate says 400: .*refused"):
+            with pytest.raises(EngineFailure, match=r"/generate says 400: .*refused"):
                 await engine.generate(request())
             await fake.tell(refuse={}, garbage=["/generate"])
             with pytest.raises(EngineFailure, match="/generate: an answer that is none"):

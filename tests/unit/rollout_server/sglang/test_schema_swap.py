@@ -71,7 +71,7 @@ def test_a_version_that_does_not_fit_is_refused_by_name(
     tensors = load_file(tiny_model_dir / "model.safetensors") | change
     save_file({name: tensor for name, tensor in tensors.items() if tensor is not None}, tmp_path / "w.safetensors")
     with pytest.raises(
-        EngineFailure, match="weights w.safetensors (do not fit the model|cannot be read): .*" + message
+        EngineFailure, match=r"weights w.safetensors (do not fit the model|cannot be read): .*" + message
     ):
         check_file(tmp_path / "w.safetensors", read_schema(tiny_model_dir))
 
@@ -79,13 +79,13 @@ def test_a_version_that_does_not_fit_is_refused_by_name(
 def test_a_file_that_is_none_or_is_cut_off_is_refused(tiny_model_dir: Path, tmp_path: Path) -> None:
     schema = read_schema(tiny_model_dir)
     file = tmp_path / "w.safetensors"
-    with pytest.raises(EngineFailure, match="weights w.safetensors cannot be read: .*No such file"):
+    with pytest.raises(EngineFailure, match=r"weights w.safetensors cannot be read: .*No such file"):
         check_file(file, schema)
     file.write_bytes((tiny_model_dir / "model.safetensors").read_bytes()[:-1])
-    with pytest.raises(EngineFailure, match="weights w.safetensors cannot be read: "):
+    with pytest.raises(EngineFailure, match=r"weights w.safetensors cannot be read: "):
         check_file(file, schema)
     file.write_bytes(b"\x10\0\0\0\0\0\0\0not a header")
-    with pytest.raises(EngineFailure, match="weights w.safetensors cannot be read: "):
+    with pytest.raises(EngineFailure, match=r"weights w.safetensors cannot be read: "):
         check_file(file, schema)
 
 
@@ -112,7 +112,7 @@ def test_a_link_is_of_the_file_wherever_the_directory_is_moved(tmp_path: Path) -
 
 def test_a_directory_that_cannot_be_made_is_a_failed_load(tmp_path: Path) -> None:
     (tmp_path / "v").write_text("in the way")
-    with pytest.raises(EngineFailure, match="weights v.safetensors cannot be given a directory for SGLang: .*exists"):
+    with pytest.raises(EngineFailure, match=r"weights v.safetensors cannot be given a directory for SGLang: .*exists"):
         link_weights(tmp_path / "v.safetensors")
 
 
