@@ -34,9 +34,10 @@ END_S = 10.0
 class Child:
     """A running child. Made by `start`, ended by `kill`; `died` is done when any of its processes has ended."""
 
-    def __init__(self, process: asyncio.subprocess.Process, log_file: Path) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, log_file: Path, log_begin: int) -> None:
         self.pid = process.pid
         self.log_file = log_file
+        self._log_begin = log_begin
         self.died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """What ended."""
         self._process = process
@@ -50,12 +51,13 @@ class Child:
     async def start(cls, command: Sequence[str], environment: Mapping[str, str], log_file: Path) -> Self:
         """Start the command in a process group of its own; what it prints goes to `log_file`."""
         with log_file.open("ab") as output:
+            begin = output.tell()  # lives before this one may have written to it
             process = await asyncio.create_subprocess_exec(
                 *command, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, env=dict(environment),
                 start_new_session=True,
             )  # fmt: skip
         event(log, "engine_started", pid=process.pid, log=log_file)
-        return cls(process, log_file)
+        return cls(process, log_file, begin)
 
     def watch_workers(self) -> None:
         """Watch the processes that SGLang has started, once it is up."""
@@ -88,7 +90,7 @@ class Child:
     def tail(self) -> str:
         """The last lines it printed."""
         try:
-            return log_tail(self.log_file)
+            return log_tail(self.log_file, self._log_begin)
         except OSError as error:
             return f"(it cannot be read: {error})"
 
@@ -133,9 +135,9 @@ def shared_memory_of(pid: int) -> set[Path]:
     return {path for path in paths if path.parent == SHARED_MEMORY and path.name.startswith(LEFT_BEHIND)}
 
 
-def log_tail(file: Path) -> str:
-    """Read the last lines of a log that may be large; progress bars' carriage returns end lines, too."""
+def log_tail(file: Path, begin: int = 0) -> str:
+    """Read the last lines after byte `begin` of a log that may be large; progress bars' carriage returns end lines."""
     with file.open("rb") as content:
-        content.seek(max(0, content.seek(0, os.SEEK_END) - LOG_BYTES))
+        content.seek(max(begin, content.seek(0, os.SEEK_END) - LOG_BYTES))
         lines = content.read().decode("utf-8", "replace").splitlines()
     return "\n".join([line for line in lines if line.strip()][-LOG_LINES:])

@@ -244,7 +244,7 @@ class SGLangEngine:
             if self._life is not None:
                 self._life.condemn(EngineFailure("the engine was closed"))
                 await self._life.client.close()
-            for file in self._linked:
+            for file in tuple(self._linked):
                 await asyncio.to_thread(unlink_weights, file)
         finally:
             await self._stack.aclose()

@@ -122,16 +122,13 @@ class ChildHost:
         return self._child.died
 
     async def stop(self) -> None:
-        """See Host."""
-        if self._child is not None:
-            child, self._child = self._child, None
-            self._failed = self._failed or child.died.done()
-            await child.kill()
-        await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
+        """See Host. Who is stopped before the end has failed."""
+        self._failed = self._failed or self._child is not None
+        await self._kill()
 
     async def close(self) -> None:
         """Stop; the log of an engine that failed is kept."""
-        await self.stop()
+        await self._kill()
         if not (self._failed and self._log_file.parent == self._directory):
             await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
 
@@ -146,7 +143,13 @@ class ChildHost:
     async def _end(self, client: Client | None) -> None:
         if client is not None:
             await client.close()
-        await self.stop()
+        await self._kill()
+
+    async def _kill(self) -> None:
+        if self._child is not None:
+            child, self._child = self._child, None
+            await child.kill()
+        await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
 
 
 class UrlHost:
@@ -169,6 +172,13 @@ class UrlHost:
                 await self._check_keys(client)
                 await client.resume()  # whoever used it before may have gone in the middle of a swap
                 await until_generates(client)
+        except StartFailed as failure:
+            await client.close()
+            if isinstance(failure.__cause__, CallRefused) and failure.__cause__.status in UNAUTHORIZED:
+                raise ConfigError(
+                    f"engine_url = {config.engine_url} refuses engine_api_key: it must be its --api-key"
+                ) from failure
+            raise StartFailed(f"SGLang at engine_url = {config.engine_url} {failure}") from failure
         except TimeoutError as error:
             await client.close()
             raise StartFailed(
@@ -216,7 +226,6 @@ async def until_answers(client: Client, died: asyncio.Future[str] | None = None)
 
     Raises:
         StartFailed: it ended, or cannot take them.
-        ConfigError: it refuses our API key.
     """
     while True:
         if died is not None and died.done():
@@ -226,12 +235,6 @@ async def until_answers(client: Client, died: asyncio.Future[str] | None = None)
             return
         except Disconnected:
             await asyncio.sleep(RETRY_S)  # nobody tells when a port opens
-        except CallRefused as refused:
-            if refused.status in UNAUTHORIZED:
-                raise ConfigError(
-                    f"engine_url = {client.url} refuses engine_api_key: it must be its --api-key"
-                ) from None
-            raise StartFailed(f"did not come up: {refused}") from refused
         except EngineFailure as failure:
             raise StartFailed(f"did not come up: {failure}") from failure
 

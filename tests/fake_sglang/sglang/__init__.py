@@ -52,5 +52,7 @@ class Faults:
     """Path -> status of every call of it."""
     garbage: list[str] = field(default_factory=list)
     """Paths that answer with something else than what is asked for."""
+    no_loads: bool = False
+    """/v1/loads names no scheduler."""
     hold: list[str] = field(default_factory=list)
     """Paths whose calls are not begun until they are no longer in this list."""

@@ -95,9 +95,11 @@ class Server:
             return 401, {"error": "Unauthorized"}
         self.calls[path] += 1
         self.held[path] += 1
-        while path in self.faults.hold:
-            await asyncio.sleep(0.002)
-        self.held[path] -= 1
+        try:
+            while path in self.faults.hold:
+                await asyncio.sleep(0.002)
+        finally:
+            self.held[path] -= 1
         if path in self.faults.refuse:
             return self.faults.refuse[path], {"error": {"message": "refused"}}
         if path in self.faults.garbage:
@@ -130,7 +132,7 @@ class Server:
                 "total_prefill_uncached_tokens": scheduler.prefilled,
                 "decode_moments": [scheduler.steps, scheduler.decoded, 0.0],
             }  # fmt: skip
-            return 200, {"loads": [load]}
+            return 200, {"loads": [] if self.faults.no_loads else [load]}
         elif path == "/server_info":
             return 200, {**vars(options), "version": self.faults.version, "tp_size": 1, "dp_size": 1, "pp_size": 1}
         else:

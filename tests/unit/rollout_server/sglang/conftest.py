@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,11 +17,18 @@ MakeWeights = Callable[..., StagedWeights]
 
 
 @pytest.fixture
-def fake_path(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Children of this process that run sglang run the fake; looks at whether it is up are quick."""
+def fake_path(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Children of this process that run sglang run the fake; looks at whether it is up are quick.
+
+    Returns:
+        Where engines make their directories.
+    """
+    directory = tmp_path_factory.mktemp("engines")
+    monkeypatch.setattr(tempfile, "tempdir", str(directory))
     monkeypatch.setenv("PYTHONPATH", str(driving.PATH))
     monkeypatch.setattr(host, "RETRY_S", 0.02)
     monkeypatch.setattr(engine, "POLL_S", 0.01)
+    return directory
 
 
 @pytest.fixture

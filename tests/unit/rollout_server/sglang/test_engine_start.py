@@ -107,6 +107,7 @@ def test_a_child_that_answers_but_does_not_sample_is_not_up(
         ('{"refuse": {"/generate": 500}}', r"SGLang did not come up: SGLang at \S+/generate says 500: .*refused"),
         ('{"refuse": {"/server_info": 503}}', r"SGLang did not come up: SGLang at \S+/server_info says 503"),
         ('{"garbage": ["/server_info"]}', r"SGLang did not come up: SGLang at \S+/server_info: an answer that is none"),
+        ('{"refuse": {"/server_info": 401}}', r"SGLang did not come up: SGLang at \S+/server_info says 401"),
         ('{"garbage": ["/generate"]}', r"SGLang did not come up: SGLang at \S+/generate: an answer that is none"),
         ('{"refuse": {"/v1/loads": 404}}', r"SGLang at \S+/v1/loads says 404"),
         ('{"version": "0.5.20.post1"}', r"SGLang 0\.5\.20\.post1 is too old: .*; 0\.5\.21 is the oldest that works"),
@@ -183,6 +184,15 @@ def test_keys_are_not_left_where_they_could_be_read(tiny_model_dir: Path) -> Non
     run(case())
 
 
+def test_nothing_is_left_on_disk(tiny_model_dir: Path, fake_path: Path) -> None:
+    async def case() -> None:
+        async with child_engine(tiny_model_dir):
+            assert [entry.name.startswith("headway-sglang-") for entry in fake_path.iterdir()] == [True]
+        assert list(fake_path.iterdir()) == []
+
+    run(case())
+
+
 def test_every_start_has_keys_and_a_port_of_its_own(tiny_model_dir: Path) -> None:
     async def case() -> None:
         config = make_config(tiny_model_dir)
@@ -254,6 +264,7 @@ def test_an_engine_left_in_the_middle_of_a_swap_is_resumed(tiny_model_dir: Path,
         ({"admin_key": ""}, {}, "takes new weights from anybody: start SGLang with --admin-api-key KEY"),
         ({"admin_key": "", "api_key": ""}, {}, "takes new weights from anybody"),
         ({}, {"engine_admin_key": "wrong"}, "refuses engine_admin_key: it must be its --admin-api-key"),
+        ({}, {"engine_api_key": ""}, "refuses engine_api_key: it must be its --api-key"),
         ({}, {"engine_api_key": "wrong"}, "refuses engine_api_key: it must be its --api-key"),
     ],
 )
@@ -277,6 +288,16 @@ def test_an_engine_that_is_open_is_refused_while_it_works_too(tiny_model_dir: Pa
         port = free_port(0)
         with running_fake(tiny_model_dir, port, admin_key="", refuse={"/flush_cache": 400}):
             assert "takes new weights from anybody" in await fail(make_url_config(tiny_model_dir, port))
+
+    run(case())
+
+
+def test_an_engine_that_does_not_sample_is_one_clear_error(tiny_model_dir: Path) -> None:
+    async def case() -> None:
+        port = free_port(0)
+        with running_fake(tiny_model_dir, port, refuse={"/generate": 500}):
+            text = await fail(make_url_config(tiny_model_dir, port))
+            assert text.startswith(f"SGLang at engine_url = http://127.0.0.1:{port} did not come up: SGLang at ")
 
     run(case())
 
