@@ -13,7 +13,7 @@ import os
 import signal
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Any, Self
 
 import psutil
 
@@ -37,58 +37,81 @@ END_S = 10.0
 class Child:
     """A running child. Made by `start`, ended by `kill`; `died` is done when any of its processes has ended."""
 
-    def __init__(self, process: asyncio.subprocess.Process, log_file: Path) -> None:
+    def __init__(self, process: asyncio.subprocess.Process, log_file: Path, log_begin: int) -> None:
         self.pid = process.pid
         self.log_file = log_file
+        self._log_begin = log_begin
         self.died: asyncio.Future[str] = asyncio.get_running_loop().create_future()
         """What ended."""
         self._process = process
         self._exit = asyncio.ensure_future(process.wait())
         self._exit.add_done_callback(self._exited)
-        self._watched: list[int] = []
+        self._watched: dict[int, asyncio.Future[None]] = {}
+        """pidfd -> done when that process has ended."""
         self._shared: set[Path] = set()
 
     @classmethod
     async def start(cls, command: Sequence[str], environment: Mapping[str, str], log_file: Path) -> Self:
         """Start the command in a process group of its own; what it prints goes to `log_file`."""
         with log_file.open("ab") as output:
+            begin = output.tell()  # lives before this one may have written to it
             process = await asyncio.create_subprocess_exec(
                 *command, stdin=asyncio.subprocess.DEVNULL, stdout=output, stderr=output, env=dict(environment),
                 start_new_session=True,
             )  # fmt: skip
         event(log, "engine_started", pid=process.pid, log=log_file)
-        return cls(process, log_file)
+        return cls(process, log_file, begin)
 
     def watch_workers(self) -> None:
-        """Watch the processes that SGLang has started, once it is up, and note what they would leave behind."""
-        with contextlib.suppress(psutil.NoSuchProcess):  # then `died` says so
-            leader = psutil.Process(self.pid)
-            for process in [leader, *leader.children(recursive=True)]:
-                with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
-                    self._shared |= shared_memory_of(process.pid)
-                    name = (" ".join(process.cmdline()).split() or [""])[0]
-                    if name.startswith(WORKERS):
-                        self._watch(process.pid, name)
+        """Watch the processes that SGLang has started, once it is up."""
+        for process in self._processes():
+            with contextlib.suppress(psutil.Error):  # it has ended
+                name = (" ".join(process.cmdline()).split() or [""])[0]
+                if name.startswith(WORKERS):
+                    self._watch(process.pid, f"{name} ({process.pid}) died")
 
     async def kill(self) -> None:
-        """End every process of the group, now; nothing here is worth a polite word."""
-        for descriptor in self._watched:
-            asyncio.get_running_loop().remove_reader(descriptor)
-            os.close(descriptor)
-        self._watched.clear()
+        """End every process of the group, now, and wait until they are gone: they hold the memory of a GPU."""
+        for process in self._processes():
+            self._shared |= shared_memory_of(process.pid)
         await asyncio.to_thread(kill_group, self.pid)
-        await asyncio.wait_for(self._exit, END_S)
-        for path in self._shared:
-            path.unlink(missing_ok=True)
+        try:
+            ends: list[asyncio.Future[Any]] = [self._exit, *self._watched.values()]
+            _, alive = await asyncio.wait(ends, timeout=END_S)
+            if alive:
+                event(log, "engine_lingers", level=logging.WARNING, pid=self.pid, processes=len(alive))
+        finally:
+            for descriptor in self._watched:
+                asyncio.get_running_loop().remove_reader(descriptor)
+                os.close(descriptor)
+            self._watched.clear()
+            for path in self._shared:
+                with contextlib.suppress(OSError):  # somebody else has removed it
+                    path.unlink()
 
     def tail(self) -> str:
         """The last lines it printed."""
-        return log_tail(self.log_file)
+        try:
+            return log_tail(self.log_file, self._log_begin)
+        except OSError as error:
+            return f"(it cannot be read: {error})"
 
-    def _watch(self, pid: int, name: str) -> None:
-        descriptor = os.pidfd_open(pid)
-        self._watched.append(descriptor)
-        asyncio.get_running_loop().add_reader(descriptor, self._worker_ended, descriptor, f"{name} ({pid}) died")
+    def _processes(self) -> list[psutil.Process]:
+        """The child and what it has started; nothing once it is gone."""
+        with contextlib.suppress(psutil.Error):
+            leader = psutil.Process(self.pid)
+            return [leader, *leader.children(recursive=True)]
+        return []
+
+    def _watch(self, pid: int, ended: str) -> None:
+        loop = asyncio.get_running_loop()
+        try:
+            descriptor = os.pidfd_open(pid)
+        except ProcessLookupError:
+            self._ended(ended)
+            return
+        self._watched[descriptor] = loop.create_future()
+        loop.add_reader(descriptor, self._worker_ended, descriptor, ended)
 
     def _exited(self, code: asyncio.Future[int]) -> None:
         if not code.cancelled():
@@ -96,6 +119,7 @@ class Child:
 
     def _worker_ended(self, descriptor: int, what: str) -> None:
         asyncio.get_running_loop().remove_reader(descriptor)
+        self._watched[descriptor].set_result(None)
         self._ended(what)
 
     def _ended(self, what: str) -> None:
@@ -107,7 +131,7 @@ def kill_group(group: int) -> None:
     """Kill a process group; a resource tracker in it may tidy up first."""
     trackers = []
     for process in psutil.process_iter():
-        with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+        with contextlib.suppress(psutil.Error, ProcessLookupError):
             if os.getpgid(process.pid) == group:
                 if any(TRACKER in word for word in process.cmdline()):
                     trackers.append(process)
@@ -120,14 +144,17 @@ def kill_group(group: int) -> None:
 
 def shared_memory_of(pid: int) -> set[Path]:
     """Files of shared memory that a process has mapped and that go by SGLang's or torch's names."""
-    maps = Path(f"/proc/{pid}/maps").read_text("utf-8").splitlines()
+    try:
+        maps = Path(f"/proc/{pid}/maps").read_text("utf-8", "replace").splitlines()
+    except OSError:  # it has ended
+        return set()
     paths = {Path(line.split(maxsplit=5)[5]) for line in maps if f" {SHARED_MEMORY}/" in line}
     return {path for path in paths if path.parent == SHARED_MEMORY and path.name.startswith(LEFT_BEHIND)}
 
 
-def log_tail(file: Path) -> str:
-    """Read the last lines of a log that may be large; progress bars' carriage returns end lines, too."""
+def log_tail(file: Path, begin: int = 0) -> str:
+    """Read the last lines after byte `begin` of a log that may be large; progress bars' carriage returns end lines."""
     with file.open("rb") as content:
-        content.seek(max(0, content.seek(0, os.SEEK_END) - LOG_BYTES))
+        content.seek(max(begin, content.seek(0, os.SEEK_END) - LOG_BYTES))
         lines = content.read().decode("utf-8", "replace").splitlines()
     return "\n".join([line for line in lines if line.strip()][-LOG_LINES:])

@@ -75,7 +75,7 @@ class Load(msgspec.Struct):
     @property
     def tokens_decoded(self) -> float:
         """Tokens sampled since its start, but for the first of every sample; 0 where it does not say."""
-        return self.decode_moments[1] if self.decode_moments else 0.0
+        return self.decode_moments[1] if self.decode_moments and len(self.decode_moments) > 1 else 0.0
 
 
 class ServerInfo(msgspec.Struct, kw_only=True):
@@ -177,7 +177,10 @@ class Client:
 
     async def loads(self, *, deadline_s: float = CALL_S) -> list[Load]:
         """Read the state of every scheduler, from shared memory: no scheduler is asked."""
-        return (await self._call("GET", "/v1/loads", _Loads, None, deadline_s=deadline_s)).loads
+        loads = (await self._call("GET", "/v1/loads", _Loads, None, deadline_s=deadline_s)).loads
+        if not loads:
+            raise EngineFailure(f"SGLang at {self.url}/v1/loads names no scheduler")
+        return loads
 
     async def info(self) -> ServerInfo:
         """Read the configuration."""

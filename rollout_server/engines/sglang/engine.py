@@ -46,7 +46,7 @@ from rollout_server.engines.sglang.life import Life
 from rollout_server.engines.sglang.meter import Meter
 from rollout_server.engines.sglang.progress import Progress
 from rollout_server.engines.sglang.schema import check_file, read_schema
-from rollout_server.engines.sglang.swap import check, gate_kind, swap, unlink_weights
+from rollout_server.engines.sglang.swap import check, gate_kind, link_weights, swap, unlink_weights
 from rollout_server.engines.text import load_tokenizer
 
 log = logging.getLogger(__name__)
@@ -149,12 +149,13 @@ class SGLangEngine:
         try:
             return await life.run(_checked(life, generation))
         finally:
-            del self._generations[request.group_id]
+            if self._generations.get(request.group_id) is generation:
+                del self._generations[request.group_id]
 
     def abort(self, group_id: str) -> None:
         """End the group's samples now."""
-        if group_id in self._generations:
-            self._tasks.create_task(_abort(self._generations[group_id]), name=f"abort {group_id}")
+        if group_id in self._generations and not self._closed:
+            self._tasks.create_task(self._generations[group_id].abort(), name=f"abort {group_id}")
 
     async def load_weights(self, weights: StagedWeights) -> LoadReport:
         """Check the file, swap it in, check what SGLang then holds. Waits for SGLang where it restarts.
@@ -175,8 +176,11 @@ class SGLangEngine:
     async def _load(self, life: Life, weights: StagedWeights, dtypes: set[str]) -> LoadReport:
         version = weights.version
         self._linked.add(weights.path)
+        directory = await asyncio.to_thread(link_weights, weights.path)
         try:
-            pause_s = await swap(life, weights, self._mode, meter=self._meter, waits=self._waits, clock=self._clock)
+            pause_s = await swap(
+                life, directory, version, self._mode, meter=self._meter, waits=self._waits, clock=self._clock
+            )
             begun_s = self._clock()
             assert self._gate is not None
             exact = dtypes == {life.info.dtype}
@@ -187,8 +191,14 @@ class SGLangEngine:
             life.condemn(failure)
             raise failure from suspect
         except BaseException as error:  # also a cancellation: SGLang stands still, or holds nobody knows what
-            life.condemn(SamplesWithheld(f"the swap to weights {version} failed: {error}"))
+            why = str(error) or type(error).__name__
+            life.condemn(SamplesWithheld(f"the swap to weights {version} failed: {why}"))
             raise
+        finally:
+            await asyncio.to_thread(unlink_weights, weights.path)
+            self._linked.discard(weights.path)
+        if life.condemned.done():  # and `live` is None: it must stay so
+            raise life.reason()
         self._live = version
         life.has_passed(version)
         return LoadReport(
@@ -211,7 +221,7 @@ class SGLangEngine:
             stack.push_async_callback(self._host.close)
             try:
                 self._life = await self._begin()
-            except StartFailed as failure:
+            except EngineFailure as failure:
                 raise ConfigError(str(failure)) from failure
             stack.push_async_callback(self._life.client.close)
             self._tasks = await stack.enter_async_context(asyncio.TaskGroup())
@@ -230,12 +240,14 @@ class SGLangEngine:
         self._began.notify()
         for loop in self._loops:
             loop.cancel()
-        if self._life is not None:
-            self._life.condemn(EngineFailure("the engine was closed"))
-            await self._life.client.close()
-        for file in self._linked:
-            await asyncio.to_thread(unlink_weights, file)
-        await self._stack.__aexit__(exc_type, exc, traceback)
+        try:
+            if self._life is not None:
+                self._life.condemn(EngineFailure("the engine was closed"))
+                await self._life.client.close()
+            for file in tuple(self._linked):
+                await asyncio.to_thread(unlink_weights, file)
+        finally:
+            await self._stack.aclose()
 
     def _prepare(self) -> Host:
         """Everything that takes time and no event loop: imports, the model's schema, its tokenizer."""
@@ -257,13 +269,17 @@ class SGLangEngine:
             StartFailed: it did not come up, or is too old.
         """
         client = await self._waits.wait(self._host.start(), name="engine start", owner="sglang", deadline_s=None)
-        info, loads = await client.info(), await client.loads()
-        if parse_release(info.version) < FLOOR:
+        try:
+            info, loads = await client.info(), await client.loads()
+            if parse_release(info.version) < FLOOR:
+                raise StartFailed(
+                    f"SGLang {info.version} is too old: its scheduler dies when weights are swapped under running"
+                    f" samples; {'.'.join(map(str, FLOOR))} is the oldest that works, 0.5.23 is tested"
+                )
+        except BaseException:
             await client.close()
-            raise StartFailed(
-                f"SGLang {info.version} is too old: its scheduler dies when weights are swapped under running samples;"
-                f" {'.'.join(map(str, FLOOR))} is the oldest that works, 0.5.23 the one this is tested with"
-            )
+            await self._host.stop()
+            raise
         if self._gate is None or self._gate.kind != gate_kind(info):
             self._gate = Gate(gate_kind(info))
         self._info = EngineInfo(
@@ -327,7 +343,7 @@ class SGLangEngine:
             life = self._life
             if life is None or life.condemned.done():
                 continue
-            busy = life.admission.running > 0 and not self._meter.paused
+            busy = life.admission.running > 0 and not life.standing
             if busy:
                 with contextlib.suppress(EngineFailure):  # no answer is no progress; the probe decides
                     await self._read_loads(life)
@@ -355,6 +371,8 @@ class SGLangEngine:
         try:
             await life.client.generate(PROBE, deadline_s=deadline_s)
         except EngineFailure as failure:
+            if life.standing:
+                return  # it came into a swap, which has a deadline of its own
             life.condemn(EngineFailure(f"SGLang makes no progress: no token within {deadline_s:g} s ({failure})"))
 
 
@@ -364,11 +382,6 @@ async def _checked(life: Life, generation: Generation) -> list[Completion]:
     if versions:
         await life.wait_checked(max(versions))
     return completions
-
-
-async def _abort(generation: Generation) -> None:
-    with contextlib.suppress(EngineFailure):  # the end of SGLang's life ends the samples, too
-        await generation.abort()
 
 
 def parse_release(version: str) -> tuple[int, ...]:

@@ -65,10 +65,11 @@ class Generation:
     async def abort(self) -> None:
         """End every sample with what it has; returns when they have ended."""
         self._aborted = True
-        self._life.admission.abort(self._request.group_id)
         while not self._ended.is_set():
+            self._life.admission.abort(self._request.group_id)
             for rid in tuple(self._running):
-                await self._life.client.abort(rid)
+                with contextlib.suppress(EngineFailure):  # said again; the end of SGLang's life ends the samples, too
+                    await self._life.client.abort(rid)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), ABORT_AGAIN_S)
 
@@ -76,7 +77,7 @@ class Generation:
         """Wait for a seat, ask, and give it back; once more where the answer is lost or stands on a stale prompt."""
         admission = self._life.admission
         may_lose = True
-        while await admission.enter(self._request.group_id):
+        while not self._aborted and await admission.enter(self._request.group_id):
             self._meter.runs(admission.running)
             try:
                 completion = await self._ask(index)

@@ -73,43 +73,48 @@ class ChildHost:
         self._directory = Path(tempfile.mkdtemp(prefix="headway-sglang-"))
         """0700, and its name short: sockets are made in it, in a folder for each life."""
         self._scratch = self._directory / "life"
+        self._keys_file = self._scratch / "keys.yaml"
         self._log_file = config.engine_log or self._directory / "sglang.log"
         self._failed = False
 
     async def start(self) -> Client:
         """See Host."""
+        client = None
+        try:
+            client = await self._launch()
+            assert self._child is not None
+            async with asyncio.timeout(self._config.engine_start_s):
+                await until_answers(client, self._child.died)
+                await until_generates(client, self._child.died)
+            self._child.watch_workers()
+            self._keys_file.unlink(missing_ok=True)
+            return client
+        except TimeoutError as error:
+            what = f"was not up within engine_start_s = {self._config.engine_start_s:g} s"
+            raise await self._failure(client, what) from error
+        except (StartFailed, OSError) as error:
+            what = str(error) if isinstance(error, StartFailed) else f"cannot be started: {error}"
+            raise await self._failure(client, what) from error
+        except BaseException:
+            await self._end(client)
+            raise
+
+    async def _launch(self) -> Client:
+        """Start the child; it does not answer yet."""
         keys = secrets.token_hex(24), secrets.token_hex(24)
-        self._scratch.mkdir(mode=0o700)
-        keys_file = self._scratch / "keys.yaml"
-        keys_file.touch(mode=0o600)
-        keys_file.write_text(keys_yaml(*keys), "utf-8")
         port = free_port(int(self._config.sglang.get("port", 0)))
+        self._scratch.mkdir(mode=0o700, exist_ok=True)
+        self._keys_file.touch(mode=0o600)
+        self._keys_file.write_text(keys_yaml(*keys), "utf-8")
         options = build_options(
-            model=Path(self._config.model), port=port, keys_file=keys_file, device=self._device,
+            model=Path(self._config.model), port=port, keys_file=self._keys_file, device=self._device,
             dtype=self._dtype, room=self._config.room, context_length=self._context_length, has_amx=self._has_amx,
             chosen=self._config.sglang,
         )  # fmt: skip
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
         environment = child_environment(os.environ, directory=self._scratch, options=options)
         self._child = await Child.start(build_command(options, parent=os.getpid()), environment, self._log_file)
-        client = Client(f"http://127.0.0.1:{port}", api_key=keys[0], admin_key=keys[1])
-        try:
-            async with asyncio.timeout(self._config.engine_start_s):
-                await until_answers(client, self._child.died)
-                await until_generates(client, self._child.died)
-        except TimeoutError as error:
-            raise await self._failure(
-                client, f"was not up within engine_start_s = {self._config.engine_start_s:g} s"
-            ) from error
-        except StartFailed as failure:
-            raise await self._failure(client, str(failure)) from failure
-        except BaseException:
-            await client.close()
-            await self.stop()
-            raise
-        self._child.watch_workers()
-        keys_file.unlink()
-        return client
+        return Client(f"http://127.0.0.1:{port}", api_key=keys[0], admin_key=keys[1])
 
     def died(self) -> asyncio.Future[str]:
         """See Host."""
@@ -117,26 +122,34 @@ class ChildHost:
         return self._child.died
 
     async def stop(self) -> None:
-        """See Host."""
+        """See Host. Who is stopped before the end has failed."""
+        self._failed = self._failed or self._child is not None
+        await self._kill()
+
+    async def close(self) -> None:
+        """Stop; the log of an engine that failed is kept."""
+        await self._kill()
+        if not (self._failed and self._log_file.parent == self._directory):
+            await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
+
+    async def _failure(self, client: Client | None, what: str) -> StartFailed:
+        """Put an end to a start that failed and say what it printed."""
+        if self._child is not None:
+            self._failed = True
+            what += f". The end of its log, {self._log_file}:\n{self._child.tail()}"
+        await self._end(client)
+        return StartFailed(f"SGLang {what}")
+
+    async def _end(self, client: Client | None) -> None:
+        if client is not None:
+            await client.close()
+        await self._kill()
+
+    async def _kill(self) -> None:
         if self._child is not None:
             child, self._child = self._child, None
             await child.kill()
         await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
-
-    async def close(self) -> None:
-        """Stop; the log of an engine that failed is kept."""
-        await self.stop()
-        if not (self._failed and self._log_file.parent == self._directory):
-            await asyncio.to_thread(shutil.rmtree, self._directory, ignore_errors=True)
-
-    async def _failure(self, client: Client, what: str) -> StartFailed:
-        """Put an end to a start that failed and say what it printed."""
-        assert self._child is not None
-        tail = self._child.tail()
-        self._failed = True
-        await client.close()
-        await self.stop()
-        return StartFailed(f"SGLang {what}. The end of its log, {self._log_file}:\n{tail}")
 
 
 class UrlHost:
@@ -159,6 +172,13 @@ class UrlHost:
                 await self._check_keys(client)
                 await client.resume()  # whoever used it before may have gone in the middle of a swap
                 await until_generates(client)
+        except StartFailed as failure:
+            await client.close()
+            if isinstance(failure.__cause__, CallRefused) and failure.__cause__.status in UNAUTHORIZED:
+                raise ConfigError(
+                    f"engine_url = {config.engine_url} refuses engine_api_key: it must be its --api-key"
+                ) from failure
+            raise StartFailed(f"SGLang at engine_url = {config.engine_url} {failure}") from failure
         except TimeoutError as error:
             await client.close()
             raise StartFailed(
@@ -184,10 +204,10 @@ class UrlHost:
         url = self._config.engine_url
         try:
             await client.abort_all(keyless=True)
+            open_to_all = True
         except CallRefused as refused:
-            if refused.status not in UNAUTHORIZED:
-                raise
-        else:
+            open_to_all = refused.status not in UNAUTHORIZED
+        if open_to_all:
             raise ConfigError(
                 f"engine_url = {url}: it takes new weights from anybody: start SGLang with --admin-api-key KEY and"
                 " give the same as --engine-admin-key"
@@ -199,7 +219,6 @@ class UrlHost:
                 raise ConfigError(
                     f"engine_url = {url} refuses engine_admin_key: it must be its --admin-api-key"
                 ) from None
-            raise
 
 
 async def until_answers(client: Client, died: asyncio.Future[str] | None = None) -> None:
@@ -207,7 +226,6 @@ async def until_answers(client: Client, died: asyncio.Future[str] | None = None)
 
     Raises:
         StartFailed: it ended, or cannot take them.
-        ConfigError: it refuses our API key.
     """
     while True:
         if died is not None and died.done():
@@ -217,12 +235,8 @@ async def until_answers(client: Client, died: asyncio.Future[str] | None = None)
             return
         except Disconnected:
             await asyncio.sleep(RETRY_S)  # nobody tells when a port opens
-        except CallRefused as refused:
-            if refused.status in UNAUTHORIZED:
-                raise ConfigError(
-                    f"engine_url = {client.url} refuses engine_api_key: it must be its --api-key"
-                ) from None
-            raise StartFailed(str(refused)) from refused
+        except EngineFailure as failure:
+            raise StartFailed(f"did not come up: {failure}") from failure
 
 
 async def until_generates(client: Client, died: asyncio.Future[str] | None = None) -> None:
@@ -239,10 +253,13 @@ async def until_generates(client: Client, died: asyncio.Future[str] | None = Non
             assert died is not None
             raise StartFailed(f"ended while starting ({died.result()})")
         token.result()
-    except (Disconnected, CallRefused) as error:
-        raise StartFailed(str(error)) from error
+    except StartFailed:
+        raise
+    except EngineFailure as failure:
+        raise StartFailed(f"did not come up: {failure}") from failure
     finally:
         token.cancel()
+        await asyncio.gather(token, return_exceptions=True)
 
 
 def free_port(wanted: int) -> int:

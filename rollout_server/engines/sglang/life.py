@@ -39,15 +39,22 @@ class Life:
     passed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set, and replaced, whenever `checked` moves."""
     swaps: int = 0
+    standing: bool = False
+    """While weights are exchanged: nothing is sampled, and that is right."""
     decoded: float = 0.0
     """That count, as of the last poll."""
     _rids: Any = field(default_factory=itertools.count)
     _rid_prefix: str = field(default_factory=lambda: secrets.token_hex(4))
 
     def condemn(self, why: EngineFailure) -> None:
-        """End this life. The first reason counts."""
+        """End this life. The first reason counts; its class takes a text and nothing else."""
         if not self.condemned.done():
             self.condemned.set_result(why)
+
+    def reason(self) -> EngineFailure:
+        """Why this life is over: an exception of its own for everybody who raises it, or their tracebacks mix."""
+        why = self.condemned.result()
+        return type(why)(str(why))
 
     def next_rid(self) -> str:
         """Name a request: all as long as each other, so that none begins with another."""
@@ -84,7 +91,7 @@ class Life:
             ends: list[asyncio.Future[Any]] = [task, self.condemned]
             await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
             if not task.done():
-                raise self.condemned.result()
+                raise self.reason()
             return task.result()
         finally:
             task.cancel()

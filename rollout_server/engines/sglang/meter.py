@@ -18,8 +18,7 @@ class Meter:
         self._clock = clock
         self._since_s = clock()
         self._running = 0
-        self.paused = False
-        """Whether the engine stands still for a swap."""
+        self._paused = False
         self.busy_s = self.paused_s = self.occupancy_s = 0.0
         self.tokens_finished = self.prompt_tokens = self.cached_prompt_tokens = 0
 
@@ -27,11 +26,11 @@ class Meter:
         """Add the time since the last change."""
         now_s = self._clock()
         elapsed_s, self._since_s = now_s - self._since_s, now_s
-        if self.paused:
+        if self._paused:
             self.paused_s += elapsed_s
         elif self._running:
             self.busy_s += elapsed_s
-        if self.paused or self._running:
+        if self._paused or self._running:
             self.occupancy_s += elapsed_s * min(1.0, self._running / self._room)
 
     def runs(self, samples: int) -> None:
@@ -42,7 +41,7 @@ class Meter:
     def pauses(self, paused: bool) -> None:
         """The engine stands still, or goes on."""
         self.settle()
-        self.paused = paused
+        self._paused = paused
 
     def finished(self, *, tokens: int, prompt: int, cached: int) -> None:
         """A sample has ended: its tokens, its prompt's, and those of the prompt that were there already."""

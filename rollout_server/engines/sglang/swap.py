@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -11,11 +12,12 @@ from typing import Literal
 import numpy as np
 
 from protocol.messages import Float32
+from protocol.versions import Version
 from protocol.waits import Waits
-from rollout_server.engines.base import Canaries, StagedWeights
+from rollout_server.engines.base import Canaries, EngineFailure, StagedWeights
 from rollout_server.engines.sglang.answers import score_body, scores
 from rollout_server.engines.sglang.check import Gate, Mismatch, compare
-from rollout_server.engines.sglang.client import ServerInfo
+from rollout_server.engines.sglang.client import UPDATE_S, ServerInfo
 from rollout_server.engines.sglang.life import Life
 from rollout_server.engines.sglang.meter import Meter
 
@@ -23,31 +25,48 @@ UpdateMode = Literal["retract", "in_place", "drain"]
 
 
 async def swap(
-    life: Life, weights: StagedWeights, mode: UpdateMode, *, meter: Meter, waits: Waits, clock: Callable[[], float]
+    life: Life,
+    directory: Path,
+    version: Version,
+    mode: UpdateMode,
+    *,
+    meter: Meter,
+    waits: Waits,
+    clock: Callable[[], float],
 ) -> float:
     """Exchange the weights, and return for how many seconds nothing was sampled. No request ends by it.
 
     retract: running samples lose their keys and values and get new ones of the new weights. in_place: they keep them.
     drain: they end first, and others wait here.
 
+    Args:
+        life: of SGLang.
+        directory: of `link_weights`.
+        version: in it.
+        mode: what becomes of running samples.
+        meter: told of the pause.
+        waits: where waiting for samples to end is shown.
+        clock: monotonic seconds.
+
     Raises:
         EngineFailure: SGLang did not do it; what it holds is not known.
     """
-    directory = await asyncio.to_thread(link_weights, weights.path)
     life.admission.close()
     if mode == "drain":
         await waits.wait(life.admission.idle.wait(), name="drain", owner="sglang", deadline_s=None)
     begun_s = clock()
     meter.pauses(True)
+    life.standing = True
     try:
         if mode != "drain":
             await life.client.pause(mode)
-        await life.client.update_weights(str(directory), str(weights.version), flush_cache=mode != "in_place")
+        await life.client.update_weights(str(directory), str(version), flush_cache=mode != "in_place")
         life.swaps += 1
-        life.sampling = weights.version
+        life.sampling = version
         if mode != "drain":
             await life.client.resume()
     finally:
+        life.standing = False
         meter.pauses(False)
     life.admission.open()
     return clock() - begun_s
@@ -88,7 +107,10 @@ async def score(life: Life, canaries: Canaries, length: int) -> Float32:
     rows = [row[:length] for row in canaries.tokens]
     rids = [life.next_rid() for _ in rows]
     answers = await asyncio.gather(
-        *(life.client.generate(score_body(row, rid=rid, cache_key=rid)) for row, rid in zip(rows, rids, strict=True))
+        *(
+            life.client.generate(score_body(row, rid=rid, cache_key=rid), deadline_s=UPDATE_S)
+            for row, rid in zip(rows, rids, strict=True)
+        )
     )
     return np.stack([scores(answer, row) for answer, row in zip(answers, rows, strict=True)])
 
@@ -100,18 +122,25 @@ def gate_kind(info: ServerInfo) -> str:
 
 
 def link_weights(file: Path) -> Path:
-    """Give the file a directory in which it is the only weights file, as SGLang wants it."""
+    """Give the file a directory in which it is the only weights file, as SGLang wants it.
+
+    Raises:
+        EngineFailure: none can be made.
+    """
     directory = file.with_suffix("")
-    directory.mkdir(mode=0o700, exist_ok=True)
     link = directory / "model.safetensors"
-    if not link.is_symlink():
-        os.symlink(f"../{file.name}", link)
+    try:
+        directory.mkdir(mode=0o700, exist_ok=True)
+        if not link.is_symlink():
+            os.symlink(f"../{file.name}", link)
+    except OSError as error:
+        raise EngineFailure(f"weights {file.name} cannot be given a directory for SGLang: {error}") from error
     return directory
 
 
 def unlink_weights(file: Path) -> None:
-    """Remove what `link_weights` made."""
+    """Remove what `link_weights` made; what else is there stays."""
     directory = file.with_suffix("")
-    (directory / "model.safetensors").unlink(missing_ok=True)
-    if directory.is_dir():
+    with contextlib.suppress(OSError):
+        (directory / "model.safetensors").unlink(missing_ok=True)
         directory.rmdir()
