@@ -64,7 +64,7 @@ class Child:
 
     def watch_workers(self) -> None:
         """Watch the processes that SGLang has started, once it is up."""
-        for process in self._processes():
+        for process in family(self.pid):
             with contextlib.suppress(psutil.Error):  # it has ended
                 name = (" ".join(process.cmdline()).split() or [""])[0]
                 if name.startswith(WORKERS):
@@ -72,7 +72,7 @@ class Child:
 
     async def kill(self) -> None:
         """End every process of the group, now, and wait until they are gone: they hold the memory of a GPU."""
-        for process in self._processes():
+        for process in family(self.pid):
             self._shared |= shared_memory_of(process.pid)
         await asyncio.to_thread(kill_group, self.pid)
         try:
@@ -95,13 +95,6 @@ class Child:
             return log_tail(self.log_file, self._log_begin)
         except OSError as error:
             return f"(it cannot be read: {error})"
-
-    def _processes(self) -> list[psutil.Process]:
-        """The child and what it has started; nothing once it is gone."""
-        with contextlib.suppress(psutil.Error):
-            leader = psutil.Process(self.pid)
-            return [leader, *leader.children(recursive=True)]
-        return []
 
     def _watch(self, pid: int, ended: str) -> None:
         loop = asyncio.get_running_loop()
@@ -127,19 +120,26 @@ class Child:
             self.died.set_result(what)
 
 
-def kill_group(group: int) -> None:
-    """Kill a process group; a resource tracker in it may tidy up first."""
+def kill_group(leader: int) -> None:
+    """Kill a process group by its leader; the resource tracker in it may tidy up first."""
     trackers = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, ProcessLookupError):
-            if os.getpgid(process.pid) == group:
-                if any(TRACKER in word for word in process.cmdline()):
-                    trackers.append(process)
-                else:
-                    process.kill()
+    for process in family(leader):
+        with contextlib.suppress(psutil.Error):  # it has ended
+            if any(TRACKER in word for word in process.cmdline()):
+                trackers.append(process)
+            else:
+                process.kill()
     psutil.wait_procs(trackers, TRACKER_S)
     with contextlib.suppress(ProcessLookupError):
-        os.killpg(group, signal.SIGKILL)
+        os.killpg(leader, signal.SIGKILL)
+
+
+def family(leader: int) -> list[psutil.Process]:
+    """A process and what it has started; nothing once it is gone."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(leader)
+        return [process, *process.children(recursive=True)]
+    return []
 
 
 def shared_memory_of(pid: int) -> set[Path]:

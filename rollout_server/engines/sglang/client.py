@@ -46,7 +46,7 @@ class Meta(msgspec.Struct):
     """What an answer says besides tokens. Logprobs are (value, token id, text)."""
 
     finish_reason: Finish
-    prompt_tokens: int
+    prompt_tokens: int = 0
     cached_tokens: int = 0
     num_retractions: int = 0
     weight_versions: list[Span] = []

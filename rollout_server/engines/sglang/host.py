@@ -147,8 +147,8 @@ class ChildHost:
 
     async def _kill(self) -> None:
         if self._child is not None:
-            child, self._child = self._child, None
-            await child.kill()
+            await self._child.kill()
+            self._child = None  # only now: a stop that is called off is made good by `close`
         await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
 
 

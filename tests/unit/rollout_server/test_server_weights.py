@@ -30,6 +30,7 @@ from protocol.messages import (
 )
 from protocol.tasks import run_loop
 from protocol.versions import Version
+from protocol.waits import Waits
 from protocol.weights.layout import build_manifest
 from protocol.weights.transfer import WeightsServer
 from rollout_server.app import serve
@@ -160,7 +161,7 @@ def mortal(monkeypatch: pytest.MonkeyPatch) -> list[MortalEngine]:
     engines: list[MortalEngine] = []
 
     @asynccontextmanager
-    async def create(config: ServerConfig) -> Any:
+    async def create(config: ServerConfig, waits: Waits) -> Any:
         async with MortalEngine(config.scripted, config.room) as engine:
             engines.append(engine)
             yield engine

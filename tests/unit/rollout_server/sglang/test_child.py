@@ -35,7 +35,7 @@ def test_lives_before_are_left_out(tmp_path: Path) -> None:
 
 
 def test_shared_memory_is_found_by_who_has_it_and_by_its_name() -> None:
-    ours, others = Path(f"/dev/shm/psm_test_{os.getpid()}"), Path(f"/dev/shm/test_psm_{os.getpid()}")
+    ours, others = Path(f"/dev/shm/sglang_test_{os.getpid()}"), Path(f"/dev/shm/test_sglang_{os.getpid()}")
     try:
         maps = []
         for path in (ours, others):
