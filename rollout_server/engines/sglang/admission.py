@@ -60,7 +60,7 @@ class Limit:
         """
         if usage > TRIM_ABOVE:
             return self._shrink(int(running * TRIM_TO / usage))
-        if queued > QUEUED * running:
+        if usage > GROW_BELOW and queued > QUEUED * running:  # in an emptier cache they have only just come
             return self._shrink(running)
         self._full = self._full and waiting > 0
         if self._ended < self.value:

@@ -211,8 +211,14 @@ def test_a_retraction_of_a_sample_does_not_raise_the_limit() -> None:
     assert limit.value == 10
 
 
-def test_samples_that_queue_inside_lower_it() -> None:
+def test_samples_that_queue_inside_for_want_of_memory_lower_it() -> None:
     limit = lowered(64, 40)
-    assert not limit.observe(usage=0.5, running=32, queued=8, waiting=5)
-    assert limit.observe(usage=0.5, running=31, queued=9, waiting=5)
+    assert not limit.observe(usage=0.7, running=32, queued=8, waiting=5)
+    assert limit.observe(usage=0.7, running=31, queued=9, waiting=5)
     assert limit.value == 31
+
+
+def test_samples_that_have_only_just_come_do_not_lower_it() -> None:
+    limit = Limit(64)
+    assert not limit.observe(usage=0.0, running=0, queued=64, waiting=5)
+    assert limit.value == 64
