@@ -36,6 +36,7 @@ from rollout_server.engines.base import (
     SamplesWithheld,
     StagedWeights,
 )
+from rollout_server.engines.choice import SGLANG_FLOOR, version_numbers
 from rollout_server.engines.device import has_amx, resolve_device, resolve_dtype
 from rollout_server.engines.sglang.admission import Admission, Limit
 from rollout_server.engines.sglang.answers import PROBE
@@ -56,8 +57,6 @@ STALL_S = 10.0
 """Without a token for so long, SGLang is asked for one."""
 RESTART_S = (0.0, 1.0, 5.0, 15.0, 30.0)
 """Pauses before a start; the last one repeats."""
-FLOOR = (0, 5, 21)
-"""Before it, the update of weights under way kills SGLang."""
 
 
 class SGLangEngine:
@@ -271,10 +270,10 @@ class SGLangEngine:
         client = await self._waits.wait(self._host.start(), name="engine start", owner="sglang", deadline_s=None)
         try:
             info, loads = await client.info(), await client.loads()
-            if parse_release(info.version) < FLOOR:
+            if version_numbers(info.version) < SGLANG_FLOOR:
                 raise StartFailed(
                     f"SGLang {info.version} is too old: its scheduler dies when weights are swapped under running"
-                    f" samples; {'.'.join(map(str, FLOOR))} is the oldest that works, 0.5.23 is tested"
+                    f" samples; {'.'.join(map(str, SGLANG_FLOOR))} is the oldest that works, 0.5.23 is tested"
                 )
         except BaseException:
             await client.close()
@@ -382,8 +381,3 @@ async def _checked(life: Life, generation: Generation) -> list[Completion]:
     if versions:
         await life.wait_checked(max(versions))
     return completions
-
-
-def parse_release(version: str) -> tuple[int, ...]:
-    """Read the numbers a version begins with: 0.5.23.post1 is (0, 5, 23)."""
-    return tuple(int(part) for part in itertools.takewhile(str.isdecimal, version.split(".")))
