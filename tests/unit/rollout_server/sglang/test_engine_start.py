@@ -14,8 +14,8 @@ import pytest
 from protocol.errors import ConfigError
 from protocol.waits import Waits
 from rollout_server.engines.base import StagedWeights
+from rollout_server.engines.choice import version_numbers
 from rollout_server.engines.sglang import SGLangEngine
-from rollout_server.engines.sglang.engine import parse_release
 from rollout_server.engines.sglang.host import free_port
 from tests.fake_sglang.driving import (
     ADMIN_KEY,
@@ -312,7 +312,7 @@ def test_nobody_at_the_address_is_one_clear_error(tiny_model_dir: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("text", "release"), [("0.5.23", (0, 5, 23)), ("0.5.21.post1", (0, 5, 21)), ("0.6.0rc1", (0, 6)), ("dev", ())]
+    ("text", "release"), [("0.5.23", (0, 5, 23)), ("0.5.21.post1", (0, 5, 21)), ("0.6.0rc1", (0, 6, 0)), ("dev", ())]
 )
-def test_a_release_is_read_up_to_what_is_no_number(text: str, release: tuple[int, ...]) -> None:
-    assert parse_release(text) == release
+def test_a_release_is_read_without_what_follows_it(text: str, release: tuple[int, ...]) -> None:
+    assert version_numbers(text) == release
