@@ -86,8 +86,8 @@ def refusal(lab: Lab, **changes: object) -> str:
     """What a server says that ends at once, in one error, and leaves nothing running."""
     server = sglang_server(lab, engine_start_s=120.0, **changes)
     assert server.wait_exit(START_S) == 2, server.tail()
-    leftovers = [p for p in psutil.process_iter() if p.ppid() == 1 and "sglang" in " ".join(p.cmdline())]
-    assert not [p for p in leftovers if str(lab.model) in " ".join(p.cmdline())]
+    running = [process.info["cmdline"] or [] for process in psutil.process_iter(["cmdline"])]  # None: it has ended
+    assert not [words for words in running if "sglang.launch_server" in words and str(lab.model) in words]
     return server.text()
 
 
