@@ -22,7 +22,6 @@ from rollout_server.engines.sglang import SGLangEngine
 from rollout_server.engines.sglang import engine as engine_module
 from rollout_server.engines.sglang.answers import ForeignWeights
 from rollout_server.engines.sglang.host import free_port
-from rollout_server.engines.sglang.life import Life
 from tests.check import ROOT
 from tests.fake_sglang.driving import (
     ADMIN_KEY,
@@ -359,20 +358,23 @@ def test_an_engine_that_goes_away_comes_back(tiny_model_dir: Path, weights: Make
 def test_a_load_that_ends_as_its_life_does_leaves_nothing_live(
     tiny_model_dir: Path, weights: MakeWeights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = engine_module.check
-
-    async def dies_meanwhile(life: Life, *arguments: Any, **options: Any) -> Any:
-        found = await real(life, *arguments, **options)
-        life.condemn(EngineFailure("it died in this very moment"))
-        return found
+    """The life ends with everything done but the last step; who calls the load off is not quick enough."""
+    real = engine_module.unlink_weights
 
     async def case() -> None:
         async with child_engine(tiny_model_dir) as (engine, _):
-            monkeypatch.setattr(engine_module, "check", dies_meanwhile)
+            life, loop = engine._life, asyncio.get_running_loop()
+            assert life is not None
+
+            def dies_meanwhile(file: Path) -> None:
+                real(file)
+                loop.call_soon_threadsafe(life.condemn, EngineFailure("it died in this very moment"))
+
+            monkeypatch.setattr(engine_module, "unlink_weights", dies_meanwhile)
             with pytest.raises(EngineFailure, match="it died in this very moment"):
                 await engine.load_weights(weights(V0))
             assert engine.live is None
-            monkeypatch.setattr(engine_module, "check", real)
+            monkeypatch.setattr(engine_module, "unlink_weights", real)
             await serves(engine, weights(V0))
 
     run(case())
