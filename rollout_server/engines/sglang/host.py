@@ -147,8 +147,8 @@ class ChildHost:
 
     async def _kill(self) -> None:
         if self._child is not None:
-            child, self._child = self._child, None
-            await child.kill()
+            await self._child.kill()  # called off half way, it is done again at close
+            self._child = None
         await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
 
 

@@ -128,10 +128,13 @@ def test_a_child_that_ends_takes_its_groups_with_it_and_its_log_is_kept(
         async with child_engine(tiny_model_dir) as (engine, fake):
             await engine.load_weights(weights(V0))
             group = await stopped_group(engine, fake)
+            shared = Path(f"/dev/shm/sglang_fake_{(await fake.tell())['pid']}")
+            assert shared.exists()
             await fake.tell(die=9)
             with pytest.raises(EngineFailure, match=r"SGLang died: exit code 9|/generate: "):
                 await group
             await serves(engine, weights(V0))
+            assert not shared.exists()
             log = engine._host._log_file  # type: ignore[attr-defined]
         assert log.read_text().count("fake SGLang on port") == 2
         log.unlink()
@@ -229,7 +232,6 @@ def test_a_check_that_hangs_ends(tiny_model_dir: Path, weights: MakeWeights, mon
             await fake.tell(hang=True)
             with pytest.raises(EngineFailure, match=r"/generate did not answer within 0\.3 s"):
                 await engine.load_weights(weights(V0))
-            monkeypatch.undo()
 
     run(case())
 
