@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING
 
 from learner.arrivals import Arrivals
 from learner.buffer import Buffer
+from learner.canaries import choose_canaries
 from learner.checkpoint import Checkpoint, latest_checkpoint
 from learner.compute import Compute
 from learner.config import LearnerConfig
@@ -44,6 +45,7 @@ from protocol.addresses import is_local, parse_address, tcp_address
 from protocol.channel import Listener, bulk_address, check_address, listen
 from protocol.logs import configure_logging
 from protocol.loop_lag import LoopLag
+from protocol.messages import Int32
 from protocol.tasks import on_signals, run_loop
 from protocol.waits import Waits
 from protocol.weights.staging import clean_staging, default_staging_directory
@@ -83,6 +85,7 @@ class Loaded:
     trainer: Trainer
     prompts: Prompts
     eval_rows: Sequence[PromptRow | None]
+    canary_tokens: Int32
     checkpoint: Checkpoint | None
     incarnation: int
 
@@ -139,10 +142,12 @@ class Learner:
         if eval_prompts is not None:
             fingerprints["eval_dataset"] = eval_prompts.fingerprint
         directory.check_fingerprints(fingerprints)
+        longest = config.max_prompt_length + config.max_completion_length
         return Loaded(
             trainer=trainer,
             prompts=prompts,
             eval_rows=await asyncio.to_thread(all_rows, eval_prompts) if eval_prompts else (),
+            canary_tokens=await asyncio.to_thread(choose_canaries, prompts, max_length=longest),
             checkpoint=checkpoint,
             incarnation=directory.begin_incarnation(),  # on disk before a socket opens: it fences off the dead
         )
@@ -175,6 +180,7 @@ class Learner:
             fleet=Fleet(start.lineage, liveness_s=config.liveness_s),
             prompts=loaded.prompts,
             eval_rows=loaded.eval_rows,
+            canary_tokens=loaded.canary_tokens,
             rows=await asyncio.to_thread(rows_under_way, loaded.prompts, ledger),
         )
         stats, buffer = RunStats(), Buffer()
@@ -188,7 +194,7 @@ class Learner:
             directory=staging,
             algorithm="xxh3_128" if is_local(config.bind) else "blake3",
             bulk_address=announced_address(server.address),
-            announce=coordinator.announce,
+            announce=coordinator.weights.announce,
             tasks=tasks,
             waits=self.waits,
         )

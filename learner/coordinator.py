@@ -25,11 +25,12 @@ from learner.leases import RunIdentity, eval_lease, train_lease
 from learner.ledger import End, Entry, Ledger, State
 from learner.progress import Progress
 from learner.prompts import PromptRow, Prompts
+from learner.weights_desk import WeightsDesk
 from protocol.channel import Listener
 from protocol.errors import PeerGone, RunStopped
 from protocol.identity import group_id, is_overtaken
 from protocol.logs import event
-from protocol.messages import AnyMessage, Cancel, Hello, Purpose, Refused, WeightsReady, Welcome
+from protocol.messages import AnyMessage, Cancel, Hello, Int32, Purpose, Refused, Welcome
 from protocol.signals import Signal
 from protocol.versions import Lineage, Version
 from protocol.waits import Waiting
@@ -61,11 +62,12 @@ class Coordinator:
     prompts: Prompts
     eval_rows: Sequence[PromptRow | None] = ()
     """Rows to evaluate on; None where one is too long."""
+    canary_tokens: Int32 | None = None
+    """[N, L] what engines try new weights on."""
     clock: Callable[[], float] = time.monotonic
     changed: Signal = field(default_factory=Signal)
     """Something happened that may let a lease, a batch or an evaluation go on."""
     evaluation: Evaluation | None = None
-    current_weights: WeightsReady | None = None
     training: bool = True
     """Whether new groups are granted and leased."""
     reward_functions: tuple[str, ...] = ()
@@ -86,11 +88,15 @@ class Coordinator:
     first_lease_s: float | None = None
     quarantined_in_a_row: int = 0
     progress: Progress = field(init=False)
+    weights: WeightsDesk = field(init=False)
 
     def __post_init__(self) -> None:
         """Expect the reward functions that the user named."""
         self.reward_functions = tuple(self.config.reward_funcs)
         self.progress = Progress(self.clock())
+        self.weights = WeightsDesk(
+            fleet=self.fleet, clock=self.clock, send=self.send, notice=self.notice, went_live=self.went_live
+        )
         self.counters.update(dict.fromkeys(COUNTED, 0))
         self.ids = {self.train_id(entry.ordinal): entry.ordinal for entry in self.ledger.entries.values()}
 
@@ -113,11 +119,10 @@ class Coordinator:
         with contextlib.suppress(PeerGone):
             self.channel.send(peer, message)
 
-    def announce(self, ready: WeightsReady) -> None:
-        """Tell every server of a version."""
-        self.current_weights = ready
-        for server in list(self.fleet.servers.values()):
-            self.send(server, ready)
+    def went_live(self, version: Version) -> None:
+        """A server serves that version now: slots may be free."""
+        self.ledger.live(version.policy_version)
+        self.changed.notify()
 
     def hello(self, peer: bytes, hello: Hello) -> None:
         """Welcome a server, or refuse it saying why."""
@@ -159,13 +164,13 @@ class Coordinator:
         except PeerGone:
             self.drop_server(server, "it was gone before its Welcome", fault=False)
             return
-        if self.current_weights is not None:
-            self.send(server, self.current_weights)
+        self.weights.joined(server)
         self.changed.notify()
 
     def drop_server(self, server: Server, reason: str, *, fault: bool = True) -> None:
         """The server is gone: its leases go to others. Whether that counts against the groups is `fault`."""
         held = self.fleet.leave(server.peer)
+        self.weights.left(server)
         self.notice("server_left", f"server {server.name} left: {reason}", server=server.name, groups=len(held))
         for held_id in held:
             self.lost(held_id, fault=fault, reason=reason)
@@ -229,7 +234,7 @@ class Coordinator:
         return records
 
     def tick(self, waits: Sequence[Waiting]) -> None:
-        """Declare silent servers dead; count and say a stall (I8).
+        """Declare silent servers dead; move turns on; count and say a stall (I8).
 
         Raises:
             RunStopped: no server for server_wait_s seconds.
@@ -237,6 +242,7 @@ class Coordinator:
         now_s, fleet = self.clock(), self.fleet
         for server in fleet.silent(now_s):
             self.drop_server(server, f"nothing heard for {fleet.liveness_s:g} s")
+        self.weights.tick()
         alone_s = self.progress.serverless_s(now_s, connected=bool(fleet.servers))
         if 0 < self.config.server_wait_s < alone_s:
             raise RunStopped(f"no rollout server at {self.channel.address} for {alone_s:.0f} s (server_wait_s)")

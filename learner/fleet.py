@@ -1,6 +1,6 @@
 """The rollout servers as the learner sees them: health, version, room. Pure: the time comes as an argument.
 
-    joined -> JOINING      no lease before it is live at a version of this lineage
+    joined -> JOINING      no lease before it is live at a version of this lineage; so again when it has lost that
     live   -> HEALTHY
     silent for half of liveness_s -> SUSPECT    keeps its leases, gets no new one; any message makes it HEALTHY again
     silent for liveness_s         -> removed    its leases are given to others
@@ -107,6 +107,10 @@ class Fleet:
             return False
         server.live = version
         return True
+
+    def lost_weights(self, peer: bytes) -> None:
+        """A server serves no version any more: it gets no lease before it reports one."""
+        self.servers[peer].live = None
 
     def choose(
         self, *, min_policy_version: int, samples: int, now_s: float, exact: bool = False, reserve: bool = False

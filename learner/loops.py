@@ -4,6 +4,7 @@
          ^                                  |                                                     |              |
          |                               journal                                               journal    WeightsReady
       servers <----- leases ----- lease_loop <---- slots free ---- WeightsLive <--------- servers <--------------'
+                                                         (WeightsStaged, WeightsSwap: one after another)
 
 Each loop says what it consumes, what it waits for, what unblocks it and what it produces. They share one event loop
 and never wait for each other but through the three places named above: the queue of arrivals, the buffer, and a queue
@@ -21,6 +22,7 @@ from typing import Protocol
 from learner.arrivals import Arrivals
 from learner.batch import Batch, StepResult
 from learner.buffer import Buffer
+from learner.canaries import Canaries
 from learner.compute import Compute
 from learner.coordinator import Coordinator
 from learner.evaluation import Evaluation
@@ -35,15 +37,19 @@ from protocol.messages import (
     AnyMessage,
     Drain,
     Fault,
+    Float32,
     Goodbye,
     Group,
     Hello,
+    Int32,
     Ping,
     Pong,
     Refused,
     Return,
     WeightsFailed,
     WeightsLive,
+    WeightsLost,
+    WeightsStaged,
 )
 from protocol.tasks import finish
 from protocol.versions import PROTOCOL_VERSION, Version
@@ -66,6 +72,9 @@ class TrainerLike(Protocol):
 
     def optimizer_step(self) -> int:
         """Apply them and return the new policy_version."""
+
+    def canary_logprobs(self, tokens: Int32) -> Float32:
+        """Logprobs [N, L - 1] of tokens[:, 1:] under the weights as they are, tokens being [N, L]."""
 
 
 class StepJournal(Protocol):
@@ -112,13 +121,8 @@ def handle(coordinator: Coordinator, server: Server, message: AnyMessage) -> Non
                 coordinator.lost(message.group_id, fault=message.fault, reason=message.reason)
         case WeightsLive() if coordinator.is_unborn(message.version):
             refuse(coordinator, server.peer, ProtocolError(f"live at {message.version}, which was never published"))
-        case WeightsLive():
-            if coordinator.fleet.went_live(server.peer, message.version):
-                coordinator.ledger.live(message.version.policy_version)
-                coordinator.changed.notify()
-        case WeightsFailed():
-            text = f"{server.name} could not take version {message.version}: {message.reason}"
-            coordinator.notice("weights_failed", text, server=server.name, version=message.version)
+        case WeightsStaged() | WeightsLive() | WeightsFailed() | WeightsLost():
+            coordinator.weights.handle(server, message)
         case Drain():
             server.draining = True
         case Goodbye():
@@ -323,9 +327,25 @@ async def apply_step(
     coordinator.trained(batch, policy_version)
     last = policy_version == coordinator.config.max_steps
     if policy_version % coordinator.config.weight_sync_steps == 0 or last:
-        publisher.start(Version(incarnation, policy_version))
+        with timer.measure("canaries_s"):
+            canaries = await measure_canaries(coordinator, trainer, compute)
+        publisher.start(Version(incarnation, policy_version), canaries)
     recorder.step(batch, result, timer, learning_rate=learning_rate)
     event(log, "trained", step=policy_version, staleness=max(batch.staleness), tokens=result.loss_tokens)
+
+
+async def measure_canaries(
+    coordinator: Coordinator, trainer: TrainerLike, compute: Compute, *, always: bool = False
+) -> Canaries | None:
+    """Compute what the weights say of the canaries, where an engine will ask. None: none will.
+
+    `always` is for a run's first version, before any server is there: one that joins later should find some.
+    """
+    tokens = coordinator.canary_tokens
+    asked = always or any(server.hello.canaries for server in coordinator.fleet.servers.values())
+    if tokens is None or not asked:
+        return None
+    return Canaries(tokens=tokens, logprobs=await compute(trainer.canary_logprobs, tokens))
 
 
 def why_stopped(skipped: int, reason: str, recorder: Recorder) -> str:

@@ -16,6 +16,7 @@ from typing import Protocol
 
 import numpy as np
 
+from learner.canaries import Canaries
 from protocol.errors import WeightsError
 from protocol.logs import event
 from protocol.messages import WeightsReady
@@ -78,16 +79,16 @@ class Publisher:
         """Chosen, and neither served nor held back yet: being written or hashed."""
         self._snapshot: asyncio.Future[None] | None = None
         self._held_at: int | None = None
-        self._held_back: tuple[Manifest, MappedWeights] | None = None
+        self._held_back: tuple[Manifest, MappedWeights, Canaries | None] | None = None
         self.current: WeightsReady | None = None
         """The newest announced version: what a joining server is told."""
         self.published = 0
 
-    def start(self, version: Version) -> None:
-        """Begin to publish the weights as they are now under that version."""
+    def start(self, version: Version, canaries: Canaries | None = None) -> None:
+        """Begin to publish the weights as they are now under that version, with what engines may try them on."""
         assert self._snapshot is None, "wait_previous first"
         self._snapshot = asyncio.get_running_loop().create_future()
-        self._tasks.create_task(self._publish(version, self._snapshot), name=f"publish {version}")
+        self._tasks.create_task(self._publish(version, self._snapshot, canaries), name=f"publish {version}")
 
     async def wait_previous(self) -> None:
         """Wait until the previous snapshot is complete: from then on the weights may change."""
@@ -104,9 +105,8 @@ class Publisher:
         """Announce again, at once what was held back (the newest of it)."""
         self._held_at = None
         if self._held_back is not None:
-            manifest, mapped = self._held_back
-            self._held_back = None
-            self._serve(manifest, mapped)
+            held, self._held_back = self._held_back, None
+            self._serve(*held)
 
     async def close(self) -> None:
         """End the thread and give the mappings back."""
@@ -114,7 +114,7 @@ class Publisher:
         for mapped in self._buffers:
             mapped.remove()
 
-    async def _publish(self, version: Version, snapshot: asyncio.Future[None]) -> None:
+    async def _publish(self, version: Version, snapshot: asyncio.Future[None], canaries: Canaries | None) -> None:
         """Snapshot, hash, serve, announce one version.
 
         consumes: the trainer's weights      waits for: a free mapping      unblocked by: readers
@@ -134,16 +134,18 @@ class Publisher:
         self.published += 1
         self._busy.remove(mapped)
         if self._held_at is not None and version.policy_version > self._held_at:
-            self._held_back = (manifest, mapped)  # what was held back before is superseded
+            self._held_back = (manifest, mapped, canaries)  # what was held back before is superseded
         else:
-            self._serve(manifest, mapped)
+            self._serve(manifest, mapped, canaries)
 
-    def _serve(self, manifest: Manifest, mapped: MappedWeights) -> None:
+    def _serve(self, manifest: Manifest, mapped: MappedWeights, canaries: Canaries | None) -> None:
         self._server.serve(manifest, mapped)
         self.current = WeightsReady(
             version=manifest.version,
             manifest=np.frombuffer(manifest.to_json(), np.uint8),
             addresses=(self._bulk_address,),
+            canary_tokens=None if canaries is None else canaries.tokens,
+            canary_logprobs=None if canaries is None else canaries.logprobs,
         )
         self._announce(self.current)
 

@@ -39,7 +39,7 @@ class StepTimer:
         self._clock = clock
         self._started_s = clock()
         self.timings = dict.fromkeys(
-            ("wait_s", "forward_backward_s", "wait_publish_s", "optimizer_s", "journal_s"), 0.0
+            ("wait_s", "forward_backward_s", "wait_publish_s", "optimizer_s", "canaries_s", "journal_s"), 0.0
         )
 
     @contextlib.contextmanager
@@ -130,6 +130,7 @@ class Recorder:
             },
             wall_s=now_s - first_s,
         )
+        row |= coordinator.weights.metrics()
         row["loop_lag_ms"] = self.lag.p99_ms()
         self.tracker.log(row)
         if result.finite:

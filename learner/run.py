@@ -15,7 +15,16 @@ from learner.config import LearnerConfig
 from learner.coordinator import Coordinator
 from learner.dashboard.terminal import Screen, screen_loop
 from learner.journal import Journal
-from learner.loops import accept_loop, batch_loop, evaluate_loop, lease_loop, receive_loop, stock_loop, train_loop
+from learner.loops import (
+    accept_loop,
+    batch_loop,
+    evaluate_loop,
+    lease_loop,
+    measure_canaries,
+    receive_loop,
+    stock_loop,
+    train_loop,
+)
 from learner.monitor import Monitor
 from learner.publish import Publisher
 from learner.recorder import Recorder
@@ -71,7 +80,8 @@ class Run:
     async def train(self, tasks: asyncio.TaskGroup) -> bool:
         """From the first version to Goodbye. False when a signal cut it short."""
         first = self.trainer.policy_version
-        self.publisher.start(Version(self.coordinator.identity.incarnation, first))
+        canaries = await measure_canaries(self.coordinator, self.trainer, self.compute, always=True)
+        self.publisher.start(Version(self.coordinator.identity.incarnation, first), canaries)
         evaluating = bool(self.coordinator.eval_rows)
         if evaluating and not self.recorder.evals and first == 0:
             self.recorder.requests.put_nowait((first, True))

@@ -29,6 +29,7 @@ TIMINGS = {
     "forward_backward_s": "perf/fwd_bwd_s",
     "wait_publish_s": "perf/weight_sync_s",
     "optimizer_s": "perf/optimizer_s",
+    "canaries_s": "perf/canaries_s",
     "journal_s": "perf/journal_s",
 }
 COUNTS = {"unaccounted": "groups_unaccounted", "slots_in_use": "slots_in_use", "slots_total": "slots_total"}
@@ -104,10 +105,15 @@ class ServerMeter:
     def read(self, servers: Sequence[ServerView], interval_s: float) -> Row:
         """Reduce over servers, each by its own clock; NaN where none has reported since the last reading.
 
+        `rollout/kv_usage` is the fullest cache now; all others are of the time since then.
+
         A restarted server counts from its start. One that is seen for the first time and is older than the
         interval (it waited for this run) only sets its baseline.
         """
         observed_s = idle_s = paused_s = occupancy_s = tokens_per_s = 0.0
+        prompt_tokens = cached_tokens = restarts = 0
+        usages = [server.status.kv_usage for server in servers if server.status is not None]
+        kv_usages = [usage for usage in usages if usage > 0]  # 0 is an engine that does not know
         for server in servers:
             if (now := server.status) is None:
                 continue
@@ -126,6 +132,9 @@ class ServerMeter:
             paused_s += pause_s
             occupancy_s += now.occupancy_s - before.occupancy_s
             tokens_per_s += (now.tokens_generated - before.tokens_generated) / wall_s
+            prompt_tokens += now.prompt_tokens - before.prompt_tokens
+            cached_tokens += now.cached_prompt_tokens - before.cached_prompt_tokens
+            restarts += now.engine_restarts - before.engine_restarts
         return {
             "rollout/servers": len(servers),
             "rollout/observed_s": observed_s,
@@ -133,6 +142,9 @@ class ServerMeter:
             "rollout/paused_ratio": _ratio(paused_s, observed_s),
             "rollout/occupancy": _ratio(occupancy_s, observed_s),
             "rollout/generation_tok_s": tokens_per_s if observed_s else math.nan,
+            "rollout/cached_prompt_ratio": _ratio(cached_tokens, prompt_tokens),
+            "rollout/kv_usage": max(kv_usages, default=math.nan),
+            "rollout/engine_restarts": restarts,
         }
 
 

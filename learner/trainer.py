@@ -30,12 +30,13 @@ from learner.grpo.diagnostics import clip_metrics, policy_kl
 from learner.grpo.loss import TokenLoss, grpo_loss, token_weights
 from learner.model import export
 from learner.model.load import load_model, load_tokenizer, resolve_device
-from learner.model.packing import MicroBatch, StepTokens, collect
+from learner.model.packing import MicroBatch, StepTokens, collect, whole_sequences
 from learner.model.policy import Policy
 from learner.optimizer import load_state, make_optimizer, save_state, scheduled_rate
 from learner.reference import Reference
 from protocol.errors import ConfigError
 from protocol.identity import tokenizer_digest
+from protocol.messages import Float32, Int32
 from protocol.weights.manifest import TensorSpec, schema_digest
 
 STATE_FILE = "trainer.json"
@@ -182,6 +183,22 @@ class Trainer:
         self._drop_gradients()
         self.policy_version += 1
         return self.policy_version
+
+    def canary_logprobs(self, tokens: Int32) -> Float32:
+        """Compute the logprobs of tokens[:, 1:] at temperature 1, without gradient.
+
+        By the weights that train, under the run's autocast. Published ones may be rounded to another dtype: a copy of
+        the whole model in it would cost more than the difference is worth (it is the engine's rounding, too).
+
+        Args:
+            tokens: [N, L], L >= 2.
+
+        Returns:
+            [N, L - 1]
+        """
+        step = whole_sequences(tokens)
+        logprobs_T = self._policy.step_logprobs(step, self._policy.pack(step, self._config.token_budget))
+        return logprobs_T.float().cpu().numpy().reshape(len(tokens), -1)
 
     def specs(self) -> list[TensorSpec]:
         """Describe the tensors of a published version."""

@@ -2,7 +2,8 @@
 
 Why unconverted: a value in a file and the same value in a flag must be judged by the same rule and refused with
 the same words (settings.py does both), and only flags that were really given may override a file. So each field
-becomes a tyro argument of any number of words, and a flag that was not given keeps its `Default`.
+becomes a tyro argument of any number of words, and a flag that was not given keeps its `Default`. The keys of a free
+table (`dict[...]`) are nobody's fields: their flags, `--table.key WORDS`, are taken out before tyro looks.
 
 Knows nothing of files and merging. Imports tyro and pydantic, so only settings.py imports it, when called.
 """
@@ -52,6 +53,8 @@ class ParsedFlags:
     """--config, in order."""
     words: dict[str, list[str]]
     """Dotted field name to the words after its flag; only flags that were given."""
+    table_words: dict[str, dict[str, list[str]]]
+    """Dotted name of a free table to its keys, as typed, and the words after each one's flag."""
     unknown: list[str]
     """Words that belong to no flag, in order."""
 
@@ -69,6 +72,11 @@ def alternatives(annotation: object) -> tuple[object, ...]:
     return (annotation,)
 
 
+def is_table(field: FieldInfo) -> bool:
+    """Whether the field is a free table, `dict[...]`."""
+    return dict in {typing.get_origin(kind) or kind for kind in alternatives(field.annotation)}
+
+
 def all_fields(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, FieldInfo]]:
     """Yield every field with its dotted name, those of nested sections included."""
     for name, field in model.model_fields.items():
@@ -83,13 +91,15 @@ def parse_flags(model: type[BaseModel], argv: Sequence[str], *, prog: str, descr
     """Split the command line into fields' words; `-` and `_` are the same in flag names.
 
     Raises:
-        ConfigError: --config without a file.
+        ConfigError: --config without a file, or the flag of a table's key without the key.
         SystemExit: With code 0, after printing --help.
     """
     for word, following in pairwise([*argv, "--"]):
         if word == "--config" and following.startswith("--"):
             raise ConfigError("--config: takes one TOML file, got none")
-    booleans = {name for name, field in all_fields(model) if bool in alternatives(field.annotation)}
+    fields = dict(all_fields(model))
+    booleans = {name for name, field in fields.items() if bool in alternatives(field.annotation)}
+    table_words, argv = _take_table_words(argv, [name for name, field in fields.items() if is_table(field)])
     parsed: Any
     parsed, unknown = tyro.cli(
         _root_class(model),
@@ -100,7 +110,40 @@ def parse_flags(model: type[BaseModel], argv: Sequence[str], *, prog: str, descr
     )
     words = {name: value for name, value in _flatten(parsed) if not isinstance(value, Default)}
     files = [Path(file) for file in words.pop("config")]
-    return ParsedFlags(config_files=files, words=words, unknown=unknown)
+    return ParsedFlags(config_files=files, words=words, table_words=table_words, unknown=unknown)
+
+
+def _take_table_words(argv: Sequence[str], tables: list[str]) -> tuple[dict[str, dict[str, list[str]]], list[str]]:
+    """Split off every `--table.key` with the words up to the next flag; a key given twice has its last words."""
+    taken: dict[str, dict[str, list[str]]] = {}
+    rest: list[str] = []
+    words = rest
+    for word in argv:
+        flag, assigned, value = word.partition("=")
+        table = next((name for name in tables if flag.replace("-", "_").startswith(f"__{name}.")), None)
+        if table is not None:
+            key = flag[len(f"--{table}.") :]
+            if not key:
+                raise ConfigError(f"{flag}: names no key of {table}; write {flag}KEY VALUE")
+            words = [value] if assigned else []
+            put_key(taken.setdefault(table, {}), key, words)
+        else:
+            if _is_flag(word):
+                words = rest
+            words.append(word)
+    return taken, rest
+
+
+def put_key(table: dict[str, Any], key: str, value: Any) -> None:
+    """Set a key of a free table; one that is the same but for `-` and `_` goes."""
+    for twin in [other for other in table if other.replace("-", "_") == key.replace("-", "_")]:
+        del table[twin]
+    table[key] = value
+
+
+def _is_flag(word: str) -> bool:
+    """Whether the word begins a flag: -1 and -.5 are numbers, a lone - is a word."""
+    return word.startswith("--") or (word[:1] == "-" and word[1:2].isalpha())
 
 
 def _expand_negation(word: str, booleans: set[str]) -> list[str]:
@@ -140,7 +183,7 @@ def _members(model: type[BaseModel], names: list[str]) -> list[Member]:
         section = nested_model(field)
         if section is None:
             default = Default(field.get_default(call_default_factory=True))
-            members.append((name, _argument(field), dataclasses.field(default=default)))
+            members.append((name, _argument(name, field), dataclasses.field(default=default)))
         else:
             nested = _dataclass(section, _members(section, list(section.model_fields)))
             members.append((name, nested, _default_factory(nested)))
@@ -157,7 +200,10 @@ def _default_factory(factory: type) -> Any:
     return dataclasses.field(default_factory=factory)
 
 
-def _argument(field: FieldInfo) -> Any:
+def _argument(name: str, field: FieldInfo) -> Any:
+    text = " ".join((field.description or "").split())
+    if is_table(field):
+        text += f" Whole, or key by key: --{name.replace('_', '-')}.KEY VALUE."
     spec = tyro.constructors.PrimitiveConstructorSpec(
         nargs="*",
         metavar=_metavar(field.annotation),
@@ -165,7 +211,7 @@ def _argument(field: FieldInfo) -> Any:
         is_instance=lambda _: True,
         str_from_instance=_words_of_default,
     )
-    return Annotated[Any, spec, tyro.conf.arg(help=" ".join((field.description or "").split()))]
+    return Annotated[Any, spec, tyro.conf.arg(help=text)]
 
 
 def _metavar(annotation: object) -> str:

@@ -13,58 +13,17 @@ nothing.
 
 from __future__ import annotations
 
-from enum import IntEnum, StrEnum
-
 import msgspec
-import numpy as np
-import numpy.typing as npt
 
+from protocol.kinds import AckStatus as AckStatus
+from protocol.kinds import FinishReason as FinishReason
+from protocol.kinds import Float32 as Float32
+from protocol.kinds import Int32 as Int32
+from protocol.kinds import Purpose as Purpose
+from protocol.kinds import RewardStatus as RewardStatus
+from protocol.kinds import UInt8 as UInt8
+from protocol.kinds import UInt16 as UInt16
 from protocol.versions import PROTOCOL_VERSION, Version
-
-Int32 = npt.NDArray[np.int32]
-Float32 = npt.NDArray[np.float32]
-UInt8 = npt.NDArray[np.uint8]
-UInt16 = npt.NDArray[np.uint16]
-
-
-class Purpose(StrEnum):
-    """Why a group is generated. Eval leases hold no slot and their groups never train."""
-
-    TRAIN = "train"
-    EVAL = "eval"
-
-
-class FinishReason(IntEnum):
-    """Why a completion ended; one byte per completion on the wire."""
-
-    STOP = 0
-    """The engine sampled a stop token; it is the completion's last token, and it trains."""
-    LENGTH = 1
-    """max_completion_length was reached (a truncated completion)."""
-    ABORT = 2
-    """Cut by the server. Never trains."""
-
-
-class RewardStatus(IntEnum):
-    """How one reward function fared on one completion."""
-
-    OK = 0
-    TIMEOUT = 1
-    ERROR = 2
-    UNSCORED = 3
-    """The function returned None: it does not apply to this row."""
-
-
-class AckStatus(StrEnum):
-    """What the learner did with a group."""
-
-    OK = "ok"
-    """Journaled: on disk (I7), the server may forget it."""
-    DUPLICATE = "duplicate"
-    STALE = "stale"
-    """Sampled by orphaned weights, or too old to be trained inside the bound; its lease is given out again."""
-    REFUSED = "refused"
-    """Invalid (I6); its lease is given out again."""
 
 
 class Message(
@@ -323,7 +282,7 @@ class WeightsStaged(Message, frozen=True, kw_only=True):
 
 
 class WeightsSwap(Message, frozen=True, kw_only=True):
-    """The server's turn: swap to `version` now. Versions roll over the fleet, so that never all engines pause at once."""
+    """The server's turn: swap to `version` now. Versions roll over the fleet: never do all engines pause at once."""
 
     version: Version
     checksums: tuple[str, ...] = ()

@@ -2,10 +2,11 @@
 
     config = load_settings(LearnerConfig, sys.argv[1:], prog="headway-learner train")
 
-Files merge left to right, flags win. Every value is checked on its own where it was written, so that an error
-names the file or the flag; checks of several fields together run once, on the merged whole. Every failure is a
-ConfigError of one line. pydantic and tyro are imported when called: `import protocol` stays light, and a rollout
-engine's environment never needs them for the wire.
+Files merge left to right, flags win. A free table (`dict[...]`) of a later file replaces the earlier one; flags set
+single keys of it, `--table.key VALUE`, or replace it too, `--table '{"key": 1}'`. Every value is checked on its own
+where it was written, so that an error names the file or the flag; checks of several fields together run once, on the
+merged whole. Every failure is a ConfigError of one line. pydantic and tyro are imported when called: `import protocol`
+stays light, and a rollout engine's environment never needs them for the wire.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, TypeVar, get_origin
+from typing import TYPE_CHECKING, Annotated, Any, NoReturn, TypeVar, get_origin
 
 from protocol.errors import ConfigError
 from protocol.foreign_names import explain_foreign
@@ -45,7 +46,7 @@ def load_settings(
             do not go together, a file that is missing or no TOML. Always one line.
         SystemExit: With code 0, after --help.
     """
-    from protocol.flags import all_fields, parse_flags
+    from protocol.flags import all_fields, parse_flags, put_key
 
     flags = parse_flags(config_type, argv, prog=prog, description=description or config_type.__doc__ or "")
     fields = dict(all_fields(config_type))
@@ -56,6 +57,10 @@ def load_settings(
         values.update(_checked_table(_read_toml(file), fields, file))
     for name, words in flags.words.items():
         values[name] = _checked_words(name, words, fields[name])
+    for name, keys in flags.table_words.items():
+        values[name] = table = dict(values.get(name) or fields[name].get_default(call_default_factory=True) or {})
+        for key, words in keys.items():
+            put_key(table, key, _checked_key(name, key, words, fields[name]))
     return _build(config_type, values)
 
 
@@ -130,6 +135,32 @@ def _checked_words(name: str, words: list[str], field: FieldInfo) -> Any:
         return _adapter(field).validate_python(words[0])
     except ValidationError as error:
         raise ConfigError(f"{where}: {_reason(error)}") from error
+
+
+def _checked_key(name: str, key: str, words: list[str], field: FieldInfo) -> Any:
+    """Convert the words after the flag of a table's key: none is true, one a value, more a list."""
+    from pydantic import ValidationError
+
+    values = [_plain_value(word) for word in words]
+    value = values[0] if len(values) == 1 else values or True
+    try:
+        return _adapter(field).validate_python({key: value})[key]
+    except ValidationError as error:
+        shown = " ".join([f"{_flag(name)}.{key}", *(_shown(word, quote=False) for word in words)])
+        raise ConfigError(f"{shown}: {_reason(error)}") from error
+
+
+def _plain_value(word: str) -> str | int | float | bool:
+    """A number, true, false or a text in quotes, as JSON writes them; any other word is the text it is."""
+    try:
+        value = json.loads(word, parse_constant=_no_number)
+    except ValueError:
+        return word
+    return value if isinstance(value, str | int | float) else word
+
+
+def _no_number(word: str) -> NoReturn:
+    raise ValueError(f"{word} is no number")
 
 
 def _adapter(field: FieldInfo) -> Any:

@@ -37,17 +37,18 @@ def serve(argv: Sequence[str]) -> int:
 
 
 def check_complete(config: ServerConfig) -> None:
-    """Refuse a configuration that lacks what the chosen engine needs.
+    """Refuse a configuration that lacks what the chosen engine needs, or whose engine cannot run here.
 
     Raises:
         ConfigError: Names the key and what to write.
     """
-    if config.engine == "scripted":
+    from rollout_server.engines.choice import choose_engine
+
+    engine = choose_engine(config).engine
+    if engine == "scripted":
         return
     if not config.model:
-        raise ConfigError(
-            f"model is empty: engine {config.engine} needs the directory of a Hugging Face model, --model DIR"
-        )
+        raise ConfigError(f"model is empty: engine {engine} needs the directory of a Hugging Face model, --model DIR")
     if not config.reward_funcs:
         raise ConfigError(
             "reward_funcs is empty: name what scores completions, for example --reward-funcs exact_match"

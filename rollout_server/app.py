@@ -48,7 +48,7 @@ async def serve(config: ServerConfig) -> int:
     waits, lag = Waits(), LoopLag()
     async with contextlib.AsyncExitStack() as stack:
         scorer = await stack.enter_async_context(open_scorer(config))
-        engine = await stack.enter_async_context(create_engine(config))
+        engine = await stack.enter_async_context(create_engine(config, waits))
         gc.freeze()  # what is loaded stays: a full collection of it would hold the loop for 100 ms (I9)
         dialer = await stack.enter_async_context(dial(config.learner, insecure_plaintext=config.insecure_plaintext))
         receiver = WeightsReceiver(
@@ -79,6 +79,7 @@ async def serve(config: ServerConfig) -> int:
             loops = [
                 tasks.create_task(control_loop(parts), name="control_loop"),
                 tasks.create_task(receiver.loop(), name="weights_loop"),
+                tasks.create_task(receiver.engine_loop(), name="engine_loop"),
                 tasks.create_task(report_loop(parts), name="report_loop"),
                 tasks.create_task(heartbeat_loop(parts), name="heartbeat_loop"),
                 tasks.create_task(loop_lag_gauge(lag), name="loop_lag"),

@@ -9,8 +9,29 @@ import os
 import socket
 from pathlib import Path
 from typing import Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from protocol.addresses import is_local, tcp_address
+
+SGLANG_OWN = {
+    "model-path": "is --model here",
+    "model": "is --model here",
+    "device": "is --device here",
+    "dtype": "is --dtype here",
+    "context-length": "is --max-model-length here",
+    "host": "is always 127.0.0.1: nobody but this server needs it; run SGLang yourself and name it with --engine-url",
+    "api-key": "is made up for each start",
+    "admin-api-key": "is made up for each start",
+    "config": "is a file with the keys made up for each start",
+    "skip-tokenizer-init": "is always set: prompts and completions are token ids",
+    "tokenizer-worker-num": "is always 1: pausing is not safe with more",
+    "custom-weight-loader": "is nobody's to set: weights are loaded from files and checked",
+    "weight-version": "is set with every version that the learner sends",
+}
+"""Arguments of sglang.launch_server that the engine sets itself, and why nobody else may."""
+_NO_URL = "engine_url {url}: must be http://HOST:PORT, for example http://127.0.0.1:30000"
 
 
 class Section(BaseModel):
@@ -78,7 +99,7 @@ class ServerConfig(Section):
     log_file: Path | None = None
     """Also write the log there."""
     insecure_plaintext: bool = False
-    """Allow a learner address off loopback without keys: for a closed lab only."""
+    """Allow a learner address or an engine_url off loopback, unencrypted: for a closed lab only."""
     drain_s: float = Field(30.0, ge=0)
     """After SIGTERM or the learner's Drain: finish groups for so long, then return them."""
     weight_update_mode: Literal["retract", "in_place", "drain"] = "retract"
@@ -110,6 +131,27 @@ class ServerConfig(Section):
             )
         return self
 
+    @model_validator(mode="after")
+    def _check_sglang(self) -> ServerConfig:
+        for key in self.sglang:
+            _check_sglang_key(key)
+        if not self.engine_url:
+            return self
+        if self.engine not in ("auto", "sglang"):
+            raise ValueError(f"engine_url is set and engine is {self.engine}: leave one of them out")
+        if self.sglang:
+            raise ValueError(
+                f"sglang.{next(iter(self.sglang))} is for an SGLang that this server starts, and engine_url names one"
+                " that runs: give it the argument where it is started, or leave engine_url out"
+            )
+        if not self.engine_admin_key:
+            raise ValueError(
+                "engine_admin_key is empty: start the SGLang at engine_url with --admin-api-key KEY and give the same"
+                " one here, --engine-admin-key KEY, for without it anybody could load weights into it"
+            )
+        _check_engine_url(self.engine_url, self.insecure_plaintext)
+        return self
+
     @property
     def server_name(self) -> str:
         """The name, given or made up."""
@@ -119,3 +161,31 @@ class ServerConfig(Section):
     def weights_of_rewards(self) -> tuple[float, ...]:
         """reward_weights with the default filled in."""
         return tuple(self.reward_weights) or (1.0,) * len(self.reward_funcs)
+
+
+def _check_sglang_key(key: str) -> None:
+    """Refuse a key that the engine sets itself, also shortened: SGLang takes --admin-api for --admin-api-key."""
+    written = key.replace("_", "-")
+    if not written.strip("-") or written.startswith("-"):
+        raise ValueError(
+            f"sglang.{key}: no argument of sglang.launch_server; write --sglang.tp-size 2 for its --tp-size 2"
+        )
+    name = written if written in SGLANG_OWN else next((name for name in SGLANG_OWN if name.startswith(written)), None)
+    if name is not None:
+        raise ValueError(f"sglang.{key}: {name} {SGLANG_OWN[name]}; leave it out")
+
+
+def _check_engine_url(url: str, insecure_plaintext: bool) -> None:
+    try:
+        parts = urlsplit(url)
+        port = parts.port
+    except ValueError:  # no host at all, or no number that a port can have
+        raise ValueError(_NO_URL.format(url=url)) from None
+    plain = parts.path in ("", "/") and not parts.query and not parts.fragment and parts.username is None
+    if parts.scheme != "http" or not parts.hostname or not port or not plain:
+        raise ValueError(_NO_URL.format(url=url))
+    if not insecure_plaintext and not is_local(tcp_address(parts.hostname, port)):
+        raise ValueError(
+            f"engine_url {url}: {parts.hostname} is not loopback, and its keys and every prompt would travel in the"
+            " clear: run SGLang on this host, http://127.0.0.1:PORT, or, in a closed lab only, add --insecure-plaintext"
+        )

@@ -1,7 +1,7 @@
 """The server's loops. They meet in the LeaseBook and in the connection; each says what it waits for.
 
     control_loop --Lease--> one group_task each --Group--> learner --Ack--> control_loop
-         '---WeightsReady--> WeightsReceiver.loop --reports--> report_loop --WeightsLive--> learner
+         '---WeightsReady, WeightsSwap--> WeightsReceiver.loop --reports--> report_loop --WeightsLive--> learner
 
 Each lease is one task, owned by the process's TaskGroup. A failure of generation or scoring is data (Return, or a
 reward status); an exception out of here is a bug and ends the process.
@@ -39,11 +39,13 @@ from protocol.messages import (
     ServerStatus,
     WeightsLive,
     WeightsReady,
+    WeightsStaged,
+    WeightsSwap,
     Welcome,
 )
 from protocol.parts import split_group
 from protocol.waits import Waits, WaitTimeout
-from rollout_server.engines.base import Engine, EngineFailure, GenerationRequest
+from rollout_server.engines.base import Engine, EngineFailure, GenerationRequest, SamplesWithheld
 from rollout_server.groups import build_group, reward_call
 from rollout_server.leases import LeaseBook
 from rollout_server.scorers import Scorer
@@ -52,7 +54,7 @@ from rollout_server.weights import WeightsReceiver
 log = logging.getLogger(__name__)
 
 
-ORDINARY = ("message", "report", "weights", "the end")
+ORDINARY = ("message", "report", "weights", "engine loss", "the end")
 """Waits that are the ordinary state of a server with nothing wrong."""
 
 
@@ -183,10 +185,11 @@ def make_hello(parts: Parts) -> Hello:
         vocab_size=info.vocab_size,
         model_digest=info.model_digest,
         tokenizer_digest=info.tokenizer_digest,
+        canaries=info.canaries,
         reward_functions=parts.scorer.names,
         run_id=parts.welcome.run_id,
         incarnation=parts.welcome.incarnation,
-        live=parts.engine.live,
+        live=parts.weights.live,
         unacked=tuple(parts.book.unacked),
         in_flight=tuple(parts.book.in_flight),
     )
@@ -201,6 +204,7 @@ def welcomed(parts: Parts, welcome: Welcome) -> None:
         parts.engine.abort(group_id)
     for group in list(parts.book.unacked.values()):
         send_group(parts, group)
+    parts.weights.welcomed()
     event(
         log, "welcomed", run=welcome.run_id, incarnation=welcome.incarnation, session=welcome.session,
         resent=len(parts.book.unacked), kept=len(parts.book.in_flight),
@@ -217,8 +221,8 @@ def handle(parts: Parts, message: object) -> None:
         case Cancel():
             if parts.book.drop(message.group_id) is not None:
                 parts.engine.abort(message.group_id)
-        case WeightsReady():
-            announce(parts, message)
+        case WeightsReady() | WeightsSwap():
+            handle_weights(parts, message)
         case Drain():
             parts.end(f"the learner ends the run: {message.reason}")
         case Goodbye():
@@ -235,10 +239,13 @@ def handle(parts: Parts, message: object) -> None:
             refuse(parts, ProtocolError(f"{type(message).__name__} is not for a rollout server"))
 
 
-def announce(parts: Parts, ready: WeightsReady) -> None:
-    """Pass on a version that may be fetched."""
+def handle_weights(parts: Parts, message: WeightsReady | WeightsSwap) -> None:
+    """Pass on a version that may be fetched, or the turn to swap."""
+    if isinstance(message, WeightsSwap):
+        parts.weights.swap(message)
+        return
     try:
-        parts.weights.announce(ready)
+        parts.weights.announce(message)
     except MalformedMessage as error:
         refuse(parts, error)
 
@@ -291,8 +298,7 @@ async def group_task(parts: Parts, lease: Lease) -> None:
         current = parts.book.drop(lease.group_id) if parts.book.wants(lease) else None
         event(log, "group_failed", level=logging.WARNING, group=lease.group_id, ordinal=lease.ordinal, reason=error)
         if current is not None:
-            reason = str(error)[:500]
-            parts.dialer.send(Return(group_id=lease.group_id, attempt=current.attempt, reason=reason))
+            give_back(parts, current, error)
         return
     group = build_group(
         lease, completions, scores, parts.reward_weights, reward_names=parts.scorer.names,
@@ -303,6 +309,14 @@ async def group_task(parts: Parts, lease: Lease) -> None:
     finished = parts.book.finish(lease, group)
     if finished is not None:
         send_group(parts, finished)
+
+
+def give_back(parts: Parts, lease: Lease, error: Exception) -> None:
+    """Return a lease that failed. Samples that were withheld are no fault of their group."""
+    fault = not isinstance(error, SamplesWithheld)
+    parts.dialer.send(Return(group_id=lease.group_id, attempt=lease.attempt, reason=str(error)[:500], fault=fault))
+    if not fault:
+        parts.weights.still_live()
 
 
 def send_group(parts: Parts, group: Group) -> None:
@@ -318,7 +332,10 @@ async def report_loop(parts: Parts) -> None:
     """
     while True:
         report = await parts.waits.wait(parts.weights.reports.get(), name="report", owner="weights", deadline_s=None)
-        if isinstance(report, WeightsLive) and report.version.incarnation < parts.welcome.incarnation:
+        gone = isinstance(report, WeightsLive | WeightsStaged) and (
+            report.version.incarnation < parts.welcome.incarnation
+        )
+        if gone:
             continue  # of a learner that is gone: the new one has announced its own
         parts.dialer.send(report)
 
@@ -345,6 +362,10 @@ def make_status(parts: Parts) -> ServerStatus:
         groups_unacked=len(parts.book.unacked),
         groups_finished=parts.book.finished,
         tokens_generated=engine.tokens_generated,
+        prompt_tokens=engine.prompt_tokens,
+        cached_prompt_tokens=engine.cached_prompt_tokens,
+        kv_usage=engine.kv_usage,
+        engine_restarts=engine.restarts,
         wall_s=time.monotonic() - parts.started_s,
         busy_s=engine.busy_s,
         paused_s=engine.paused_s,

@@ -1,7 +1,12 @@
-"""New weights: fetch what was announced, verify it, swap it in, say so. Generation goes on until the swap itself.
+"""New weights: fetch what was announced, verify it, wait for the turn to swap, swap it in, say so.
 
-A newer announcement supersedes the one being fetched; versions are never mixed, and a version that fails leaves the
-old one serving, whole (I5). The bulk plane's socket and its thread belong to this file alone.
+    announce --> fetch, verify --> WeightsStaged --> swap (the turn) --> load_weights --> WeightsLive
+                       '------------- WeightsFailed, a pause, again <---------'
+
+Generation goes on until the swap itself. A newer announcement supersedes the one being fetched or waiting; versions are
+never mixed, and a version that fails leaves the old one serving, whole (I5). An engine that has lost its weights is
+brought back to the newest version by the same steps, without a fetch where the staged file still holds it. The bulk
+plane's socket and its thread belong to this file alone.
 """
 
 from __future__ import annotations
@@ -10,28 +15,50 @@ import asyncio
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 from protocol.channel import resolve_address
 from protocol.errors import MalformedMessage, WeightsError
 from protocol.logs import event
-from protocol.messages import WeightsFailed, WeightsLive, WeightsReady
+from protocol.messages import WeightsFailed, WeightsLive, WeightsLost, WeightsReady, WeightsStaged, WeightsSwap
 from protocol.signals import Signal
 from protocol.versions import Version
 from protocol.waits import Waits, WaitTimeout
 from protocol.weights.layout import MappedWeights
-from protocol.weights.manifest import Manifest
+from protocol.weights.manifest import Manifest, content_digest
 from protocol.weights.staging import clean_staging, staging_path
 from protocol.weights.transfer import FetchReport, WeightsFetcher
-from rollout_server.engines.base import Engine, EngineFailure, StagedWeights
+from rollout_server.engines.base import Canaries, Engine, EngineFailure, StagedWeights
 
 log = logging.getLogger(__name__)
 
 FETCH_S = 600.0
 """A version that takes longer is given up (and asked for again while it is the newest)."""
 STALL_S = 3.0
+SWAP_S = 1200.0
+"""A load that takes longer is given up, and tried again: an engine may have to start before it."""
+TURN_AGAIN_S = 120.0
+"""Without a turn for so long, a waiting server says again that it waits."""
 RETRY_S = (0.5, 1.0, 2.0, 5.0)
 """Pauses between attempts at one version."""
+NOTHING_FETCHED = FetchReport(transfer_s=0.0, verify_s=0.0, bytes=0, refetched_tensors=0)
+
+Report = WeightsStaged | WeightsLive | WeightsFailed | WeightsLost
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wanted:
+    """A version that was announced."""
+
+    manifest: Manifest
+    addresses: tuple[str, ...]
+    canaries: Canaries | None
+
+    @property
+    def version(self) -> Version:
+        """What it is called."""
+        return self.manifest.version
 
 
 class WeightsReceiver:
@@ -47,15 +74,29 @@ class WeightsReceiver:
         self._fetcher = WeightsFetcher(insecure_plaintext=insecure_plaintext)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._staged: MappedWeights | None = None
-        self._wanted: tuple[Manifest, tuple[str, ...]] | None = None
-        self._live: Version | None = None
+        self._content = ""
+        """`content_digest` of what the staged file holds whole; empty while it holds nothing whole."""
+        self._wanted: Wanted | None = None
+        self._waiting: Version | None = None
+        """Staged, and its turn has not come."""
+        self._turn: WeightsSwap | None = None
+        self._swapping: Version | None = None
+        self._serving = engine.live is not None
+        """Whether the learner has reason to believe that a version is live."""
+        self._foreign = False
+        """Whether what is live belongs to a run that this server has left."""
         self._runs = 0
         """Runs this server has left."""
-        self._announced = Signal()
+        self._changed = Signal()
         self._stop = threading.Event()
-        self.reports: asyncio.Queue[WeightsLive | WeightsFailed] = asyncio.Queue()
-        """What to tell the learner; at most one per attempt at a version."""
+        self.reports: asyncio.Queue[Report] = asyncio.Queue()
+        """What to tell the learner: a few per attempt at a version."""
         clean_staging(directory)
+
+    @property
+    def live(self) -> Version | None:
+        """The version of this run that samples the next token."""
+        return None if self._foreign else self._engine.live
 
     def announce(self, ready: WeightsReady) -> None:
         """Take note of a version that may be fetched.
@@ -66,79 +107,198 @@ class WeightsReceiver:
         manifest = Manifest.from_json(ready.manifest.tobytes())
         if manifest.version != ready.version:
             raise MalformedMessage(f"version {ready.version} announced with the manifest of {manifest.version}")
-        if self._wanted is not None and manifest.version <= self._wanted[0].version:
+        if self._wanted is not None and manifest.version <= self._wanted.version:
             return
-        self._wanted = (manifest, tuple(resolve_address(address, self._learner) for address in ready.addresses))
+        addresses = tuple(resolve_address(address, self._learner) for address in ready.addresses)
+        canaries = None
+        if ready.canary_tokens is not None and ready.canary_logprobs is not None:
+            canaries = Canaries(tokens=ready.canary_tokens, logprobs=ready.canary_logprobs)
+        self._wanted = Wanted(manifest, addresses, canaries)
         self._stop.set()  # whatever is being fetched is superseded
-        self._announced.notify()
+        self._changed.notify()
+
+    def swap(self, turn: WeightsSwap) -> None:
+        """Take the turn, or give it on at once: the next server waits for it."""
+        if turn.version == self._waiting:
+            self._turn = turn
+            self._changed.notify()
+        elif turn.version not in (self._swapping, self.live):  # else it has come twice, and is answered anyway
+            self._report(WeightsFailed(version=turn.version, reason=f"superseded: {self._describe()}"))
+
+    def welcomed(self) -> None:
+        """Say again what this server waits for: the turn may have been lost with the connection before."""
+        if self._waiting is not None:
+            self._report(WeightsStaged(version=self._waiting))
+
+    def still_live(self) -> None:
+        """Say which version is live: a lease was given back that the learner may take for a sign of none."""
+        if self.live is not None:
+            self._report(WeightsLive(version=self.live))
 
     def new_run(self) -> None:
         """Forget the versions of another run: those of this one begin anew."""
         self._runs += 1
-        self._wanted = self._live = None
+        self._foreign = True
+        self._wanted = self._waiting = self._turn = None
         self._stop.set()
+        self._changed.notify()
 
     async def loop(self) -> None:
         """Fetch and load for ever.
 
-        consumes: announcements    waits for: the learner's WeightsReady    unblocked by: announce
-        produces: live versions    and WeightsLive or WeightsFailed in `reports`
+        consumes: announcements    waits for: the learner's WeightsReady    unblocked by: announce, a loss
+        produces: live versions    and what became of each in `reports`
         """
         failures = 0
         while True:
-            wanted = self._wanted
-            if wanted is None or (self._live is not None and wanted[0].version <= self._live):
+            wanted, run = self._wanted, self._runs
+            if wanted is None or (self.live is not None and wanted.version <= self.live):
                 failures = 0
-                await self._waits.wait(self._announced.wait(), name="weights", owner="learner", deadline_s=None)
+                await self._waits.wait(self._changed.wait(), name="weights", owner="learner", deadline_s=None)
                 continue
-            run, (manifest, addresses) = self._runs, wanted
             try:
-                report = await self._make_live(manifest, addresses)
-                if run == self._runs:  # else it is of a run that this server has left
-                    self._live = manifest.version
-                    self.reports.put_nowait(report)
+                await self._make_live(wanted)
                 failures = 0
-            except (WeightsError, EngineFailure) as error:
-                if self._wanted is not wanted:
+            except (WeightsError, EngineFailure, WaitTimeout) as error:
+                if run != self._runs or (isinstance(error, WeightsError) and self._wanted is not wanted):
                     continue  # superseded: on to the newer one
-                event(log, "weights_failed", level=logging.WARNING, version=manifest.version, reason=error)
-                self.reports.put_nowait(WeightsFailed(version=manifest.version, reason=str(error)))
-                await self._pause(RETRY_S[min(failures, len(RETRY_S) - 1)])
+                event(log, "weights_failed", level=logging.WARNING, version=wanted.version, reason=error)
+                self._report(WeightsFailed(version=wanted.version, reason=str(error)))
+                await self._pause(wanted, RETRY_S[min(failures, len(RETRY_S) - 1)])
                 failures += 1
+
+    async def engine_loop(self) -> None:
+        """Notice that the engine has lost its weights.
+
+        consumes: nothing          waits for: the engine           unblocked by: its `lost`
+        produces: WeightsLost, and work for `loop`
+        """
+        while True:
+            await self._waits.wait(self._engine.lost.wait(), name="engine loss", owner="engine", deadline_s=None)
+            self._note_loss()
+            self._changed.notify()
 
     async def close(self) -> None:
         """Call off what is being fetched and end the thread."""
         self._stop.set()
         await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
+        self._discard()
+
+    async def _make_live(self, wanted: Wanted) -> None:
+        """Fetch, wait for the turn, swap. Returns early when a newer version has superseded this one."""
+        self._stop = threading.Event()
+        fetch = asyncio.get_running_loop().run_in_executor(self._thread, self._fetch, wanted, self._stop)
+        fetched = await self._waits.wait(fetch, name=f"weights {wanted.version}", owner="bulk plane", deadline_s=None)
+        turn = await self._wait_turn(wanted)
+        if turn is None:
+            return
+        assert self._staged is not None
+        staged = StagedWeights(
+            version=wanted.version, path=self._staged.path, digest=self._content, canaries=wanted.canaries,
+            checksums=turn.checksums,
+        )  # fmt: skip
+        await self._load(staged, fetched)
+
+    async def _wait_turn(self, wanted: Wanted) -> WeightsSwap | None:
+        """Say that the version is here, and wait for the turn to swap. None: it is superseded."""
+        if self._wanted is not wanted:
+            return None
+        self._waiting, self._turn = wanted.version, None
+        try:
+            while True:
+                self._report(WeightsStaged(version=wanted.version))
+                try:
+                    answered = self._turn_or_newer(wanted)
+                    await self._waits.wait(answered, name="turn to swap", owner="learner", deadline_s=TURN_AGAIN_S)
+                    return self._turn
+                except WaitTimeout:
+                    continue
+        finally:
+            self._waiting = None
+
+    async def _turn_or_newer(self, wanted: Wanted) -> None:
+        while self._turn is None and self._wanted is wanted:
+            await self._changed.wait()
+
+    async def _load(self, staged: StagedWeights, fetched: FetchReport) -> None:
+        run, self._swapping = self._runs, staged.version
+        try:
+            load = self._engine.load_weights(staged)
+            loaded = await self._waits.wait(load, name="swap", owner="engine", deadline_s=SWAP_S)
+        except WaitTimeout:
+            self._discard()  # perhaps it is still being read: the next fetch must not write into it
+            raise
+        finally:
+            self._swapping = None
+        if self._engine.live is None:
+            raise EngineFailure("the engine lost the version as soon as it had it")
+        if run != self._runs:
+            return  # it is of a run that this server has left
+        self._foreign = False
+        event(
+            log, "weights_live", version=staged.version, bytes=fetched.bytes, transfer_s=fetched.transfer_s,
+            verify_s=fetched.verify_s, pause_s=loaded.pause_s, check_s=loaded.check_s,
+            refetched_tensors=fetched.refetched_tensors, mismatch_kl=loaded.mismatch_kl,
+        )  # fmt: skip
+        self._report(
+            WeightsLive(
+                version=staged.version, transfer_s=fetched.transfer_s, verify_s=fetched.verify_s,
+                pause_s=loaded.pause_s, check_s=loaded.check_s, checksum=loaded.checksum,
+                mismatch_kl=loaded.mismatch_kl, mismatch=loaded.mismatch,
+            )
+        )  # fmt: skip
+        self._serving = True
+
+    def _fetch(self, wanted: Wanted, stop: threading.Event) -> FetchReport:
+        """On the thread: bring the version into the staged file, unless it holds that very content already."""
+        content = content_digest(wanted.manifest)
+        if self._staged is not None and not (
+            self._staged.layout == wanted.manifest.layout and self._staged.path.exists()
+        ):
+            self._discard()
+        if self._staged is None:
+            self._staged = MappedWeights.create(staging_path(self._directory), wanted.manifest.layout)
+        elif self._content == content:
+            return NOTHING_FETCHED
+        self._content = ""
+        report = self._fetcher.fetch(
+            wanted.manifest, wanted.addresses, self._staged, stop=stop, deadline_s=FETCH_S, stall_s=STALL_S
+        )
+        self._content = content
+        return report
+
+    def _discard(self) -> None:
+        """Delete the staged file. Whoever has it open still reads what it held."""
         if self._staged is not None:
             self._staged.remove()
+        self._staged, self._content = None, ""
 
-    async def _make_live(self, manifest: Manifest, addresses: tuple[str, ...]) -> WeightsLive:
-        self._stop = threading.Event()
-        fetch = asyncio.get_running_loop().run_in_executor(self._thread, self._fetch, manifest, addresses, self._stop)
-        report = await self._waits.wait(fetch, name=f"weights {manifest.version}", owner="bulk plane", deadline_s=None)
-        assert self._staged is not None
-        staged = StagedWeights(version=manifest.version, path=self._staged.path)
-        pause_s = await self._waits.wait(
-            self._engine.load_weights(staged), name="swap", owner="engine", deadline_s=FETCH_S
-        )
-        event(
-            log, "weights_live", version=manifest.version, bytes=report.bytes, transfer_s=report.transfer_s,
-            verify_s=report.verify_s, pause_s=pause_s, refetched_tensors=report.refetched_tensors,
-        )  # fmt: skip
-        return WeightsLive(
-            version=manifest.version, transfer_s=report.transfer_s, verify_s=report.verify_s, pause_s=pause_s
-        )
+    def _report(self, report: Report) -> None:
+        """Queue a report, behind the news that nothing is live if that is so."""
+        self._note_loss()
+        self.reports.put_nowait(report)
 
-    def _fetch(self, manifest: Manifest, addresses: tuple[str, ...], stop: threading.Event) -> FetchReport:
-        if self._staged is None or self._staged.layout != manifest.layout:
-            if self._staged is not None:
-                self._staged.remove()
-            self._staged = MappedWeights.create(staging_path(self._directory), manifest.layout)
-        return self._fetcher.fetch(manifest, addresses, self._staged, stop=stop, deadline_s=FETCH_S, stall_s=STALL_S)
+    def _note_loss(self) -> None:
+        if self._serving and self._engine.live is None:
+            self._serving = False
+            reason = "the engine has lost its weights and restarts"
+            event(log, "weights_lost", level=logging.WARNING, reason=reason)
+            self.reports.put_nowait(WeightsLost(reason=reason))
 
-    async def _pause(self, seconds: float) -> None:
+    def _describe(self) -> str:
+        if self._waiting is not None:
+            return f"version {self._waiting} waits for its turn"
+        if self._wanted is not None and self._wanted.version != self.live:
+            return f"version {self._wanted.version} is on its way"
+        return f"live at {self.live}"
+
+    async def _pause(self, wanted: Wanted, seconds: float) -> None:
         try:
-            await self._waits.wait(self._announced.wait(), name="retry weights", owner="timer", deadline_s=seconds)
+            newer = self._newer(wanted)
+            await self._waits.wait(newer, name="retry weights", owner="timer", deadline_s=seconds)
         except WaitTimeout:
             return
+
+    async def _newer(self, wanted: Wanted) -> None:
+        while self._wanted is wanted:
+            await self._changed.wait()

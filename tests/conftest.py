@@ -2,14 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
 from tests.models import build_tiny_model
+from tests.sglang_cpu.launch import PYTHON, RunningSGLang
 
 
 @pytest.fixture(scope="session")
 def tiny_model_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random fp32 Qwen3 (d=32, 2 layers, character vocabulary, tied embeddings). Read only."""
     return build_tiny_model(tmp_path_factory.mktemp("models") / "tiny-qwen3")
+
+
+@pytest.fixture(scope="session")
+def sglang(tiny_model_dir: Path) -> Iterator[RunningSGLang]:
+    """The real SGLang with the tiny model: one for the whole run. Tests attach to it, and leave it idle."""
+    if not PYTHON.exists():
+        pytest.fail(f"{PYTHON} is missing: `make sglang` builds the environment that has SGLang")
+    running = RunningSGLang.start(tiny_model_dir)
+    yield running
+    running.stop()

@@ -16,6 +16,7 @@ import numpy as np
 from learner.arrivals import Arrivals
 from learner.batch import Batch, StepResult
 from learner.buffer import Buffer
+from learner.canaries import Canaries
 from learner.config import LearnerConfig
 from learner.coordinator import Coordinator
 from learner.evaluation import Evaluation
@@ -27,7 +28,7 @@ from learner.loops import make_rows
 from learner.prompts import PromptRow
 from learner.recorder import StepTimer
 from protocol.errors import PeerGone, ProtocolError
-from protocol.messages import Ack, AnyMessage, Group, Hello, Lease
+from protocol.messages import Ack, AnyMessage, Float32, Group, Hello, Int32, Lease
 from protocol.tasks import finish
 from protocol.versions import Lineage, Version
 from tests.factories import RUN_ID, STOP_TOKEN, VOCAB_SIZE, make_group
@@ -286,6 +287,10 @@ class FakeTrainer:
         self.story.append(f"optimizer_step {self.policy_version}")
         return self.policy_version
 
+    def canary_logprobs(self, tokens: Int32) -> Float32:
+        self.story.append(f"canaries {self.policy_version}")
+        return np.full((len(tokens), tokens.shape[1] - 1), -float(self.policy_version), np.float32)
+
 
 class FakeCompute:
     """Calls at once, then takes `seconds[name]` of the loop's time. Cancelled, it ends the call first, as Compute."""
@@ -311,11 +316,14 @@ class FakePublisher:
 
     def __init__(self, story: list[str]) -> None:
         self.story = story
+        self.canaries: list[Canaries | None] = []
+        """Of each version."""
         self.gate = asyncio.Event()
         self.gate.set()
 
-    def start(self, version: Version) -> None:
+    def start(self, version: Version, canaries: Canaries | None = None) -> None:
         self.story.append(f"publish {version}")
+        self.canaries.append(canaries)
 
     async def wait_previous(self) -> None:
         self.story.append("wait_previous")

@@ -9,7 +9,9 @@ from __future__ import annotations
 import asyncio
 import json
 import random
+import threading
 from collections.abc import Callable
+from concurrent.futures import Executor, Future
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,27 +19,33 @@ from typing import Any, TypeVar
 import numpy as np
 
 from learner.batch import Batch, StepResult
+from learner.canaries import Canaries
 from learner.journal_records import GroupRecord, Record, record_frames
 from learner.journal_writer import SegmentWriter
+from protocol.errors import Superseded, WeightsError
 from protocol.messages import (
     Ack,
     AckStatus,
     AnyMessage,
+    Float32,
+    Int32,
     Lease,
     Purpose,
-    WeightsFailed,
-    WeightsLive,
     WeightsReady,
 )
-from protocol.signals import Signal
 from protocol.tasks import finish
 from protocol.testing import MemoryNetwork
 from protocol.versions import Version
-from rollout_server.engines.base import EngineFailure, StagedWeights
-from rollout_server.engines.scripted import ScriptedEngine
+from protocol.waits import Waits
+from protocol.weights.manifest import Layout, Manifest, TensorEntry, TensorSpec
+from protocol.weights.transfer import FetchReport
+from rollout_server.weights import WeightsReceiver
+from tests.mortal import MortalEngine
 
 T = TypeVar("T")
-CALL_S = {"forward_backward": 0.6, "optimizer_step": 0.2, "save_checkpoint": 0.4}
+SPEC = TensorSpec("w", "F32", (1,))
+LAYOUT = Layout([SPEC])
+CALL_S = {"forward_backward": 0.6, "optimizer_step": 0.2, "canary_logprobs": 0.02, "save_checkpoint": 0.4}
 """Mean virtual seconds of a call."""
 
 
@@ -112,6 +120,9 @@ class SimTrainer:
         self._batch = None
         return self.policy_version
 
+    def canary_logprobs(self, tokens: Int32) -> Float32:
+        return np.full((len(tokens), tokens.shape[1] - 1), -float(self.policy_version), np.float32)
+
 
 class SimJournal:
     """The journal's format on a real file, without its thread."""
@@ -149,14 +160,15 @@ class SimPublisher:
         self._thread = asyncio.Lock()  # one after another, in order, as the real one's only thread does
         self._snapshot: asyncio.Event | None = None
         self._held_at: int | None = None
-        self._held_back: Version | None = None
+        self._held_back: tuple[Version, Canaries | None] | None = None
         self.versions: list[Version] = []
         self.published = 0
 
-    def start(self, version: Version) -> None:
+    def start(self, version: Version, canaries: Canaries | None = None) -> None:
         assert self._snapshot is None, "wait_previous first"
+        assert canaries is None or (canaries.logprobs == -version.policy_version).all(), "of other weights"
         self._snapshot = asyncio.Event()
-        self._tasks.create_task(self._publish(version, self._snapshot), name=f"publish {version}")
+        self._tasks.create_task(self._publish(version, self._snapshot, canaries), name=f"publish {version}")
 
     async def wait_previous(self) -> None:
         if self._snapshot is not None:
@@ -169,55 +181,76 @@ class SimPublisher:
     def release(self) -> None:
         self._held_at = None
         if self._held_back is not None:
-            version, self._held_back = self._held_back, None
-            self._serve(version)
+            held, self._held_back = self._held_back, None
+            self._serve(*held)
 
-    async def _publish(self, version: Version, snapshot: asyncio.Event) -> None:
+    async def _publish(self, version: Version, snapshot: asyncio.Event, canaries: Canaries | None) -> None:
         async with self._thread:
             await asyncio.sleep(self._dice.uniform(0.0, 0.3))
             snapshot.set()
             await asyncio.sleep(self._dice.uniform(0.0, 0.2))
         self.published += 1
         if self._held_at is not None and version.policy_version > self._held_at:
-            self._held_back = version
+            self._held_back = (version, canaries)
         else:
-            self._serve(version)
+            self._serve(version, canaries)
 
-    def _serve(self, version: Version) -> None:
+    def _serve(self, version: Version, canaries: Canaries | None) -> None:
         assert not self.versions or version > self.versions[-1], "I5"
         self.versions.append(version)
-        self._announce(WeightsReady(version=version, manifest=np.zeros(1, np.uint8), addresses=("memory",)))
+        self._announce(
+            WeightsReady(
+                version=version, manifest=np.frombuffer(sim_manifest(version).to_json(), np.uint8),
+                addresses=("ipc:///memory",), canary_tokens=None if canaries is None else canaries.tokens,
+                canary_logprobs=None if canaries is None else canaries.logprobs,
+            )
+        )  # fmt: skip
 
 
-class SimReceiver:
-    """A server's side of the bulk plane: fetching takes a while, and a newer version supersedes."""
+def sim_manifest(version: Version) -> Manifest:
+    """Describe a model of one number, which is another one in every version."""
+    content = f"{version.policy_version:032x}"
+    entry = TensorEntry(SPEC, LAYOUT.offset(SPEC.name), SPEC.nbytes, content)
+    return Manifest(version=version, algorithm="xxh3_128", tensors=(entry,), file_bytes=LAYOUT.file_bytes)
 
-    def __init__(self, engine: ScriptedEngine, dice: random.Random) -> None:
-        self._engine, self._dice = engine, dice
-        self._wanted: Version | None = None
-        self._announced = Signal()
-        self.reports: asyncio.Queue[WeightsLive | WeightsFailed] = asyncio.Queue()
 
-    def announce(self, ready: WeightsReady) -> None:
-        if self._wanted is None or ready.version > self._wanted:
-            self._wanted = ready.version
-            self._announced.notify()
+class SimThread(Executor):
+    """Does its work on the loop's own thread, after a while by the dice."""
 
-    async def loop(self) -> None:
-        while True:
-            wanted, live = self._wanted, self._engine.live
-            if wanted is None or (live is not None and wanted <= live):
-                await self._announced.wait()
-                continue
-            await asyncio.sleep(self._dice.uniform(0.05, 1.0))
-            if self._wanted != wanted:
-                continue
+    def __init__(self, dice: random.Random) -> None:
+        self._dice = dice
+
+    def submit(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        future: Future[T] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
             try:
-                pause_s = await self._engine.load_weights(StagedWeights(version=wanted, path=Path()))
-            except EngineFailure as error:
-                self.reports.put_nowait(WeightsFailed(version=wanted, reason=str(error)))
-                continue
-            self.reports.put_nowait(WeightsLive(version=wanted, pause_s=pause_s))
+                future.set_result(function(*args, **kwargs))
+            except WeightsError as error:
+                future.set_exception(error)
+
+        asyncio.get_running_loop().call_later(self._dice.uniform(0.05, 1.0), run)
+        return future
+
+
+class SimFetcher:
+    """Brings nothing, and is called off by a newer version as the real one."""
+
+    def fetch(self, manifest: Manifest, *args: object, stop: threading.Event, **kwargs: object) -> FetchReport:
+        if stop.is_set():
+            raise Superseded(f"the fetch of version {manifest.version} was called off")
+        return FetchReport(transfer_s=0.1, verify_s=0.0, bytes=manifest.file_bytes, refetched_tensors=0)
+
+
+class SimReceiver(WeightsReceiver):
+    """The real one, without its thread and its socket."""
+
+    def __init__(self, engine: MortalEngine, waits: Waits, dice: random.Random, directory: Path) -> None:
+        super().__init__(engine, waits, learner="ipc:///memory", directory=directory, insecure_plaintext=False)
+        self._thread = SimThread(dice)  # type: ignore[assignment]
+        self._fetcher = SimFetcher()  # type: ignore[assignment]
 
 
 class SimListener:

@@ -1,9 +1,10 @@
 """A whole run on a virtual clock: the shipped loops of both processes, scripted engines, a network that misbehaves.
 
 What is real: every loop, ledger, fleet, coordinator, arrivals, recorder, checkpoints, journal format, resume, the
-server's loops and lease book, the scripted engine. What is played: the model, the bulk plane, threads (simulated.py)
-and sockets (protocol/testing.py). What the trainer is given is judged here, from the groups themselves: no token too
-old (I4), none of a version that this history has not seen, no prompt twice (I3).
+server's loops, lease book and weights' receiver, the scripted engine. What is played: the model, the bytes of the bulk
+plane, threads (simulated.py), engines that die or hang (mortal.py) and sockets (protocol/testing.py). What the trainer
+is given is judged here, from the groups themselves: no token too old (I4), none of a version that this history has not
+seen, no prompt twice (I3).
 
 The network delays and doubles messages, resets connections, and is cut for longer than liveness_s. It never loses
 messages of a connection that lives on: TCP does not, and the protocol builds on that. All follows from the plan's seed.
@@ -13,8 +14,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import random
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,6 +26,7 @@ from learner.app import make_recorder, rows_under_way
 from learner.arrivals import Arrivals
 from learner.batch import Batch
 from learner.buffer import Buffer
+from learner.canaries import choose_canaries
 from learner.checkpoint import latest_checkpoint
 from learner.config import LearnerConfig
 from learner.coordinator import Coordinator
@@ -31,6 +35,7 @@ from learner.journal_records import IncarnationRecord
 from learner.leases import RunIdentity
 from learner.ledger import End, Ledger
 from learner.resume import begin
+from learner.rollover import TURN_S
 from learner.run import Run
 from learner.rundir import RunDirectory
 from learner.stats import RunStats
@@ -41,10 +46,10 @@ from protocol.testing import Faults, MemoryNetwork
 from protocol.waits import Waits
 from rollout_server.app import drain
 from rollout_server.config import ScriptedOptions
-from rollout_server.engines.scripted import ScriptedEngine
 from rollout_server.loops import Parts, control_loop, heartbeat_loop, report_loop
 from rollout_server.scorers import ScriptedScorer
 from tests.learners import FakePrompts
+from tests.mortal import MortalEngine
 from tests.simulated import (
     Killed,
     Life,
@@ -94,10 +99,12 @@ class Served:
 class Simulation:
     """One run from its first learner to its last step."""
 
-    CHAOS = ("cut", "reset", "kill server", "drain server", "kill learner", "stop learner")
+    CHAOS = (
+        "cut", "reset", "kill server", "drain server", "kill engine", "stick swap", "kill learner", "stop learner",
+    )  # fmt: skip
 
     def __init__(self, plan: Plan, directory: Path) -> None:
-        self.plan = plan
+        self.plan, self.directory = plan, directory
         self.dice = random.Random(plan.seed)
         self.network = MemoryNetwork(plan.seed, plan.faults)
         self.config = LearnerConfig(
@@ -172,9 +179,12 @@ class Simulation:
                 fleet=Fleet(start.lineage, liveness_s=LIVENESS_S),
                 prompts=self.prompts,
                 eval_rows=[self.prompts.row(ordinal) for ordinal in range(6 if self.config.eval_steps else 0)],
+                canary_tokens=choose_canaries(self.prompts, max_length=3),  # type: ignore[arg-type]
                 rows=rows_under_way(self.prompts, ledger),
                 clock=asyncio.get_running_loop().time,
             )  # type: ignore[arg-type]  # fmt: skip
+            rollover = coordinator.weights.rollover
+            rollover.expire = functools.partial(self.count_expired, rollover.expire)  # type: ignore[method-assign]
             stats, buffer, lag = RunStats(), Buffer(), LoopLag()
             arrivals = Arrivals(coordinator, buffer, journal, stats)
             arrivals.restore(start.restored)
@@ -188,7 +198,7 @@ class Simulation:
                     screen = Screen()
                     run = self.run = Run(
                         config=self.config, trainer=trainer, coordinator=coordinator, arrivals=arrivals, buffer=buffer,
-                        journal=journal, publisher=SimPublisher(coordinator.announce, tasks, self.dice),
+                        journal=journal, publisher=SimPublisher(coordinator.weights.announce, tasks, self.dice),
                         recorder=recorder, monitor=screen, waits=Waits(asyncio.get_running_loop().time), lag=lag,
                         compute=SimCompute(life, self.dice), screen=screen,
                     )  # type: ignore[arg-type]  # fmt: skip
@@ -264,23 +274,42 @@ class Simulation:
             fail_load_probability=self.plan.fail,
         )  # fmt: skip
         dialer: Dialer
-        async with ScriptedEngine(options, room=dice.choice((4, 8, 16))) as engine, self.network.dialer(name) as dialer:
+        waits = Waits(asyncio.get_running_loop().time)
+        async with (
+            MortalEngine(options, dice.choice((4, 8, 16)), canaries=dice.random() < 0.5) as engine,
+            self.network.dialer(name) as dialer,
+            contextlib.AsyncExitStack() as stack,
+        ):
+            receiver = SimReceiver(engine, waits, dice, self.directory / "staging")
+            stack.callback(self.server_gone, engine, receiver)
             async with asyncio.TaskGroup() as tasks:
                 parts = Parts(
                     name=name, address="memory", dialer=dialer, engine=engine, scorer=ScriptedScorer(),
-                    reward_weights=(1.0,), decode=str, weights=SimReceiver(engine, dice), tasks=tasks,
-                    waits=Waits(asyncio.get_running_loop().time), lag=LoopLag(),
+                    reward_weights=(1.0,), decode=str, weights=receiver, tasks=tasks, waits=waits,
+                    lag=LoopLag(),
                 )  # type: ignore[arg-type]  # fmt: skip
                 self.servers[name].parts = parts
                 loops = [
                     tasks.create_task(loop)
-                    for loop in (control_loop(parts), report_loop(parts), heartbeat_loop(parts), parts.weights.loop())
+                    for loop in (
+                        control_loop(parts),
+                        report_loop(parts),
+                        heartbeat_loop(parts),
+                        receiver.loop(),
+                        receiver.engine_loop(),
+                    )
                 ]
                 await parts.stop.wait()
                 await drain(parts, 3.0)
                 await asyncio.sleep(1.0)  # the Goodbye leaves
                 for task in loops:
                     task.cancel()
+
+    def server_gone(self, engine: MortalEngine, receiver: SimReceiver) -> None:
+        """Witness what its engine has gone through."""
+        receiver._discard()
+        self.witness["versions checked"] += engine.checked
+        self.witness["engines restarted"] += engine.restarted
 
     async def chaos(self, tasks: asyncio.TaskGroup) -> None:
         """Something goes wrong every few seconds."""
@@ -311,6 +340,8 @@ class Simulation:
         served = self.servers[name]
         if what == "cut" and name in self._cut:
             return  # the end of one cut must not end another: each lasts long enough to be noticed
+        if what in ("kill engine", "stick swap") and not self.disturb_engine(what, served):
+            return
         self.witness[what] += 1
         if what == "cut":
             self._cut.add(name)
@@ -326,11 +357,34 @@ class Simulation:
             await asyncio.sleep(self.dice.uniform(0.1, 8.0))
             if not self.finished.is_set():
                 self.begin_server(tasks, name)
-        elif served.parts is not None:
+        elif what == "drain server" and served.parts is not None:
             served.parts.end("SIGTERM")
             await asyncio.sleep(self.dice.uniform(0.1, 8.0))
             if not self.finished.is_set():
                 self.begin_server(tasks)
+
+    def disturb_engine(self, what: str, served: Served) -> bool:
+        """Let an engine die, or hang in its next swap; False where that cannot happen now."""
+        if served.parts is None:
+            return False
+        engines = [s.parts.engine for s in self.servers.values() if s.parts is not None and not s.task.done()]
+        engine = served.parts.engine
+        assert isinstance(engine, MortalEngine)
+        if what == "kill engine":
+            if engine.live is None:
+                return False
+            engine.die(self.dice.uniform(0.0, 6.0), withhold=self.dice.random() < 0.5)
+        elif any(isinstance(other, MortalEngine) and (other.stuck_s or other.is_stuck) for other in engines):
+            return False  # when all hang, one after another, none is left that could go on (I8)
+        else:
+            engine.stuck_s = self.dice.uniform(TURN_S + 3.0, TURN_S + 15.0)
+        return True
+
+    def count_expired(self, expire: Callable[[float], list[bytes]], now_s: float) -> list[bytes]:
+        """Take back turns as the shipped rollover does, and witness it."""
+        late = expire(now_s)
+        self.witness["turns expired"] += len(late)
+        return late
 
     def describe(self) -> str:
         """Where everything is, for a run that hangs."""

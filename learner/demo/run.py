@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,7 +14,8 @@ from pydantic import Field
 
 from learner.config import Section
 from learner.demo.pair import free_port_pair, run_pair
-from learner.demo.recipes import Recipe, recipes, to_toml, write_jsonl
+from learner.demo.recipes import SGLANG_MEMORY, Recipe, recipes, to_toml, write_jsonl
+from protocol.errors import ConfigError
 from protocol.settings import load_settings
 
 
@@ -23,6 +25,10 @@ class DemoOptions(Section):
     task: Literal["add", "sort"] = "add"
     """add: a real language model of 135M parameters learns two-digit addition (downloads 93 MB once). sort: a tiny
     model made on the spot learns to sort letters (no download)."""
+    engine: Literal["auto", "sglang", "transformers"] = "auto"
+    """What samples the rollouts. auto: SGLang where there is a GPU and SGLang, else transformers."""
+    server_python: Path | None = None
+    """The Python that runs the server, for SGLang may live in another environment; default is this one."""
     max_steps: int | None = Field(None, ge=1)
     """Training steps; default is the recipe's."""
     max_staleness: int = Field(4, ge=0)
@@ -41,13 +47,13 @@ def demo(argv: Sequence[str], *, prog: str) -> int:
     """Run a demonstration to its end; return the exit code.
 
     Raises:
-        ConfigError: A wrong flag.
+        ConfigError: A wrong flag, or no Python at server_python.
         PreparationFailed: The model cannot be fetched or built.
     """
     options = load_settings(DemoOptions, argv, prog=prog)
     # One thread for this process and each child: with two on two busy cores, torch was seen 50 times slower.
     os.environ |= {"OMP_NUM_THREADS": "1", "TOKENIZERS_PARALLELISM": "false"}
-    recipe = recipes()[options.task]
+    recipe, server_python = recipes()[options.task], _server_python(options)
     print(f"demo {options.task}: {recipe.summary}", flush=True)
     cache = options.cache_dir.resolve() / options.task
     if not (cache / "model").exists():
@@ -59,7 +65,7 @@ def demo(argv: Sequence[str], *, prog: str) -> int:
     learner = ["train", "--config", str(run_dir / "learner.toml")]
     print(f"\n  headway-server {' '.join(server)}\n  headway-learner {' '.join(learner)}\n", flush=True)
     code = run_pair(
-        [sys.executable, "-m", "rollout_server", *server],
+        [server_python, "-m", "rollout_server", *server],
         [sys.executable, "-m", "learner", *learner],
         server_log=run_dir / "logs" / "server.log",
     )
@@ -77,7 +83,9 @@ def write_run(recipe: Recipe, options: DemoOptions, *, run_dir: Path, model: Pat
     write_jsonl(data / "train.jsonl", train)
     write_jsonl(data / "eval.jsonl", evaluation)
     address = f"tcp://127.0.0.1:{port}"
-    server = {"learner": address, "name": "demo-server", "model": str(model), **recipe.server}
+    server = {"learner": address, "name": "demo-server", "model": str(model), "engine": options.engine, **recipe.server}
+    if options.engine == "sglang":
+        server["sglang"] = SGLANG_MEMORY
     learner = {
         "bind": address,
         "model": str(model),
@@ -103,6 +111,19 @@ def describe_summary(summary: dict[str, Any], run_dir: Path) -> str:
         "model": f"AutoModelForCausalLM.from_pretrained({summary['checkpoint']!r})",
     }
     return "\n" + "\n".join(f"  {name:<11}{text}" for name, text in lines.items())
+
+
+def _server_python(options: DemoOptions) -> str:
+    if options.server_python is None:
+        return sys.executable
+    found = shutil.which(options.server_python)
+    if found is None:
+        raise ConfigError(
+            f"server_python {options.server_python}: no program is there; name a python with headway in it"
+        )
+    return os.path.abspath(
+        found
+    )  # not resolved: a virtual environment's python is a link, and knows itself by its name
 
 
 def _run_name(options: DemoOptions) -> str:

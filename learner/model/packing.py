@@ -20,7 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from learner.batch import TrainGroup
-from protocol.messages import FinishReason, Float32, Group
+from protocol.messages import FinishReason, Float32, Group, Int32
 
 Int64 = npt.NDArray[np.int64]
 Bool = npt.NDArray[np.bool_]
@@ -149,6 +149,29 @@ def collect(groups: Sequence[TrainGroup], *, mask_truncated_completions: bool) -
         targets_T=tokens_C[trained_C],
         behavior_logprobs_T=np.concatenate(logprobs),
         temperature_T=np.concatenate(temperatures),
+    )
+
+
+def whole_sequences(tokens_NL: Int32) -> StepTokens:
+    """Sequences as a step in which everything trains: the first token of each is its prompt, the rest is predicted.
+
+    Args:
+        tokens_NL: [N, L], L >= 2; the T = N x (L - 1) predicted tokens keep their order.
+    """
+    num_sequences, length = tokens_NL.shape[0], tokens_NL.shape[1] - 1
+    predicted = np.ascontiguousarray(tokens_NL[:, 1:], np.int64).reshape(-1)
+    return StepTokens(
+        prompts=tuple(tokens_NL[:, :1].astype(np.int64)),
+        rewards_PG=np.zeros((num_sequences, 1), np.float32),
+        trains_PG=np.ones((num_sequences, 1), np.bool_),
+        group_N=np.arange(num_sequences),
+        lengths_N=np.full(num_sequences, length),
+        tokens_C=predicted,
+        trained_C=np.ones(predicted.size, np.bool_),
+        completion_T=np.repeat(np.arange(num_sequences), length),
+        targets_T=predicted,
+        behavior_logprobs_T=np.zeros(predicted.size, np.float32),
+        temperature_T=np.ones(predicted.size, np.float32),
     )
 
 

@@ -19,7 +19,10 @@ from protocol.errors import MalformedMessage
 from protocol.versions import Version
 from protocol.weights.specs import Dtype, Layout, Size, TensorSpec
 
-__all__ = ["Algorithm", "Dtype", "Manifest", "TensorEntry", "TensorSpec", "digest", "new_hasher", "schema_digest"]
+__all__ = [
+    "Algorithm", "Dtype", "Manifest", "TensorEntry", "TensorSpec", "content_digest", "digest", "new_hasher",
+    "schema_digest",
+]  # fmt: skip
 
 Algorithm = Literal["blake3", "xxh3_128"]
 """blake3 resists a forger and is for everything that crosses hosts; xxh3_128 only finds accidents and costs a sixth."""
@@ -115,6 +118,17 @@ def schema_digest(specs: Iterable[TensorSpec]) -> str:
     """
     pairs = sorted((spec.name, spec.shape) for spec in specs)
     return hashlib.blake2b(msgspec.json.encode(pairs), digest_size=16).hexdigest()
+
+
+def content_digest(manifest: Manifest) -> str:
+    """Digest of what a version's tensors are: 32 hex digits of BLAKE2b over the sorted JSON of each one's fields.
+
+    Names, dtypes, shapes and the digests of the bytes count, and the algorithm of those; the version does not. Equal
+    means equal tensors, so a receiver can tell that a version brings nothing new. Different means nothing where the
+    algorithms differ.
+    """
+    content = sorted((entry.spec.name, entry.spec.dtype, entry.spec.shape, entry.digest) for entry in manifest.tensors)
+    return hashlib.blake2b(msgspec.json.encode((manifest.algorithm, content)), digest_size=16).hexdigest()
 
 
 def _check(manifest: Manifest) -> None:

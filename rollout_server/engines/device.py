@@ -18,13 +18,15 @@ def resolve_device(device: str) -> str:
 
 
 def resolve_dtype(dtype: Dtype, device: str) -> Literal["float32", "bfloat16"]:
-    """`auto` is bfloat16 where the hardware has it, else float32."""
+    """`auto` is bfloat16 on a GPU, and on a CPU that has it; else float32.
+
+    A GPU is not asked: that would take memory of it for good, and all since 2020 have it.
+    """
     import torch
 
     if dtype != "auto":
         return dtype
-    native = torch.cuda.is_bf16_supported() if device.startswith("cuda") else torch.cpu._is_avx512_bf16_supported()
-    return "bfloat16" if native else "float32"
+    return "bfloat16" if device.startswith("cuda") or torch.cpu._is_avx512_bf16_supported() else "float32"
 
 
 def has_amx(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:

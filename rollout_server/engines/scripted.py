@@ -18,9 +18,17 @@ import numpy as np
 from protocol.completions import Completion
 from protocol.identity import sample_seed
 from protocol.messages import FinishReason, Int32
+from protocol.signals import Signal
 from protocol.versions import Version
 from rollout_server.config import ScriptedOptions
-from rollout_server.engines.base import EngineFailure, EngineInfo, EngineStatus, GenerationRequest, StagedWeights
+from rollout_server.engines.base import (
+    EngineFailure,
+    EngineInfo,
+    EngineStatus,
+    GenerationRequest,
+    LoadReport,
+    StagedWeights,
+)
 from rollout_server.engines.counters import UInt64, hash_counters, uniforms
 from rollout_server.engines.marks import Spans
 from rollout_server.engines.scripted_batch import Outcome, ScriptedBatch, ScriptedJob
@@ -48,6 +56,7 @@ class ScriptedEngine:
         self._info = EngineInfo(
             engine="scripted", room=room, vocab_size=options.vocab_size, model_digest="", tokenizer_digest=""
         )
+        self._lost = Signal()
         self._requests = self._loads = 0
         self._timer: asyncio.TimerHandle | None = None
         self._closed = False
@@ -61,6 +70,11 @@ class ScriptedEngine:
     def live(self) -> Version | None:
         """The version that samples the next token."""
         return self._batch.live
+
+    @property
+    def lost(self) -> Signal:
+        """Never notified: a script has no engine that could die."""
+        return self._lost
 
     def status(self) -> EngineStatus:
         """Counters and gauges, up to now."""
@@ -98,7 +112,7 @@ class ScriptedEngine:
         self._batch.abort(group_id, self._loop.time())
         self._settle()
 
-    async def load_weights(self, weights: StagedWeights) -> float:
+    async def load_weights(self, weights: StagedWeights) -> LoadReport:
         """Stand still for `swap_s`, then go on as the new version. The file is not looked at.
 
         Raises:
@@ -114,7 +128,7 @@ class ScriptedEngine:
         self._settle()
         if not await answer:
             raise EngineFailure("the engine was closed")
-        return self._options.swap_s
+        return LoadReport(pause_s=self._options.swap_s)
 
     async def __aenter__(self) -> Self:
         """Start on the running loop's clock."""

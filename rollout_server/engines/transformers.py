@@ -28,8 +28,16 @@ import transformers
 from protocol.completions import Completion
 from protocol.errors import ConfigError
 from protocol.identity import tokenizer_digest
+from protocol.signals import Signal
 from protocol.versions import Version
-from rollout_server.engines.base import EngineFailure, EngineInfo, EngineStatus, GenerationRequest, StagedWeights
+from rollout_server.engines.base import (
+    EngineFailure,
+    EngineInfo,
+    EngineStatus,
+    GenerationRequest,
+    LoadReport,
+    StagedWeights,
+)
 from rollout_server.engines.decode import Decoder
 from rollout_server.engines.live_weights import digest_of, read_weights, unique_tensors
 from rollout_server.engines.rows import Job
@@ -88,6 +96,7 @@ class TransformersEngine:
         self._dtype, self._device = dtype, device
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
         self._closed = False
+        self._lost = Signal()
 
     @property
     def info(self) -> EngineInfo:
@@ -98,6 +107,11 @@ class TransformersEngine:
     def live(self) -> Version | None:
         """The version that samples the next token."""
         return self._decoder.live
+
+    @property
+    def lost(self) -> Signal:
+        """Notified when a copy failed half way: what it left must not sample."""
+        return self._lost
 
     def status(self) -> EngineStatus:
         """Counters and gauges."""
@@ -123,11 +137,12 @@ class TransformersEngine:
         """End the group's samples before the next step."""
         self._commands.put(lambda decoder: decoder.abort(group_id))
 
-    async def load_weights(self, weights: StagedWeights) -> float:
+    async def load_weights(self, weights: StagedWeights) -> LoadReport:
         """Read and check the file beside the decoding, then swap between two steps.
 
         Raises:
-            EngineFailure: the file cannot be read or does not fit; the old version still serves.
+            EngineFailure: the file cannot be read or does not fit, and the old version still serves; or the copy
+                failed, and none does.
         """
         staged = await asyncio.to_thread(read_weights, weights.path, self._tensors)
         answer: asyncio.Future[float] = asyncio.get_running_loop().create_future()
@@ -141,7 +156,12 @@ class TransformersEngine:
                 raise
 
         self._put(load)
-        return await answer
+        try:
+            return LoadReport(pause_s=await answer)
+        except EngineFailure:
+            if self.live is None:
+                self._lost.notify()
+            raise
 
     async def __aenter__(self) -> Self:
         """Load the model, on the thread that will own it.

@@ -14,7 +14,21 @@ from hypothesis import strategies as st
 
 from protocol.codec import SMALL_BYTES, decode, encode
 from protocol.errors import InvalidGroup, MalformedMessage, ProtocolError
-from protocol.messages import FinishReason, Group, Hello, Lease, Ping, Purpose, Sampling, WeightsChunk
+from protocol.messages import (
+    FinishReason,
+    Group,
+    Hello,
+    Lease,
+    Ping,
+    Purpose,
+    Sampling,
+    WeightsChunk,
+    WeightsLive,
+    WeightsLost,
+    WeightsReady,
+    WeightsStaged,
+    WeightsSwap,
+)
 from protocol.parts import PartAssembler, merge_groups, split_group
 from protocol.validation import validate_group
 from protocol.versions import Version
@@ -51,6 +65,7 @@ plain_messages = st.one_of(
         vocab_size=naturals,
         model_digest=texts,
         tokenizer_digest=texts,
+        canaries=st.booleans(),
         reward_functions=st.lists(texts, max_size=3).map(tuple),
         live=st.none() | versions,
         unacked=st.lists(texts, max_size=5).map(tuple),
@@ -70,6 +85,28 @@ plain_messages = st.one_of(
         row=octets,
     ),
 )
+
+
+weights_messages = st.one_of(
+    st.builds(WeightsStaged, version=versions),
+    st.builds(WeightsSwap, version=versions, checksums=st.lists(texts, max_size=3).map(tuple)),
+    st.builds(WeightsLost, reason=texts),
+    st.builds(
+        WeightsLive, version=versions, check_s=reals, checksum=texts, mismatch_kl=st.none() | reals,
+        mismatch=st.none() | reals,
+    ),
+)  # fmt: skip
+
+
+@st.composite
+def announcements(draw: st.DrawFn) -> WeightsReady:
+    """Draw announcements with and without canaries, small and large."""
+    canaries: dict[str, Any] = {}
+    if draw(st.booleans()):
+        rows, length = draw(st.integers(0, 40)), draw(st.integers(2, 200))
+        canaries["canary_tokens"] = np.arange(rows * length, dtype=np.int32).reshape(rows, length)
+        canaries["canary_logprobs"] = -np.arange(rows * (length - 1), dtype=np.float32).reshape(rows, length - 1)
+    return WeightsReady(version=draw(versions), manifest=draw(octets), addresses=("ipc:///x",), **canaries)
 
 
 @st.composite
@@ -117,7 +154,7 @@ def assert_same(left: Any, right: Any) -> None:
             assert one == other, name
 
 
-@given(st.one_of(plain_messages, groups()))
+@given(st.one_of(plain_messages, weights_messages, announcements(), groups()))
 def test_messages_survive_the_wire(message):
     received = decode([bytes(frame) for frame in encode(message)])
     assert_same(received, message)

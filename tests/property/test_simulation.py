@@ -33,6 +33,10 @@ def check_faults(simulation: Simulation) -> None:
         assert simulation.witness[what] > 0
     if plan.chaos == ("cut",):
         assert network.cut > 0
+    if plan.chaos == ("kill engine",):
+        assert simulation.witness["engines restarted"] > 0
+    if plan.chaos == ("stick swap",):
+        assert simulation.witness["turns expired"] > 0
     if len(plan.chaos) > 1:
         assert sum(simulation.witness[what] for what in plan.chaos) >= 2
 
@@ -55,6 +59,7 @@ def check_faults(simulation: Simulation) -> None:
 def test_the_bound_holds_and_the_run_ends_whatever_the_dial_says(options, seed, tmp_path):
     simulation = simulate(Plan(seed=seed, options=options), tmp_path)
     check_faults(simulation)
+    assert simulation.witness["versions checked"] > 0
     assert len(simulation.trace) >= 25
     bound = options["max_staleness"]
     assert simulation.staleness_max <= bound

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Self, TypeVar
 
 ROOT = Path(__file__).resolve().parents[2]
+PYTHON = Path(sys.executable)
 POLL_S = 0.02
 START_S = 60.0
 """Limit for a learner to import torch and to open its sockets on a busy machine."""
@@ -180,20 +181,24 @@ class Lab:
         log_file = Path(config["output_dir"]) / config["run_name"] / "logs" / "learner.log"
         return self.start(name, [*module, "train"], self.write_config(name, config), log_file)
 
-    def server(self, name: str = "server", *, module: str = "rollout_server", **changes: Any) -> Process:
+    def server(
+        self, name: str = "server", *, module: str = "rollout_server", python: Path = PYTHON, **changes: Any
+    ) -> Process:
         """Start a rollout server."""
         config = {
             "learner": self.address, "name": name, "engine": "scripted", "room": 16, "reward_workers": 1,
             "log_file": str(self.directory / f"{name}.log"), "staging_dir": str(self.directory / "staging"), **changes,
         }  # fmt: skip
         config["scripted"] = {"vocab_size": 40, "mean_length": 6.0, "token_s": 0.002, **changes.get("scripted", {})}
-        return self.start(name, [module], self.write_config(name, config), Path(config["log_file"]))
+        return self.start(name, [module], self.write_config(name, config), Path(config["log_file"]), python=python)
 
-    def start(self, name: str, command: Sequence[str], config: Path, log_file: Path) -> Process:
+    def start(
+        self, name: str, command: Sequence[str], config: Path, log_file: Path, *, python: Path = PYTHON
+    ) -> Process:
         """Start `python -m` command with a configuration file."""
         process = Process(
             name,
-            [sys.executable, "-m", *command, "--config", str(config)],
+            [str(python), "-m", *command, "--config", str(config)],
             self.directory / f"{name}-{len(self.processes)}.out",
             log_file,
         )

@@ -59,7 +59,13 @@ def test_help_is_quick_and_loads_nothing_heavy(argv: list[str]) -> None:
         (["learner", "trian"], "headway-learner: error: unknown command 'trian': allowed are train and demo"),
         (["learner", "train"], "headway-learner: error: model is empty: name the directory"),
         (["learner", "demo", "--task", "sum"], "headway-learner: error: --task sum: must be 'add' or 'sort'"),
-        (["rollout_server"], "headway-server: error: model is empty: engine transformers needs"),
+        (["rollout_server", "--engine", "transformers"],
+         "headway-server: error: model is empty: engine transformers needs"),
+        (["rollout_server", "--engine", "sglang", "--device", "cpu", "--model", "m"],
+         "headway-server: error: engine sglang: "),
+        (["rollout_server", "--engine-url", "http://127.0.0.1:1", "--model", "m"],
+         "headway-server: error: engine_admin_key is empty: start the SGLang"),
+        (["rollout_server", "--sglang.api-key", "k"], "headway-server: error: sglang.api-key: api-key is made up"),
         (["rollout_server", "--config", "none.toml"],
          "headway-server: error: --config none.toml: No such file or directory"),
     ],
@@ -76,8 +82,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(argv: list[str], complaint: str) 
 @pytest.mark.parametrize(
     ("argv", "complaint"),
     [
-        ([], "model is empty: .* --model DIR"),
-        (["--model", "m"], "reward_funcs is empty: .* --reward-funcs exact_match"),
+        (["--engine", "transformers"], "model is empty: engine transformers .* --model DIR"),
+        (["--engine-url", "http://127.0.0.1:1", "--engine-admin-key", "k"], "model is empty: engine sglang needs"),
+        (["--engine", "transformers", "--model", "m"], "reward_funcs is empty: .* --reward-funcs exact_match"),
     ],
 )
 def test_what_a_server_cannot_do_without(argv: list[str], complaint: str) -> None:

@@ -10,7 +10,9 @@ from typing import Any
 
 import pytest
 
+from rollout_server.engines.choice import SGLANG_FLOOR, version_numbers
 from tests import check
+from tests.sglang_cpu import enable
 
 ROOT = check.ROOT
 HEAVY = {"torch", "transformers", "sglang", "pydantic", "tyro"}
@@ -43,13 +45,40 @@ def test_each_side_installs_alone_and_make_installs_all(project: dict[str, Any])
     extras = project["optional-dependencies"]
     assert not [need for need in project["dependencies"] if need.startswith(("torch", "transformers"))]
     makefile = (ROOT / "Makefile").read_text()
-    assert f"-e '.[{','.join(extras)}]'" in makefile
+    light = [name for name in extras if name != "server"]
+    assert f"-e '.[{','.join(light)}]'" in makefile, "all but SGLang, which has an environment of its own"
+    assert [name for name, needs in extras.items() if "sglang" in " ".join(needs)] == ["server"]
+    assert set(extras["server-cpu"]) < set(extras["server"])
 
 
-def test_constraints_pin_versions_and_name_no_host() -> None:
-    lines = [line for line in (ROOT / "constraints.txt").read_text().splitlines() if not line.startswith("#")]
+def test_the_floor_of_sglang_is_the_one_that_the_server_checks(project: dict[str, Any]) -> None:
+    floor = ".".join(map(str, SGLANG_FLOOR))
+    assert f"sglang>={floor}; sys_platform == 'linux'" in project["optional-dependencies"]["server"]
+
+
+@pytest.mark.parametrize("name", ["constraints.txt", "tests/sglang_cpu/requirements.txt"])
+def test_constraints_pin_versions_and_name_no_host(name: str) -> None:
+    lines = [line for line in (ROOT / name).read_text().splitlines() if line and not line.startswith("#")]
     assert "torch==2.13.0" in lines
     assert all(line.count("==") == 1 and "/" not in line for line in lines)
+    assert len({line.split("==")[0] for line in lines}) == len(lines)
+
+
+def test_what_the_server_needs_is_in_sglangs_environment(project: dict[str, Any]) -> None:
+    """It is installed with --no-deps: nobody else would notice that something is missing or too old."""
+    lines = (ROOT / "tests" / "sglang_cpu" / "requirements.txt").read_text().splitlines()
+    pinned = dict(line.split("==") for line in lines if "==" in line)
+    for need in [*project["dependencies"], *project["optional-dependencies"]["server"]]:
+        name, floor = need.split(";")[0].split(">=")
+        assert version_numbers(pinned[name]) >= version_numbers(floor), need
+
+
+def test_every_interpreter_of_sglangs_environment_finds_the_stand_ins(tmp_path: Path) -> None:
+    file = enable.enable(tmp_path)
+    folder, line = file.read_text().splitlines()
+    assert file.suffix == ".pth"
+    assert line == "import sglang_cpu_recipe"
+    assert {path.stem for path in Path(folder).iterdir()} >= {"sgl_kernel", "triton", "xgrammar", "sglang_cpu_recipe"}
 
 
 def test_ci_runs_make_test_and_nothing_else() -> None:
@@ -68,6 +97,44 @@ def test_every_make_target_sets_itself_up(target: str) -> None:
     )
     assert "-m venv build/no-such-venv" in done.stdout
     assert "pip install" in done.stdout
+
+
+def dry_run(*argv: str) -> str:
+    command = ["make", "--dry-run", "VENV=build/no-venv", "SGLANG_VENV=build/no-sglang", "GPU_VENV=build/no-gpu", *argv]
+    return subprocess.run(command, capture_output=True, text=True, check=True, cwd=ROOT).stdout
+
+
+@pytest.mark.parametrize(
+    ("argv", "environments"),
+    [
+        (["test"], {"build/no-venv", "build/no-sglang"}),
+        (["sglang"], {"build/no-sglang"}),
+        (["demo"], {"build/no-venv"}),
+        (["demo", "ENGINE=sglang"], {"build/no-venv", "build/no-sglang"}),
+        (["demo", "ENGINE=sglang", "SGLANG_PYTHON=python"], {"build/no-venv"}),
+        (["test-gpu"], {"build/no-gpu"}),
+        (["test-gpu", "GPU_PYTHON=build/no-sglang/bin/python"], {"build/no-sglang"}),
+        (["test-gpu", "GPU_PYTHON=python"], set()),
+    ],
+)
+def test_a_target_builds_the_environments_it_uses(argv: list[str], environments: set[str]) -> None:
+    made = {line.split()[-1] for line in dry_run(*argv).splitlines() if " -m venv " in line}
+    assert made == environments
+
+
+def test_the_demonstration_names_the_servers_interpreter() -> None:
+    assert "--engine sglang --server-python build/no-sglang/bin/python" in dry_run("demo", "ENGINE=sglang")
+    assert "--engine sglang --server-python gpu/python" in dry_run("demo", "ENGINE=sglang", "SGLANG_PYTHON=gpu/python")
+    assert "--engine auto" in dry_run("demo")
+    assert "--server-python" not in dry_run("demo")
+
+
+def test_clean_removes_every_environment() -> None:
+    assert {".venv", ".venv-sglang", ".venv-gpu"} <= set(
+        subprocess.run(
+            ["make", "--dry-run", "clean"], capture_output=True, text=True, check=True, cwd=ROOT
+        ).stdout.split()
+    )
 
 
 def test_make_installs_once(tmp_path: Path) -> None:

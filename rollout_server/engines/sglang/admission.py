@@ -1,10 +1,11 @@
 """How many samples SGLang is given at once, and who waits here instead of in its queue.
 
 Too few leave it idle; too many fill its KV cache, and it throws running samples out to compute them again (a
-retraction). The rule is additive-increase in spirit and multiplicative in fact, on what SGLang reports: grow by a
-quarter each time the whole pool has turned over while the cache is under GROW_BELOW, shrink to TRIM_TO of it once it is
-over TRIM_ABOVE, cut on every retraction (prime-rl has such a rule, 2026-08; samples under way are never called back).
-It starts from what fits however long the samples get. Pure but for the futures that wake who waits.
+retraction). The rule works on what SGLang reports: shrink to TRIM_TO of the cache once it is over TRIM_ABOVE, to what
+runs while many queue in it, cut on a retraction; grow by a quarter each time the whole pool has turned over while the
+cache is under GROW_BELOW (prime-rl has such a rule, 2026-08; samples under way are never called back here). It starts
+with all the room: SGLang's own queue bears a few too many better than a user bears a slow start.
+Pure but for the futures that wake who waits.
 """
 
 from __future__ import annotations
@@ -16,7 +17,9 @@ from dataclasses import dataclass, field
 GROW_BELOW, TRIM_ABOVE, TRIM_TO = 0.6, 0.8, 0.7
 GROWTH = 1.25
 CUT = 0.8
-"""Of the samples running, after a retraction or while SGLang lets samples queue."""
+"""Of the samples under way, after a retraction."""
+QUEUED = 0.25
+"""So many queueing in SGLang, of those that run, are too many."""
 
 
 class Limit:
@@ -24,12 +27,10 @@ class Limit:
 
     Args:
         room: what the user allows.
-        safe: samples that fit into the KV cache at their longest.
     """
 
-    def __init__(self, room: int, safe: int) -> None:
-        self._room = room
-        self.value = max(1, min(room, safe))
+    def __init__(self, room: int) -> None:
+        self._room = self.value = room
         self._ended = 0
         """Samples that ended since the limit last moved."""
         self._full = True
@@ -42,7 +43,7 @@ class Limit:
 
         Args:
             retracted: SGLang threw it out at least once for want of memory.
-            running: samples it has now.
+            running: samples under way.
         """
         self._ended += 1
         self._cooling = self._cooling and self._ended < self.value // 2
@@ -53,14 +54,14 @@ class Limit:
 
         Args:
             usage: share of the KV cache in use.
-            running: samples SGLang was given.
-            queued: those of them it has not begun.
+            running: samples that SGLang has begun.
+            queued: samples that it has been given and has not begun.
             waiting: samples that wait here.
         """
         if usage > TRIM_ABOVE:
             return self._shrink(int(running * TRIM_TO / usage))
-        if queued > running // 4 and running >= self.value > 1:
-            return self._shrink(max(running - queued, int(CUT * running)))
+        if usage > GROW_BELOW and queued > QUEUED * running:  # in an emptier cache they have only just come
+            return self._shrink(running)
         self._full = self._full and waiting > 0
         if self._ended < self.value:
             return False

@@ -82,10 +82,12 @@ def score_body(tokens: Int32, *, rid: str, cache_key: str) -> dict[str, Any]:
 def scores(answer: Answer, tokens: Int32) -> Float32:
     """[L - 1] logprobs of tokens[1:]; what SGLang does not give, or gives of other tokens, is NaN."""
     given = answer.meta_info.input_token_logprobs
-    values = [np.nan if value is None else value for value, _, _ in given]
-    if [token for _, token, _ in given] != tokens.tolist():
+    # SGLang writes 0 for the last id of the vocabulary (it takes it for a placeholder); the logprob is the token's own.
+    if len(given) != len(tokens) or any(
+        shown not in (token, 0) for (_, shown, _), token in zip(given, tokens, strict=True)
+    ):
         return np.full(len(tokens) - 1, np.nan, np.float32)
-    return np.array(values[1:], np.float32)
+    return np.array([np.nan if value is None else value for value, _, _ in given[1:]], np.float32)
 
 
 def to_completion(answer: Answer, *, stops: Sequence[int], aborted: bool, late: int) -> Completion:

@@ -24,8 +24,11 @@ log = logging.getLogger(__name__)
 WORKERS = "sglang::"
 """What SGLang's own processes call themselves."""
 SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - where the kernel keeps it
-LEFT_BEHIND = ("sem.mp-", "sglang_", "psm_", "torch_")
-"""Names in it of what SGLang and torch make, and leave when they are killed."""
+LEFT_BEHIND = "sglang_"
+"""How the names of what SGLang makes there begin. It leaves them behind when it is killed."""
+TRACKER = "multiprocessing.resource_tracker"
+"""A process of Python's that removes other shared names when all who could use them have ended: it ends last."""
+TRACKER_S = 5.0
 LOG_LINES = 15
 LOG_BYTES = 16_384
 END_S = 10.0
@@ -61,7 +64,7 @@ class Child:
 
     def watch_workers(self) -> None:
         """Watch the processes that SGLang has started, once it is up, and note what they would leave behind."""
-        for process in self._processes():
+        for process in family(self.pid):
             self._shared |= shared_memory_of(process.pid)
             with contextlib.suppress(psutil.Error):  # it has ended
                 name = (" ".join(process.cmdline()).split() or [""])[0]
@@ -73,10 +76,9 @@ class Child:
 
         May be called again, also when a call was cancelled.
         """
-        for process in self._processes():
+        for process in family(self.pid):
             self._shared |= shared_memory_of(process.pid)
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)
+        await asyncio.to_thread(kill_group, self.pid)
         ends: list[asyncio.Future[Any]] = [self._exit, *self._watched.values()]
         _, alive = await asyncio.wait(ends, timeout=END_S)
         if alive:
@@ -95,13 +97,6 @@ class Child:
             return log_tail(self.log_file, self._log_begin)
         except OSError as error:
             return f"(it cannot be read: {error})"
-
-    def _processes(self) -> list[psutil.Process]:
-        """The child and what it has started; nothing once it is gone."""
-        with contextlib.suppress(psutil.Error):
-            leader = psutil.Process(self.pid)
-            return [leader, *leader.children(recursive=True)]
-        return []
 
     def _watch(self, pid: int, ended: str) -> None:
         loop = asyncio.get_running_loop()
@@ -125,6 +120,28 @@ class Child:
     def _ended(self, what: str) -> None:
         if not self.died.done():
             self.died.set_result(what)
+
+
+def kill_group(leader: int) -> None:
+    """Kill a process group by its leader; the resource tracker in it may tidy up first."""
+    trackers = []
+    for process in family(leader):
+        with contextlib.suppress(psutil.Error):  # it has ended
+            if any(TRACKER in word for word in process.cmdline()):
+                trackers.append(process)
+            else:
+                process.kill()
+    psutil.wait_procs(trackers, TRACKER_S)
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(leader, signal.SIGKILL)
+
+
+def family(leader: int) -> list[psutil.Process]:
+    """A process and what it has started; nothing once it is gone."""
+    with contextlib.suppress(psutil.Error):
+        process = psutil.Process(leader)
+        return [process, *process.children(recursive=True)]
+    return []
 
 
 def shared_memory_of(pid: int) -> set[Path]:

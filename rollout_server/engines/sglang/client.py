@@ -18,8 +18,8 @@ CALL_S = 30.0
 """Limit of a call that does no work to speak of."""
 UPDATE_S = 600.0
 """Limit of loading a version."""
-KEEP_S = 2.0
-"""Of a connection without use. SGLang drops it after 5 s, and a call sent at that moment would look like its death."""
+KEEP_ALIVE_S = 2.0
+"""SGLang closes connections that were idle for 5 s; ours must not be used just then."""
 SHOWN_CHARACTERS = 500
 
 T = TypeVar("T")
@@ -46,7 +46,7 @@ class Meta(msgspec.Struct):
     """What an answer says besides tokens. Logprobs are (value, token id, text)."""
 
     finish_reason: Finish
-    prompt_tokens: int
+    prompt_tokens: int = 0
     cached_tokens: int = 0
     num_retractions: int = 0
     weight_versions: list[Span] = []
@@ -123,7 +123,8 @@ class Client:
         self._session = aiohttp.ClientSession(
             url,
             headers={"Authorization": f"Bearer {api_key}"} if api_key else {},
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_S),  # how many is the admission's business
+            # How many at once is the admission's business.
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEP_ALIVE_S),
             timeout=aiohttp.ClientTimeout(total=None),
             read_bufsize=1 << 20,
         )
@@ -170,9 +171,9 @@ class Client:
             raise EngineFailure(f"SGLang has no checksum of its weights: {outcome.message}")
         return outcome.per_engine_checksum
 
-    async def flush_cache(self, *, keyless: bool = False) -> None:
-        """Forget cached prompts. `keyless` tries it without the admin key, to see whether anybody may."""
-        await self._call("POST", "/flush_cache", Ignored, None, admin=not keyless)
+    async def abort_all(self, *, keyless: bool = False) -> None:
+        """End every request there is. `keyless` tries it without the admin key, to see whether anybody may."""
+        await self._call("POST", "/abort_request", Ignored, {"rid": "", "abort_all": True}, admin=not keyless)
 
     async def loads(self, *, deadline_s: float = CALL_S) -> list[Load]:
         """Read the state of every scheduler, from shared memory: no scheduler is asked."""

@@ -109,7 +109,7 @@ class SGLangEngine:
         life, meter = self._life, self._meter
         tokens = meter.tokens_finished
         if life is not None and life.admission.running:
-            tokens = max(tokens, int(life.decoded - life.decoded_before))
+            tokens = max(tokens, int(life.tokens_before + life.decoded))
         self._tokens_reported = max(self._tokens_reported, tokens)
         return EngineStatus(
             samples_running=0 if life is None else life.admission.running,
@@ -259,9 +259,8 @@ class SGLangEngine:
         if config.engine_url:
             return UrlHost(config)
         device = resolve_device(config.device)
-        return ChildHost(
-            config, self._schema, device=device, dtype=resolve_dtype(config.dtype, device), has_amx=has_amx()
-        )
+        dtype = resolve_dtype(config.dtype, device)
+        return ChildHost(config, self._schema, device=device, dtype=dtype, has_amx=has_amx())
 
     async def _begin(self) -> Life:
         """Bring SGLang up for one life.
@@ -293,10 +292,13 @@ class SGLangEngine:
             canaries=True,
         )
         capacity = sum(load.max_total_num_tokens for load in loads)
-        decoded = sum(load.tokens_decoded for load in loads)
-        limit = Limit(self._config.room, safe=capacity // self._max_length)
-        event(log, "engine_up", url=client.url, version=info.version, kv_tokens=capacity, limit=limit.value)
-        return Life(client=client, info=info, admission=Admission(limit), decoded_before=decoded, decoded=decoded)
+        event(log, "engine_up", url=client.url, version=info.version, kv_tokens=capacity, room=self._config.room)
+        return Life(
+            client=client,
+            info=info,
+            admission=Admission(Limit(self._config.room)),
+            tokens_before=self._meter.tokens_finished - sum(load.tokens_decoded for load in loads),
+        )
 
     async def _supervise(self, life: Life) -> None:
         """Give SGLang one life after another.
@@ -356,7 +358,7 @@ class SGLangEngine:
         admission = life.admission
         if admission.limit.observe(
             usage=self._kv_usage,
-            running=admission.running,
+            running=sum(load.num_running_reqs for load in loads),
             queued=sum(load.num_waiting_reqs for load in loads),
             waiting=admission.waiting,
         ):

@@ -45,7 +45,7 @@ class Generation:
         """Request ids."""
         self._ended = asyncio.Event()
         self._prompts: dict[str, asyncio.Event] = {}
-        """By cache key: set once the prompt is computed."""
+        """By cache key: set once the prompt is computed, or will not be."""
 
     async def run(self) -> list[Completion]:
         """Sample all completions.
@@ -74,12 +74,22 @@ class Generation:
                 await asyncio.wait_for(self._ended.wait(), ABORT_AGAIN_S)
 
     async def _sample(self, index: int) -> Completion:
-        """Wait for a seat, ask, and give it back; once more where the answer stands on stale keys and values."""
+        """Wait for a seat, ask, and give it back; once more where the answer is lost or stands on a stale prompt."""
         admission = self._life.admission
+        may_lose = True
         while not self._aborted and await admission.enter(self._request.group_id):
             self._meter.runs(admission.running)
             try:
                 completion = await self._ask(index)
+            except Disconnected as failure:
+                # One connection may break by itself; when there is no other to be had, SGLang has gone.
+                if not (may_lose and await self._is_there()):
+                    self._life.condemn(failure)
+                    raise
+                completion, may_lose = None, False
+            except ForeignWeights as failure:
+                self._life.condemn(failure)
+                raise
             finally:
                 admission.leave()
                 self._meter.runs(admission.running)
@@ -88,32 +98,28 @@ class Generation:
         return empty_completion()
 
     async def _ask(self, index: int) -> Completion | None:
+        """Sample one completion. None: it began after a swap in place, on a prompt that was computed before it."""
         life, request = self._life, self._request
-        version, swaps = life.sampling, life.swaps
-        cache_key = f"w{version}"
+        version, swaps, cache_key = life.sampling, life.swaps, life.cache_key
+        await self._compute_prompt(cache_key)
+        if self._aborted:
+            return empty_completion()
+        rid = life.next_rid()
+        seed = sample_seed(request.seed, index) if life.info.enable_deterministic_inference else None
+        body = sample_body(
+            request.prompt_tokens, request.sampling, limit=self._limit, rid=rid, cache_key=cache_key, seed=seed
+        )
+        self._running.add(rid)
         try:
-            await self._compute_prompt(cache_key)
-            if self._aborted:
-                return empty_completion()
-            rid = life.next_rid()
-            self._running.add(rid)
-            seed = sample_seed(request.seed, index) if life.info.enable_deterministic_inference else None
-            body = sample_body(
-                request.prompt_tokens, request.sampling, limit=self._limit, rid=rid, cache_key=cache_key, seed=seed
-            )
-            try:
-                answer = await life.client.generate(body)
-            finally:
-                self._running.discard(rid)
-            completion = to_completion(
-                answer, stops=request.sampling.stop_token_ids, aborted=self._aborted, late=self._late
-            )
-        except (Disconnected, ForeignWeights) as failure:
-            life.condemn(failure)
-            raise
+            answer = await life.client.generate(body)
+        finally:
+            self._running.discard(rid)
+        completion = to_completion(
+            answer, stops=request.sampling.stop_token_ids, aborted=self._aborted, late=self._late
+        )
         meta = answer.meta_info
         if self._keeps_cache and meta.cached_tokens and completion.spans and completion.spans[0][0] != version:
-            return None  # begun after a swap, on a prompt that was computed before it
+            return None
         self._meter.finished(
             tokens=len(completion.completion_tokens), prompt=meta.prompt_tokens, cached=meta.cached_tokens
         )
@@ -123,6 +129,13 @@ class Generation:
             life.admission.admit()
         return completion
 
+    async def _is_there(self) -> bool:
+        try:
+            await self._life.client.info()
+        except EngineFailure:
+            return False
+        return True
+
     async def _compute_prompt(self, cache_key: str) -> None:
         """Have the prompt's keys and values computed once for each cache key, if that pays."""
         prompt = self._request.prompt_tokens
@@ -131,9 +144,14 @@ class Generation:
         if cache_key in self._prompts:
             await self._prompts[cache_key].wait()
             return
-        self._prompts[cache_key] = asyncio.Event()
-        await self._life.client.generate(prefill_body(prompt, rid=self._life.next_rid(), cache_key=cache_key))
-        self._prompts[cache_key].set()
+        computed = self._prompts[cache_key] = asyncio.Event()
+        try:
+            await self._life.client.generate(prefill_body(prompt, rid=self._life.next_rid(), cache_key=cache_key))
+        except BaseException:
+            del self._prompts[cache_key]  # this sample may come again, and computes it then
+            raise
+        finally:
+            computed.set()  # also when it is not: whoever waits goes on without
 
 
 def check_request(request: GenerationRequest, *, vocab_size: int, max_length: int) -> int:

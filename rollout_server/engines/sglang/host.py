@@ -147,8 +147,8 @@ class ChildHost:
 
     async def _kill(self) -> None:
         if self._child is not None:
-            await self._child.kill()  # called off half way, it is done again at close
-            self._child = None
+            await self._child.kill()
+            self._child = None  # only now: a stop that is called off is made good by `close`
         await asyncio.to_thread(shutil.rmtree, self._scratch, ignore_errors=True)
 
 
@@ -203,17 +203,17 @@ class UrlHost:
     async def _check_keys(self, client: Client) -> None:
         url = self._config.engine_url
         try:
-            await client.flush_cache(keyless=True)
+            await client.abort_all(keyless=True)
             open_to_all = True
         except CallRefused as refused:
-            open_to_all = refused.status not in UNAUTHORIZED  # 400: it has samples under way, and would have done it
+            open_to_all = refused.status not in UNAUTHORIZED
         if open_to_all:
             raise ConfigError(
                 f"engine_url = {url}: it takes new weights from anybody: start SGLang with --admin-api-key KEY and"
                 " give the same as --engine-admin-key"
             )
         try:
-            await client.flush_cache()
+            await client.abort_all()  # of a server that was here before
         except CallRefused as refused:
             if refused.status in UNAUTHORIZED:
                 raise ConfigError(

@@ -28,6 +28,8 @@ class Life:
     client: Client
     info: ServerInfo
     admission: Admission
+    tokens_before: float
+    """What SGLang's count of decoded tokens lacks to be a count over all lives."""
     condemned: asyncio.Future[EngineFailure] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """Done when this life is over, with what to tell."""
     sampling: Version | None = None
@@ -39,9 +41,8 @@ class Life:
     swaps: int = 0
     standing: bool = False
     """While weights are exchanged: nothing is sampled, and that is right."""
-    decoded_before: float = 0.0
-    """SGLang's count of decoded tokens when this life began."""
     decoded: float = 0.0
+    """That count, as of the last poll."""
     _rids: Any = field(default_factory=itertools.count)
     _rid_prefix: str = field(default_factory=lambda: secrets.token_hex(4))
 
@@ -58,6 +59,15 @@ class Life:
     def next_rid(self) -> str:
         """Name a request: all as long as each other, so that none begins with another."""
         return f"{self._rid_prefix}{next(self._rids):012x}"
+
+    @property
+    def cache_key(self) -> str:
+        """Requests share prompts within it only: computed by these weights, in this life.
+
+        A retracted sample keeps the key it came with, and its prompt is computed again by the new weights under it: so
+        a version's name alone, loaded once more in another life, would find what is not its own.
+        """
+        return f"{self._rid_prefix}-{self.sampling}"
 
     def has_passed(self, version: Version) -> None:
         """Let go what was held back for its sake."""

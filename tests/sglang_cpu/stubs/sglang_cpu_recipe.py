@@ -24,6 +24,8 @@ class DeclareOperators(MetaPathFinder):
         sys.meta_path.remove(self)
         import torch
 
+        if torch.version.cuda is not None:  # a build with CUDA, run on a CPU: torchvision finds its operators there
+            return
         library = torch.library.Library("torchvision", "DEF")
         library.define("nms(Tensor dets, Tensor scores, float iou_threshold) -> Tensor")
         library.define("qnms(Tensor dets, Tensor scores, float iou_threshold, float scale, int zero_point) -> Tensor")

@@ -33,13 +33,13 @@ def states(desk: Desk) -> dict[int, tuple[State, str]]:
 
 def test_a_server_that_fits_is_welcomed_and_told_of_the_newest_weights():
     desk = make_desk(heartbeat_s=0.5)
-    desk.coordinator.announce(ready(3))
+    desk.coordinator.weights.announce(ready(3))
     desk.join("north", live=None)
     (welcome,) = desk.channel.to(b"north", Welcome)
     assert (welcome.session, welcome.run_id, welcome.incarnation) == ("north-session", RUN_ID, 1)
     assert (welcome.keep, welcome.heartbeat_s, welcome.liveness_s) == ((), 0.5, 4.0)
     assert [type(message) for _, message in desk.channel.sent] == [Welcome, WeightsReady], "in this order"
-    desk.coordinator.announce(ready(4))
+    desk.coordinator.weights.announce(ready(4))
     assert [message.version.policy_version for message in desk.channel.to(b"north", WeightsReady)] == [3, 4]
 
 

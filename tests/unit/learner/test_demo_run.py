@@ -18,6 +18,7 @@ from learner.config import LearnerConfig
 from learner.demo import pair, run
 from learner.demo.recipes import cpu_has_bf16, recipes, to_toml, write_jsonl
 from learner.demo.run import DemoOptions, describe_summary, write_run
+from protocol.errors import ConfigError
 from protocol.settings import load_settings
 from rollout_server.config import ServerConfig
 
@@ -70,9 +71,29 @@ def test_the_recipes(task: str, expected: dict[str, Any], tmp_path: Path) -> Non
     assert len(Path(learner.eval_dataset).read_text().splitlines()) == {"add": 192, "sort": 300}[task]
 
 
+@pytest.mark.parametrize("engine", ["auto", "transformers", "sglang"])
+def test_the_server_is_told_the_engine_and_sglang_its_share_of_the_memory(engine: Any, tmp_path: Path) -> None:
+    write_run(recipes()["sort"], DemoOptions(engine=engine), run_dir=tmp_path, model=tmp_path, port=1)
+    server = load_settings(ServerConfig, ["--config", str(tmp_path / "server.toml")], prog="s")
+    assert server.engine == engine
+    assert server.sglang == ({"mem-fraction-static": 0.1, "max-total-tokens": 20000} if engine == "sglang" else {})
+
+
+def test_the_interpreter_of_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run._server_python(DemoOptions()) == sys.executable
+    (tmp_path / "bin").mkdir()
+    (tmp_path / "bin" / "python").symlink_to(sys.executable)
+    monkeypatch.chdir(tmp_path)
+    assert run._server_python(DemoOptions(server_python=Path("bin/python"))) == str(tmp_path / "bin" / "python")
+    with pytest.raises(ConfigError, match=r"^server_python bin/none: no program is there; name a python with headway"):
+        run.demo(["--task", "sort", "--server-python", "bin/none"], prog="headway-learner demo")
+
+
 def test_toml_and_back() -> None:
     values = {"a": 1e-5, "b": True, "c": ["\n", 'say "x"', "é\\"], "d": 0.0, "e": [], "f": "/a b/c", "g": 3}
     assert tomllib.loads(to_toml(values)) == values
+    nested = {"t": {"tp-size": 2, "x": [1]}, "after": 1}
+    assert tomllib.loads(to_toml(nested)) == nested
 
 
 def test_jsonl(tmp_path: Path) -> None:
@@ -251,9 +272,12 @@ def test_the_command_from_end_to_end_with_stand_ins(
     monkeypatch.setenv("OMP_NUM_THREADS", "")
     (tmp_path / "cache" / "sort" / "model").mkdir(parents=True)
     argv = ["--task", "sort", "--run-name", "r", "--output-dir", str(tmp_path), "--cache-dir", str(tmp_path / "cache")]
+    argv += ["--engine", "sglang", "--server-python", "/bin/sh"]
     assert run.demo(argv, prog="headway-learner demo") == 0
     assert os.environ["OMP_NUM_THREADS"] == "1"
     ((server, learner),) = calls
+    assert server[0] == "/bin/sh"
+    assert learner[0] == sys.executable
     assert server[1:] == ["-m", "rollout_server", "--config", str(tmp_path / "r" / "server.toml")]
     assert learner[1:] == ["-m", "learner", "train", "--config", str(tmp_path / "r" / "learner.toml")]
     shown = capsys.readouterr().out

@@ -179,3 +179,13 @@ def test_release_and_answered_let_go_once():
     fleet.answered(b"north", "g1")
     fleet.answered(b"gone", "g1")
     assert (fleet.holder("g1"), north.samples) == (None, 0)
+
+
+def test_a_server_that_lost_its_weights_is_joining_again():
+    fleet = Fleet(Lineage([(1, 0)]), liveness_s=4.0)
+    server = fleet.join(b"north", make_hello("north", live=Version(1, 3)), 0.0)
+    assert fleet.health(server, 0.0) is Health.HEALTHY
+    fleet.lost_weights(b"north")
+    assert fleet.health(server, 0.0) is Health.JOINING
+    assert fleet.choose(min_policy_version=0, samples=1, now_s=0.0) is None
+    assert fleet.went_live(b"north", Version(1, 2)), "an older version than the one that was lost is a version"

@@ -45,7 +45,7 @@ class Steps:
 
     async def wait_previous(self) -> None: ...
 
-    def start(self, version: Any) -> None:
+    def start(self, version: Any, canaries: object) -> None:
         self.published.append(version.policy_version)
 
     def step(self, batch: Batch, result: StepResult, timer: Any, *, learning_rate: float) -> None:

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from learner.batch import Batch, StepResult
@@ -22,6 +23,7 @@ from learner.loops import (
     evaluate_loop,
     handle,
     lease_loop,
+    measure_canaries,
     receive_loop,
     stock_loop,
     train_loop,
@@ -517,6 +519,62 @@ def test_no_server_for_server_wait_s_ends_the_loop():
     on_stage(scenario, server_wait_s=30.0)
 
 
+# canaries
+
+CANARIES = np.arange(6, dtype=np.int32).reshape(2, 3)
+
+
+@pytest.mark.parametrize("asked", [True, False])
+def test_canaries_are_computed_after_the_weights_change_where_an_engine_asks_for_them(asked):
+    async def scenario(stage):
+        stage.desk.coordinator.canary_tokens = CANARIES
+        stage.desk.join("south", canaries=asked)
+        await stage.answer_all()
+        async with stage.running(stage.form_batches):
+            await asyncio.wait_for(stage.train(), 10)
+        about = [line for line in stage.story if line.startswith(("optimizer", "canaries", "publish"))]
+        if not asked:
+            assert about == ["optimizer_step 1", "publish 1.1"]
+            assert stage.publisher.canaries == [None]
+            return
+        assert about == ["optimizer_step 1", "canaries 1", "publish 1.1"]
+        (canaries,) = stage.publisher.canaries
+        assert canaries.tokens is CANARIES
+        assert canaries.logprobs.tolist() == [[-1.0, -1.0]] * 2
+
+    on_stage(scenario, max_steps=1)
+
+
+def test_canaries_are_computed_for_versions_that_are_published_only():
+    async def scenario(stage):
+        desk = stage.desk
+        desk.coordinator.canary_tokens = CANARIES
+        desk.join("south", canaries=True)
+        async with stage.running(stage.form_batches, lambda: accept_loop(desk.arrivals, stage.waits)):
+            training = asyncio.ensure_future(stage.train())
+            while not training.done():
+                await stage.answer_all()
+                await asyncio.sleep(0.1)
+        assert [line for line in stage.story if line.startswith(("canaries", "publish"))] == [
+            "canaries 2", "publish 1.2", "canaries 3", "publish 1.3"
+        ]  # fmt: skip
+
+    on_stage(scenario, max_steps=3, weight_sync_steps=2, max_staleness=3)
+
+
+def test_the_first_version_has_canaries_whoever_is_there():
+    async def scenario(stage):
+        coordinator = stage.desk.coordinator
+        assert await measure_canaries(coordinator, stage.trainer, stage.compute, always=True) is None, "no sequences"
+        coordinator.canary_tokens = CANARIES
+        assert await measure_canaries(coordinator, stage.trainer, stage.compute) is None
+        first = await measure_canaries(coordinator, stage.trainer, stage.compute, always=True)
+        assert first is not None
+        assert first.logprobs.shape == (2, 2)
+
+    on_stage(scenario)
+
+
 # receive_loop
 
 
@@ -687,7 +745,7 @@ def test_another_protocol_version_is_told_which_side_to_update():
         await hear(stage, VersionMismatch("the message is of protocol version 9"), peer=b"new")
         (refused,) = stage.desk.channel.to(b"new", Refused)
         assert refused.code == "protocol_version"
-        assert refused.reason == "the message is of protocol version 9; the learner speaks 1: update the older side"
+        assert refused.reason == "the message is of protocol version 9; the learner speaks 2: update the older side"
 
     on_stage(scenario)
 

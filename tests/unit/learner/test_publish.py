@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 import learner.publish as publish_module
+from learner.canaries import Canaries
 from learner.publish import BUFFERS, Publisher
 from protocol.errors import WeightsError
 from protocol.messages import WeightsReady
@@ -285,5 +286,42 @@ def test_a_train_loop_cancelled_while_it_waits_leaves_the_publishing_intact(tmp_
         bench.source.gate.set()
         await bench.publisher.wait_previous()
         await bench.until(lambda: bench.versions() == [1])
+
+    on_bench(tmp_path, scenario)
+
+
+# --- canaries
+
+
+def canaries(policy_version: int) -> Canaries:
+    logprobs = np.full((2, 3), -policy_version, np.float32)
+    return Canaries(tokens=np.arange(8, dtype=np.int32).reshape(2, 4), logprobs=logprobs)
+
+
+def test_a_version_is_announced_with_its_canaries(tmp_path):
+    async def scenario(bench):
+        await bench.publish(0)
+        bench.publisher.start(Version(1, 1), canaries(1))
+        await bench.publisher.wait_previous()
+        await bench.until(lambda: bench.publisher.published == 2)
+        without, ready = bench.announced
+        assert without.canary_tokens is without.canary_logprobs is None
+        assert ready.canary_tokens.tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
+        assert ready.canary_logprobs.tolist() == [[-1.0] * 3] * 2
+
+    on_bench(tmp_path, scenario)
+
+
+def test_a_version_that_is_held_back_keeps_its_own_canaries(tmp_path):
+    async def scenario(bench):
+        bench.publisher.hold(0)
+        for version in (1, 2):
+            bench.publisher.start(Version(1, version), canaries(version))
+            await bench.publisher.wait_previous()
+            await bench.until(lambda version=version: bench.publisher.published == version)
+        assert bench.announced == []
+        bench.publisher.release()
+        (ready,) = bench.announced
+        assert (ready.version, ready.canary_logprobs[0, 0]) == (Version(1, 2), -2.0)
 
     on_bench(tmp_path, scenario)

@@ -21,7 +21,7 @@ from learner.recorder import Recorder, StepTimer, server_view
 from learner.rundir import RunDirectory
 from learner.stats import RunStats
 from protocol.loop_lag import LoopLag
-from protocol.messages import Purpose, ServerStatus
+from protocol.messages import Purpose, ServerStatus, WeightsLive
 from protocol.versions import Version
 from tests.factories import make_batch, make_group
 from tests.learners import Clock, Desk, FakeCompute, make_config, make_desk, run
@@ -102,7 +102,8 @@ def test_a_timer_adds_up_stages_and_the_whole():
         raise ValueError("counted all the same")
     clock.now_s += 0.5
     assert timer.timings == {
-        "wait_s": 6.0, "forward_backward_s": 0.0, "wait_publish_s": 0.0, "optimizer_s": 0.0, "journal_s": 1.0
+        "wait_s": 6.0, "forward_backward_s": 0.0, "wait_publish_s": 0.0, "optimizer_s": 0.0, "canaries_s": 0.0,
+        "journal_s": 1.0,
     }  # fmt: skip
     assert timer.elapsed_s == 7.5
 
@@ -321,3 +322,20 @@ def test_a_server_as_it_is_shown():
     server.live = None
     view = server_view(server, Health.JOINING, desk.clock())
     assert (view.samples_running, view.policy_version) == (5, None)
+
+
+def test_a_row_says_what_servers_found_of_the_newest_weights(tmp_path):
+    with office(tmp_path) as o:
+        server = o.desk.join(live=None)
+        o.recorder.step(make_batch(step=1), GOOD, StepTimer(o.desk.clock), learning_rate=1e-4)
+        live = WeightsLive(version=Version(1, 0), pause_s=0.5, check_s=1.5, mismatch_kl=0.25, mismatch=0.125)
+        o.desk.coordinator.weights.handle(server, live)
+        timer = StepTimer(o.desk.clock)
+        with timer.measure("canaries_s"):
+            o.desk.clock.now_s += 0.25
+        o.recorder.step(make_batch(step=2), GOOD, timer, learning_rate=1e-4)
+    before, after = o.rows()
+    assert not {"mismatch_kl", "mismatch_logprob", "weights/pause_s", "weights/check_s"} & before.keys()
+    assert (after["mismatch_kl"], after["mismatch_logprob"]) == (0.25, 0.125)
+    assert (after["weights/pause_s"], after["weights/check_s"]) == (0.5, 1.5)
+    assert (before["perf/canaries_s"], after["perf/canaries_s"]) == (0.0, 0.25)

@@ -17,6 +17,7 @@ TIMINGS = {
     "forward_backward_s": 1.0,
     "wait_publish_s": 0.25,
     "optimizer_s": 0.1,
+    "canaries_s": 0.05,
     "journal_s": 0.01,
 }
 
@@ -280,3 +281,35 @@ def test_counters_that_overlap_never_make_idle_negative():
 def test_eval_points_are_labelled_with_their_versions():
     assert EvalPoint(step=10, reward=0.5, oldest=10, newest=10).label == "v10"
     assert EvalPoint(step=10, reward=0.5, oldest=9, newest=11).label == "v9-11"
+
+
+# --- prompts, cache, restarts
+
+
+def caching(wall_s: float, prompt: int, cached: int, *, kv_usage: float = 0.0, restarts: int = 0) -> ServerStatus:
+    return ServerStatus(
+        wall_s=wall_s, prompt_tokens=prompt, cached_prompt_tokens=cached, kv_usage=kv_usage, engine_restarts=restarts
+    )
+
+
+def test_the_cached_share_of_prompts_is_of_the_time_since_the_last_row():
+    meter = ServerMeter()
+    meter.read([server("a", status=caching(1.0, 100, 0)), server("b", status=caching(1.0, 50, 50))], 1.0)
+    row = meter.read([server("a", status=caching(2.0, 200, 75)), server("b", status=caching(2.0, 150, 125))], 1.0)
+    assert row["rollout/cached_prompt_ratio"] == pytest.approx((75 + 75) / 200)
+    row = meter.read([server("a", status=caching(3.0, 200, 75))], 1.0)
+    assert math.isnan(row["rollout/cached_prompt_ratio"]), "no prompt was begun"
+
+
+def test_restarts_are_counted_since_the_last_row():
+    meter = ServerMeter()
+    meter.read([server(status=caching(1.0, 0, 0, restarts=1))], 1.0)
+    assert meter.read([server(status=caching(2.0, 0, 0, restarts=3))], 1.0)["rollout/engine_restarts"] == 2
+    assert meter.read([server(status=caching(3.0, 0, 0, restarts=3))], 1.0)["rollout/engine_restarts"] == 0
+
+
+def test_kv_usage_is_that_of_the_fullest_cache_of_those_that_know():
+    meter = ServerMeter()
+    servers = [server(name, status=caching(1.0, 0, 0, kv_usage=u)) for name, u in (("a", 0.25), ("b", 0.75), ("c", 0))]
+    assert meter.read([*servers, server("d")], 1.0)["rollout/kv_usage"] == 0.75
+    assert math.isnan(meter.read([servers[2]], 1.0)["rollout/kv_usage"])

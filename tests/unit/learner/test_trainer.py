@@ -372,3 +372,50 @@ def test_the_size_of_a_checkpoint_is_known_before_the_first(make, tmp_path):
         (tmp_path / "checkpoint" / name).stat().st_size for name in ("model.safetensors", "optimizer.safetensors")
     )
     assert 0.8 * written < trainer.checkpoint_bytes < 1.2 * written
+
+
+# --- canaries
+
+
+def plain_logprobs(trainer: Trainer, tokens: np.ndarray) -> np.ndarray:
+    """What the model itself says, without packing and chunks."""
+    ids = torch.from_numpy(tokens.astype(np.int64))
+    with torch.no_grad():
+        logits = trainer._model(input_ids=ids).logits.float()
+    return logits.log_softmax(-1)[:, :-1].gather(-1, ids[:, 1:, None]).squeeze(-1).numpy()
+
+
+@pytest.mark.parametrize("options", [{}, {"share_prefix": False}, {"token_budget": 5}], ids=str)
+def test_canary_logprobs_are_those_of_the_model(make, options):
+    trainer = make(**options)
+    tokens = np.random.default_rng(0).integers(0, VOCAB_SIZE, (7, 9)).astype(np.int32)
+    logprobs = trainer.canary_logprobs(tokens)
+    assert (logprobs.shape, logprobs.dtype) == ((7, 8), np.float32)
+    plain = make(share_prefix=False)
+    np.testing.assert_allclose(logprobs, plain_logprobs(plain, tokens), atol=1e-4)
+
+
+def test_canaries_leave_gradients_and_weights_alone_and_follow_the_weights(make):
+    trainer = make(learning_rate=1e-2)
+    tokens = np.array([[5, 6, 7], [8, 9, 10]], np.int32)
+    before = trainer.canary_logprobs(tokens)
+    assert trainer.forward_backward(batch_of()).finite
+    gradients = {name: p.grad.clone() for name, p in trainer._parameters.items() if p.grad is not None}
+    assert np.array_equal(trainer.canary_logprobs(tokens), before)
+    assert all(torch.equal(trainer._parameters[name].grad, gradient) for name, gradient in gradients.items())
+    trainer.optimizer_step()
+    assert np.abs(trainer.canary_logprobs(tokens) - before).max() > 1e-4
+
+
+def test_canaries_of_two_tokens_are_the_shortest(make):
+    logprobs = make().canary_logprobs(np.array([[5, 6]] * 3, np.int32))
+    assert logprobs.shape == (3, 1)
+    assert (logprobs < 0).all()
+
+
+def test_canaries_are_computed_as_the_run_computes(make):
+    tokens = np.arange(40, dtype=np.int32).reshape(2, 20) % VOCAB_SIZE
+    exact, rounded = make().canary_logprobs(tokens), make(autocast="bfloat16").canary_logprobs(tokens)
+    assert rounded.dtype == np.float32
+    difference = np.abs(exact - rounded).max()
+    assert 0 < difference < 0.25

@@ -9,7 +9,7 @@ import pytest
 
 from protocol.codec import MAX_FRAME_BYTES, MAX_FRAMES, MAX_HEADER_BYTES, SMALL_BYTES, decode, encode
 from protocol.errors import MalformedMessage, ProtocolError, VersionMismatch
-from protocol.messages import Fault, Group, Hello, Lease, Ping, WeightsChunk
+from protocol.messages import Fault, Group, Hello, Lease, Ping, WeightsChunk, WeightsReady
 from protocol.versions import PROTOCOL_VERSION, Version
 from tests.factories import make_group, make_lease
 
@@ -325,3 +325,35 @@ def test_no_reference_to_a_message_is_kept():
         frame.append(0)  # the decoded array holds it
     del message
     frame.append(0)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "logprobs", "shapes"),
+    [
+        ((2, 3), None, r"canary_tokens \(2, 3\), canary_logprobs None"),
+        (None, (2, 2), r"canary_tokens None, canary_logprobs \(2, 2\)"),
+        ((2, 3), (2, 3), r"canary_tokens \(2, 3\), canary_logprobs \(2, 3\)"),
+        ((6,), (5,), r"canary_tokens \(6,\), canary_logprobs \(5,\)"),
+    ],
+)
+def test_canaries_without_a_logprob_for_every_token_but_the_first_are_refused(tokens, logprobs, shapes):
+    with pytest.raises(ValueError, match=f"{shapes}: expected"):
+        WeightsReady(
+            version=Version(1, 7),
+            manifest=np.zeros(1, np.uint8),
+            addresses=(),
+            canary_tokens=None if tokens is None else np.zeros(tokens, np.int32),
+            canary_logprobs=None if logprobs is None else np.zeros(logprobs, np.float32),
+        )
+
+
+def test_canaries_that_do_not_fit_are_no_message():
+    good = WeightsReady(
+        version=Version(1, 7), manifest=np.zeros(1, np.uint8), addresses=(), canary_tokens=np.zeros((2, 3), np.int32),
+        canary_logprobs=np.zeros((2, 2), np.float32),
+    )  # fmt: skip
+    frames = [bytes(frame) for frame in encode(good)]
+    header = msgspec.msgpack.decode(frames[0])
+    header["canary_logprobs"] = ["<f4", 1, 4]
+    with pytest.raises(MalformedMessage, match=r"canary_logprobs \(1, 4\): expected \[N, L\] and \[N, L - 1\]"):
+        decode([msgspec.msgpack.encode(header), *frames[1:]])

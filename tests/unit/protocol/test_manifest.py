@@ -5,6 +5,7 @@ import subprocess
 import sys
 from typing import Any
 
+import msgspec
 import pytest
 
 from protocol.errors import MalformedMessage
@@ -15,6 +16,7 @@ from protocol.weights.manifest import (
     Manifest,
     TensorEntry,
     TensorSpec,
+    content_digest,
     digest,
     new_hasher,
     schema_digest,
@@ -155,3 +157,34 @@ def test_schema_digest_ignores_order_and_dtype_only() -> None:
 def test_the_weights_packages_load_no_torch() -> None:
     code = "import sys, protocol.weights.transfer; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+def test_the_content_digest_is_of_the_tensors_and_of_nothing_else() -> None:
+    manifest = make_manifest()
+    content = content_digest(manifest)
+    assert len(content) == 32
+    assert content_digest(msgspec.structs.replace(manifest, version=Version(9, 9))) == content
+    assert content_digest(msgspec.structs.replace(manifest, tensors=manifest.tensors[::-1])) == content
+    assert content_digest(Manifest.from_json(manifest.to_json())) == content
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"spec": TensorSpec("c", "F32", (2, 3))},
+        {"spec": TensorSpec("a", "I32", (2, 3))},
+        {"spec": TensorSpec("a", "F32", (3, 2))},
+        {"digest": digest("xxh3_128", b"other")},
+    ],
+)
+def test_another_tensor_is_another_content(changed: dict[str, Any]) -> None:
+    manifest = make_manifest()
+    first, *others = manifest.tensors
+    assert first.spec.name == "a"
+    tensors = (msgspec.structs.replace(first, **changed), *others)
+    assert content_digest(msgspec.structs.replace(manifest, tensors=tensors)) != content_digest(manifest)
+
+
+def test_digests_of_different_algorithms_never_make_the_same_content() -> None:
+    manifest = make_manifest()
+    assert content_digest(msgspec.structs.replace(manifest, algorithm="blake3")) != content_digest(manifest)

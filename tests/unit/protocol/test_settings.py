@@ -151,6 +151,55 @@ def test_a_later_table_replaces_a_free_one_whole(toml: TomlWriter) -> None:
     assert load("--config", first, "--config", second).table == {"c": 3}
 
 
+@pytest.mark.parametrize(
+    ("words", "value"),
+    [
+        ([], True), (["2"], 2), (["-1"], -1), (["0.5"], 0.5), (["1e-3"], 1e-3), (["true"], True), (["false"], False),
+        (["fa3"], "fa3"), (['"2"'], "2"), (["a", "2"], ["a", 2]), ([""], ""), (["-"], "-"), (["null"], "null"),
+        (['{"a": 1}'], '{"a": 1}'), (["NaN"], "NaN"), (["Infinity"], "Infinity"), (["007"], "007"), (["a=b"], "a=b"),
+    ],
+)  # fmt: skip
+def test_the_flag_of_a_tables_key(words: list[str], value: Any) -> None:
+    table = load("--name", "n", "--table.tp-size", *words, "--stop", "x").table
+    assert table == {"tp-size": value}
+    assert type(table["tp-size"]) is type(value)
+
+
+def test_flags_of_keys_are_collected_and_the_words_around_them_stay() -> None:
+    config = load("--table.a", "1", "--name", "n", "--table.b=x=y", "--table.c", "--no-shuffle", "--table.a=2")
+    assert config == Config(name="n", shuffle=False, table={"b": "x=y", "c": True, "a": 2})
+    assert load("--table.enable_it", "--table.enable-it", "false").table == {"enable-it": False}
+    assert load("--table.a.b", "1").table == {"a.b": 1}
+
+
+def test_flags_of_keys_merge_over_the_whole_table(toml: TomlWriter) -> None:
+    file = toml("[table]\na = 1\ntp_size = 1\nc = 'x'")
+    assert load("--config", file, "--table.tp-size", "2").table == {"a": 1, "c": "x", "tp-size": 2}
+    assert load("--table.b", "3", "--config", file, "--table", '{"b": 1, "d": 2}').table == {"d": 2, "b": 3}
+
+
+def test_the_keys_of_other_tables_and_of_sections(capsys: pytest.CaptureFixture[str]) -> None:
+    class Numbers(Section):
+        per_row: dict[str, int] = Field(default_factory=lambda: {"a": 1})
+        """Counts."""
+
+    class Nested(Section):
+        numbers: Numbers = Field(default_factory=Numbers)
+        """Some."""
+
+    def read(*argv: str) -> Nested:
+        return load_settings(Nested, argv, prog="try")
+
+    assert read("--numbers.per-row.b", "2").numbers.per_row == {"a": 1, "b": 2}
+    assert read("--numbers.per_row.a", "2").numbers.per_row == {"a": 2}
+    with pytest.raises(ConfigError, match=r"^--numbers.per-row.b few: must be a valid integer$"):
+        read("--numbers.per-row.b", "few")
+    with pytest.raises(SystemExit):
+        load("--table.a", "1", "--help")
+    shown = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "Anything. Whole, or key by key: --table.KEY VALUE." in shown
+
+
 def test_a_flag_resets_an_optional_value_of_a_file(toml: TomlWriter) -> None:
     file = toml("limit = 2.0")
     assert load("--config", file, "--limit", "none").limit is None
@@ -212,6 +261,10 @@ def test_what_a_file_gets_wrong(toml: TomlWriter, text: str, complaint: str) -> 
         (["--weights", "1", "x"], "--weights 1 x: item 1: must be a valid number"),
         (["--table", "size=3"], "--table size=3: Invalid JSON"),
         (["--table", "[1]"], "--table [1]: must be an object"),
+        (["--table.", "1"], "--table.: names no key of table; write --table.KEY VALUE"),
+        (["--table.a", "1", "-x"], '"-x" belongs to no flag'),
+        (["--tabel.a", "1"], "unknown flag --tabel.a; did you mean --table?"),
+        (["--engine.speed", "1"], "unknown flag --engine.speed; did you mean --engine.speed-s?"),
         (["--mode", "fast", "--max-staleness", "0"], "mode 'fast' needs max_staleness above 0"),
         (["--config"], "--config: takes one TOML file, got none"),
         (["--config", "--name", "x"], "--config: takes one TOML file, got none"),

@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from protocol.channel import Listener
 from protocol.loop_lag import LoopLag
-from protocol.messages import Ack, AckStatus, AnyMessage, Group, Hello, Ping, Welcome
+from protocol.messages import Ack, AckStatus, AnyMessage, Group, Hello, Ping, WeightsStaged, WeightsSwap, Welcome
 from protocol.testing import MemoryNetwork
 from protocol.versions import Version
 from protocol.waits import Waits
@@ -41,13 +41,14 @@ LOOPS = (control_loop, report_loop, heartbeat_loop)
 
 
 class FakeLearner:
-    """Hears one server at a time. `heard` keeps everything, Pings too."""
+    """Hears one server at a time, and gives it every turn at once. `heard` keeps everything, Pings too."""
 
     def __init__(self, listener: Listener, network: MemoryNetwork | None = None) -> None:
         self.listener = listener
         self.heard: list[AnyMessage] = []
         self.peer = b""
         """Who spoke last: the newest connection."""
+        self.turns = True
         self._network = network
 
     async def hears(self, kind: type[M], where: Callable[[M], bool] = lambda message: True) -> M:
@@ -57,6 +58,9 @@ class FakeLearner:
                 self.peer, message = await self.listener.recv()
                 assert not isinstance(message, Exception), message
                 self.heard.append(message)
+                if self.turns and isinstance(message, WeightsStaged):
+                    self.send(WeightsSwap(version=message.version))
+                    continue
                 if isinstance(message, kind) and where(message):
                     return message
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from types import SimpleNamespace
 from typing import cast
 
 from protocol.loop_lag import LoopLag
@@ -25,14 +26,15 @@ async def _answers_to(lease: Lease, *again: object) -> list[Group]:
     """Let a server work on a lease for a while, then hear `again` in one burst; return the groups it sends."""
     network = MemoryNetwork()
     learner, dialer = network.listener(), network.dialer("server")
+    weights = SimpleNamespace(welcomed=lambda: None)
     groups: list[Group] = []
     async with ScriptedEngine(ScriptedOptions(token_s=1.0, length_sigma=0.0, mean_length=5), room=4) as engine:
         await engine.load_weights(StagedWeights(version=INITIAL, path=Path()))
         async with asyncio.TaskGroup() as tasks:
             parts = Parts(
                 name="server", address="memory", dialer=dialer, engine=engine, scorer=ScriptedScorer(),
-                reward_weights=(1.0,), decode=lambda tokens: "", weights=cast("WeightsReceiver", None), tasks=tasks,
-                waits=Waits(), lag=LoopLag(),
+                reward_weights=(1.0,), decode=lambda tokens: "", weights=cast("WeightsReceiver", weights),
+                tasks=tasks, waits=Waits(), lag=LoopLag(),
             )  # fmt: skip
             parts.welcome = Welcome(session="1", run_id=RUN_ID, incarnation=1)
             handle(parts, lease)

@@ -17,7 +17,7 @@ from protocol.completions import Completion
 from protocol.messages import FinishReason, Sampling
 from protocol.versions import Version
 from rollout_server.config import ScriptedOptions
-from rollout_server.engines.base import EngineFailure, GenerationRequest, StagedWeights
+from rollout_server.engines.base import EngineFailure, GenerationRequest, LoadReport, StagedWeights
 from rollout_server.engines.scripted import ScriptedEngine
 from rollout_server.engines.scripted_batch import Outcome, ScriptedBatch, ScriptedJob
 from tests.virtual_time import run_virtual
@@ -195,7 +195,7 @@ def test_spans_are_exact_across_loads_and_pauses() -> None:
         task = asyncio.create_task(engine.generate(request(generations=1, length=10)))
         await at(begin + 0.25)
         old_tokens = engine.status().tokens_generated
-        assert await engine.load_weights(weights(V1)) == 1.0
+        assert await engine.load_weights(weights(V1)) == LoadReport(pause_s=1.0)
         assert (engine.live, now(), old_tokens) == (V1, pytest.approx(begin + 1.25), 2)
         await at(begin + 1.64)  # 2.5 steps before the pause and 3.9 after it
         await engine.load_weights(weights(V2))

@@ -15,8 +15,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+import rollout_server.engines.decode
 from protocol.errors import ConfigError
 from protocol.identity import tokenizer_digest
+from protocol.waits import Waits
 from rollout_server.config import ScriptedOptions, ServerConfig
 from rollout_server.engines import create_engine
 from rollout_server.engines import transformers as engine_module
@@ -80,6 +82,31 @@ def test_weights_that_do_not_fit_change_nothing(
                 await engine.load_weights(StagedWeights(version=V1, path=write(tiny_model_dir, tmp_path)))
             assert engine.live == V0
             check_against_plain(plain_model(tiny_model_dir), request(), await engine.generate(request()))
+
+    run(case())
+
+
+def test_a_copy_that_fails_half_way_is_a_loss(tiny_model_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async def case() -> None:
+        async with TransformersEngine(
+            tiny_model_dir, room=2, max_model_length=64, dtype="float32", device="cpu"
+        ) as engine:
+            weights = StagedWeights(version=V0, path=tiny_model_dir / "model.safetensors")
+            await engine.load_weights(weights)
+            lost = asyncio.ensure_future(engine.lost.wait())
+            await asyncio.sleep(0)
+
+            def fail(*tensors: object) -> None:
+                raise RuntimeError("out of memory")
+
+            monkeypatch.setattr(rollout_server.engines.decode, "copy_weights", fail)
+            with pytest.raises(EngineFailure, match=r"weights 1\.\d could not be copied: out of memory"):
+                await engine.load_weights(weights)
+            assert engine.live is None
+            await asyncio.wait_for(lost, 10)
+            monkeypatch.undo()
+            await engine.load_weights(weights)
+            assert engine.live == V0
 
     run(case())
 
@@ -247,9 +274,9 @@ def test_the_decoder_skips_special_tokens_and_keeps_spaces(tiny_model_dir: Path)
 def test_create_engine_follows_the_configuration(tiny_model_dir: Path) -> None:
     from rollout_server.engines.scripted import ScriptedEngine
 
-    scripted = create_engine(ServerConfig(engine="scripted", room=5, scripted=ScriptedOptions(vocab_size=9)))
+    scripted = create_engine(ServerConfig(engine="scripted", room=5, scripted=ScriptedOptions(vocab_size=9)), Waits())
     assert isinstance(scripted, ScriptedEngine)
     assert (scripted.info.room, scripted.info.vocab_size) == (5, 9)
-    assert isinstance(create_engine(ServerConfig(model=str(tiny_model_dir))), TransformersEngine)
+    assert isinstance(create_engine(ServerConfig(model=str(tiny_model_dir), device="cpu"), Waits()), TransformersEngine)
     with pytest.raises(ConfigError, match="model is empty: engine transformers needs"):
-        create_engine(ServerConfig())
+        create_engine(ServerConfig(device="cpu"), Waits())

@@ -16,14 +16,15 @@ import pytest
 
 import rollout_server.weights
 from protocol.errors import MalformedMessage, Superseded, WeightsError
-from protocol.messages import WeightsFailed, WeightsLive, WeightsReady
+from protocol.messages import WeightsFailed, WeightsLive, WeightsLost, WeightsReady, WeightsStaged, WeightsSwap
+from protocol.signals import Signal
 from protocol.versions import Version
 from protocol.waits import Waits
 from protocol.weights.layout import MappedWeights, build_manifest
-from protocol.weights.manifest import Manifest
+from protocol.weights.manifest import Manifest, content_digest
 from protocol.weights.transfer import FetchReport
-from rollout_server.engines.base import EngineFailure, StagedWeights
-from rollout_server.weights import RETRY_S, WeightsReceiver
+from rollout_server.engines.base import EngineFailure, LoadReport, StagedWeights
+from rollout_server.weights import RETRY_S, SWAP_S, TURN_AGAIN_S, Report, WeightsReceiver
 from tests.virtual_time import run_virtual
 from tests.weights import make_weights
 
@@ -73,34 +74,60 @@ class FakeFetcher:
         return REPORT
 
 
+LOADED = LoadReport(pause_s=0.5, check_s=0.25, checksum="fake:12", mismatch_kl=1e-4, mismatch=1e-2)
+
+
 class FakeEngine:
     """Takes weights when `gate` is open."""
 
     def __init__(self) -> None:
         self.live: Version | None = None
+        self.lost = Signal()
         self.loaded: list[StagedWeights] = []
         self.outcomes: list[EngineFailure] = []
         self.gate = asyncio.Event()
         self.gate.set()
+        self.dies = False
+        """As soon as it has loaded."""
 
-    async def load_weights(self, weights: StagedWeights) -> float:
+    def die(self) -> None:
+        """Have no weights any more."""
+        self.live = None
+        self.lost.notify()
+
+    async def load_weights(self, weights: StagedWeights) -> LoadReport:
+        assert weights.path.exists()
         self.loaded.append(weights)
         await self.gate.wait()
         if self.outcomes:
             raise self.outcomes.pop(0)
         self.live = weights.version
-        return 0.5
+        if self.dies:
+            self.die()
+        return LOADED
 
 
-@dataclass(frozen=True)
+@dataclass
 class Receiving:
-    """A receiver under test and what it talks to."""
+    """A receiver under test and what it talks to. Every turn comes at once, unless `turns` says otherwise."""
 
     receiver: WeightsReceiver
     engine: FakeEngine
     fetcher: FakeFetcher
     executor: HandExecutor
     ready: Callable[..., WeightsReady]
+    turns: bool = True
+    heard: asyncio.Queue[Report] = field(default_factory=asyncio.Queue)
+    """Reports, but those that a turn has answered."""
+
+    async def play_learner(self) -> None:
+        """Hear reports and give turns."""
+        while True:
+            report = await self.receiver.reports.get()
+            if self.turns and isinstance(report, WeightsStaged):
+                self.receiver.swap(WeightsSwap(version=report.version))
+            else:
+                self.heard.put_nowait(report)
 
     async def fetch_ends(self) -> None:
         """Let the receiver ask for a fetch, run it, and let the receiver act on it."""
@@ -109,9 +136,27 @@ class Receiving:
         self.executor.waiting.pop(0)()
         await asyncio.sleep(0.01)
 
-    async def report(self) -> WeightsLive | WeightsFailed:
+    async def report(self) -> Report:
         async with asyncio.timeout(SOON_S):
-            return await self.receiver.reports.get()
+            return await self.heard.get()
+
+    async def serve(self, policy_version: int) -> None:
+        """Bring a version live."""
+        self.receiver.announce(self.ready(policy_version))
+        await self.fetch_ends()
+        assert isinstance(await self.report(), WeightsLive)
+
+    async def stage(self, policy_version: int) -> None:
+        """Bring a version to where it waits for its turn."""
+        self.turns = False
+        self.receiver.announce(self.ready(policy_version))
+        await self.fetch_ends()
+        staged = await self.report()
+        assert isinstance(staged, WeightsStaged)
+        assert staged.version.policy_version == policy_version
+
+    def turn(self, policy_version: int, **fields: Any) -> None:
+        self.receiver.swap(WeightsSwap(version=Version(1, policy_version), **fields))
 
 
 Play = Callable[[Callable[[Receiving], Awaitable[None]]], None]
@@ -123,14 +168,18 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
     executor, fetcher = HandExecutor(), FakeFetcher()
     monkeypatch.setattr(rollout_server.weights, "ThreadPoolExecutor", lambda *args, **kwargs: executor)
     monkeypatch.setattr(rollout_server.weights, "WeightsFetcher", lambda **kwargs: fetcher)
-    manifest = build_manifest(Version(1, 0), make_weights(tmp_path / "published", seed=1), "xxh3_128")
+    first = build_manifest(Version(1, 0), make_weights(tmp_path / "published", seed=1), "xxh3_128")
 
-    def ready(policy_version: int, *addresses: str, incarnation: int = 1) -> WeightsReady:
+    def ready(
+        policy_version: int, *addresses: str, incarnation: int = 1, content: int | None = None, **fields: Any
+    ) -> WeightsReady:
+        """Announce a version; its content is as new as its number unless said otherwise."""
         version = Version(incarnation, policy_version)
-        announced = msgspec.structs.replace(manifest, version=version)
-        return WeightsReady(
-            version=version, manifest=np.frombuffer(announced.to_json(), np.uint8), addresses=addresses or ("ipc:///x",)
-        )
+        digest = f"{policy_version if content is None else content:032x}"
+        changed = msgspec.structs.replace(first.tensors[0], digest=digest)
+        announced = msgspec.structs.replace(first, version=version, tensors=(changed, *first.tensors[1:]))
+        text = np.frombuffer(announced.to_json(), np.uint8)
+        return WeightsReady(version=version, manifest=text, addresses=addresses or ("ipc:///x",), **fields)
 
     async def main(scenario: Callable[[Receiving], Awaitable[None]]) -> None:
         engine, waits = FakeEngine(), Waits(asyncio.get_running_loop().time)
@@ -141,10 +190,13 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
             directory=tmp_path / "staging",
             insecure_plaintext=False,
         )
-        loop = asyncio.create_task(receiver.loop())
-        await scenario(Receiving(receiver, engine, fetcher, executor, ready))
-        assert not loop.done(), "whatever happens to a version, the loop lives on"
-        loop.cancel()
+        r = Receiving(receiver, engine, fetcher, executor, ready)
+        loops = [asyncio.create_task(loop) for loop in (receiver.loop(), receiver.engine_loop(), r.play_learner())]
+        await asyncio.sleep(0)
+        await scenario(r)
+        assert not any(loop.done() for loop in loops), "whatever happens to a version, the loops live on"
+        for loop in loops:
+            loop.cancel()
 
     return lambda scenario: run_virtual(main(scenario))
 
@@ -161,7 +213,8 @@ def test_an_announced_version_is_fetched_loaded_and_reported(play: Play) -> None
         assert isinstance(report, WeightsLive)
         assert report.version == Version(1, 3)
         assert (report.transfer_s, report.verify_s, report.pause_s) == (0.25, 0.125, 0.5)
-        assert r.engine.live == Version(1, 3)
+        assert (report.check_s, report.checksum, report.mismatch_kl, report.mismatch) == (0.25, "fake:12", 1e-4, 1e-2)
+        assert r.engine.live == r.receiver.live == Version(1, 3)
         assert r.engine.loaded[0].path == r.fetcher.fetched[0][2]
 
     play(scenario)
@@ -229,7 +282,7 @@ def test_a_newer_announcement_calls_off_the_fetch_under_way(play: Play) -> None:
         assert isinstance(report, WeightsLive)
         assert report.version == Version(1, 3)
         assert [weights.version for weights in r.engine.loaded] == [Version(1, 3)], "never half a version"
-        assert r.receiver.reports.empty(), "being superseded is no failure"
+        assert r.heard.empty(), "being superseded is no failure"
         assert now_s() - begun_s < RETRY_S[0], "and no reason for a pause"
 
     play(scenario)
@@ -351,7 +404,8 @@ def test_a_swap_begun_for_another_run_is_not_reported_as_this_ones(play: Play, n
         r.receiver.announce(r.ready(next_version))
         r.engine.gate.set()
         await asyncio.sleep(0.1)
-        assert r.receiver.reports.empty(), "live are the weights of the run that was left"
+        assert r.heard.empty(), "live are the weights of the run that was left"
+        assert r.receiver.live is None
         await r.fetch_ends()
         report = await r.report()
         assert isinstance(report, WeightsLive)
@@ -380,5 +434,312 @@ def test_an_announcement_that_lies_is_refused_and_changes_nothing(
         r.receiver.announce(r.ready(1))
         await r.fetch_ends()
         assert r.engine.live == Version(1, 1)
+
+    play(scenario)
+
+
+# --- turns
+
+
+def test_nothing_is_swapped_before_the_turn(play: Play) -> None:
+    async def scenario(r: Receiving) -> None:
+        await r.serve(1)
+        await r.stage(2)
+        await asyncio.sleep(TURN_AGAIN_S - 1.0)
+        assert [weights.version.policy_version for weights in r.engine.loaded] == [1]
+        r.turn(2, checksums=("fake:34",))
+        report = await r.report()
+        assert isinstance(report, WeightsLive)
+        assert report.version == Version(1, 2)
+        assert r.engine.loaded[-1].checksums == ("fake:34",)
+
+    play(scenario)
+
+
+def test_the_engine_is_told_what_it_loads_and_what_to_try_it_on(play: Play) -> None:
+    async def scenario(r: Receiving) -> None:
+        tokens, logprobs = np.arange(6, dtype=np.int32).reshape(2, 3), np.zeros((2, 2), np.float32)
+        ready = r.ready(1, canary_tokens=tokens, canary_logprobs=logprobs)
+        r.receiver.announce(ready)
+        await r.fetch_ends()
+        (staged,) = r.engine.loaded
+        assert staged.canaries is not None
+        assert staged.canaries.tokens is tokens
+        assert staged.canaries.logprobs is logprobs
+        assert staged.digest == content_digest(Manifest.from_json(ready.manifest.tobytes()))
+        r.receiver.announce(r.ready(2))
+        await r.fetch_ends()
+        assert r.engine.loaded[-1].canaries is None
+
+    play(scenario)
+
+
+def test_a_turn_that_does_not_come_is_asked_for_again(play: Play) -> None:
+    async def scenario(r: Receiving) -> None:
+        await r.stage(1)
+        for _ in range(2):
+            begun_s = now_s()
+            async with asyncio.timeout(2 * TURN_AGAIN_S):
+                again = await r.heard.get()
+            assert isinstance(again, WeightsStaged)
+            assert now_s() - begun_s == pytest.approx(TURN_AGAIN_S, abs=0.1)
+        r.turn(1)
+        assert isinstance(await r.report(), WeightsLive)
+
+    play(scenario)
+
+
+def test_a_new_connection_is_told_what_waits(play: Play) -> None:
+    async def scenario(r: Receiving) -> None:
+        r.receiver.welcomed()
+        await r.stage(1)
+        r.receiver.welcomed()
+        again = await r.report()
+        assert isinstance(again, WeightsStaged)
+        assert again.version == Version(1, 1)
+        r.turn(1)
+        assert isinstance(await r.report(), WeightsLive)
+        r.receiver.welcomed()
+        await asyncio.sleep(SOON_S)
+        assert r.heard.empty(), "nothing waits any more"
+
+    play(scenario)
+
+
+def test_a_newer_version_takes_the_place_of_the_one_that_waits(play: Play) -> None:
+    async def scenario(r: Receiving) -> None:
+        await r.stage(1)
+        await r.stage(2)
+        r.turn(1)
+        late = await r.report()
+        assert isinstance(late, WeightsFailed)
+        assert (late.version, late.reason) == (Version(1, 1), "superseded: version 1.2 waits for its turn")
+        assert not r.engine.loaded
+        r.turn(2)
+        live = await r.report()
+        assert isinstance(live, WeightsLive)
+        assert live.version == Version(1, 2)
+
+    play(scenario)
+
+
+def test_a_turn_for_what_is_not_here_yet_is_given_on(play: Play) -> None:
+    async def scenario(r: Receiving) -> None:
+        r.turns = False
+        r.receiver.announce(r.ready(1))
+        await asyncio.sleep(0.1)
+        r.turn(1)
+        failed = await r.report()
+        assert isinstance(failed, WeightsFailed)
+        assert failed.reason == "superseded: version 1.1 is on its way"
+        await r.fetch_ends()
+        assert isinstance(await r.report(), WeightsStaged)
+        r.turn(1)
+        assert isinstance(await r.report(), WeightsLive)
+        r.turn(0)
+        failed = await r.report()
+        assert isinstance(failed, WeightsFailed)
+        assert failed.reason == "superseded: live at 1.1"
+
+    play(scenario)
+
+
+def test_a_turn_that_comes_twice_is_one_turn(play: Play) -> None:
+    async def scenario(r: Receiving) -> None:
+        r.engine.gate.clear()
+        await r.stage(1)
+        r.turn(1)
+        r.turn(1)
+        await asyncio.sleep(0.1)
+        r.turn(1)
+        r.engine.gate.set()
+        assert isinstance(await r.report(), WeightsLive)
+        r.turn(1)
+        await asyncio.sleep(SOON_S)
+        assert r.heard.empty()
+        assert len(r.engine.loaded) == 1
+
+    play(scenario)
+
+
+def test_a_swap_that_never_ends_is_given_up_and_its_file_left_to_whoever_reads_it(play: Play) -> None:
+    async def scenario(r: Receiving) -> None:
+        r.engine.gate.clear()
+        r.receiver.announce(r.ready(1))
+        await r.fetch_ends()
+        async with asyncio.timeout(2 * SWAP_S):
+            failed = await r.heard.get()
+        assert isinstance(failed, WeightsFailed)
+        assert failed.reason == f"waited {SWAP_S:g} s for swap (engine)"
+        r.engine.gate.set()
+        await r.fetch_ends()
+        assert isinstance(await r.report(), WeightsLive)
+        first, second = r.engine.loaded
+        assert first.path != second.path
+
+    play(scenario)
+
+
+def test_a_run_that_is_left_takes_its_turns_with_it(play: Play) -> None:
+    async def scenario(r: Receiving) -> None:
+        await r.stage(1)
+        r.receiver.new_run()
+        r.receiver.welcomed()
+        r.turn(1)
+        failed = await r.report()
+        assert isinstance(failed, WeightsFailed)
+        assert not r.engine.loaded
+        await r.stage(1)
+        assert not r.executor.waiting, "the same bytes, whatever the run"
+
+    play(scenario)
+
+
+# --- losses
+
+
+def test_an_engine_that_lost_its_weights_gets_them_again_from_the_file(play: Play) -> None:
+    async def scenario(r: Receiving) -> None:
+        await r.serve(1)
+        r.engine.die()
+        lost = await r.report()
+        assert isinstance(lost, WeightsLost)
+        assert lost.reason == "the engine has lost its weights and restarts"
+        await r.fetch_ends()
+        live = await r.report()
+        assert isinstance(live, WeightsLive)
+        assert (live.version, live.transfer_s, live.verify_s) == (Version(1, 1), 0.0, 0.0)
+        assert len(r.fetcher.fetched) == 1, "the staged file still has it"
+        assert [weights.version.policy_version for weights in r.engine.loaded] == [1, 1]
+
+    play(scenario)
+
+
+def test_a_loss_asks_for_a_turn_like_any_version(play: Play) -> None:
+    async def scenario(r: Receiving) -> None:
+        await r.serve(1)
+        r.turns = False
+        r.engine.die()
+        await r.fetch_ends()
+        assert [type(await r.report()) for _ in range(2)] == [WeightsLost, WeightsStaged]
+        assert len(r.engine.loaded) == 1
+        r.turn(1)
+        assert isinstance(await r.report(), WeightsLive)
+
+    play(scenario)
+
+
+def test_a_loss_while_a_newer_version_is_fetched_ends_with_the_newer_one(play: Play) -> None:
+    async def scenario(r: Receiving) -> None:
+        await r.serve(1)
+        r.receiver.announce(r.ready(2))
+        while not r.executor.waiting:
+            await asyncio.sleep(0.01)
+        r.engine.die()
+        assert isinstance(await r.report(), WeightsLost)
+        await r.fetch_ends()
+        live = await r.report()
+        assert isinstance(live, WeightsLive)
+        assert live.version == Version(1, 2)
+        assert [version.policy_version for version, _, _ in r.fetcher.fetched] == [1, 2]
+
+    play(scenario)
+
+
+def test_a_file_overwritten_by_a_fetch_that_failed_is_not_loaded(play: Play) -> None:
+    """The file had version 1 and part of version 2: neither is whole."""
+
+    async def scenario(r: Receiving) -> None:
+        await r.serve(1)
+        r.fetcher.outcomes.append(WeightsError("no luck"))
+        r.receiver.announce(r.ready(2))
+        await r.fetch_ends()
+        assert isinstance(await r.report(), WeightsFailed)
+        r.receiver.announce(r.ready(3, content=1))
+        await r.fetch_ends()
+        assert isinstance(await r.report(), WeightsLive)
+        assert [version.policy_version for version, _, _ in r.fetcher.fetched] == [1, 2, 3]
+
+    play(scenario)
+
+
+def test_a_staged_file_that_somebody_deleted_is_fetched_again(play: Play) -> None:
+    async def scenario(r: Receiving) -> None:
+        await r.serve(1)
+        r.engine.loaded[0].path.unlink()
+        r.engine.die()
+        assert isinstance(await r.report(), WeightsLost)
+        await r.fetch_ends()
+        assert isinstance(await r.report(), WeightsLive)
+        assert len(r.fetcher.fetched) == 2
+
+    play(scenario)
+
+
+def test_a_version_with_the_same_bytes_is_not_fetched(play: Play) -> None:
+    """A learner that comes back publishes the weights of its checkpoint under its own name."""
+
+    async def scenario(r: Receiving) -> None:
+        await r.serve(1)
+        r.receiver.announce(r.ready(1, incarnation=2))
+        await r.fetch_ends()
+        live = await r.report()
+        assert isinstance(live, WeightsLive)
+        assert live.version == r.engine.live == Version(2, 1)
+        assert len(r.fetcher.fetched) == 1
+
+    play(scenario)
+
+
+def test_a_load_that_leaves_nothing_live_is_a_loss_and_then_a_failure(play: Play) -> None:
+    async def scenario(r: Receiving) -> None:
+        await r.serve(1)
+        r.engine.gate.clear()
+        r.receiver.announce(r.ready(2))
+        await r.fetch_ends()
+        r.engine.outcomes.append(EngineFailure("its logprobs are off: the engine is quarantined"))
+        r.engine.live = None  # it says so only after its load has failed
+        r.engine.gate.set()
+        assert [type(await r.report()) for _ in range(2)] == [WeightsLost, WeightsFailed]
+        r.engine.lost.notify()
+        await r.fetch_ends()
+        live = await r.report()
+        assert isinstance(live, WeightsLive), "and the loss is not said twice"
+        assert live.version == Version(1, 2)
+
+    play(scenario)
+
+
+def test_an_engine_that_dies_as_soon_as_it_has_loaded_is_not_called_live(play: Play) -> None:
+    async def scenario(r: Receiving) -> None:
+        r.engine.dies = True
+        r.receiver.announce(r.ready(1))
+        await r.fetch_ends()
+        failed = await r.report()
+        assert isinstance(failed, WeightsFailed)
+        assert failed.reason == "the engine lost the version as soon as it had it"
+
+    play(scenario)
+
+
+def test_an_engine_without_weights_has_none_to_lose(play: Play) -> None:
+    async def scenario(r: Receiving) -> None:
+        r.engine.die()
+        await asyncio.sleep(SOON_S)
+        assert r.heard.empty()
+
+    play(scenario)
+
+
+def test_what_is_live_can_be_said_again(play: Play) -> None:
+    async def scenario(r: Receiving) -> None:
+        r.receiver.still_live()
+        await asyncio.sleep(SOON_S)
+        assert r.heard.empty()
+        await r.serve(1)
+        r.receiver.still_live()
+        live = await r.report()
+        assert isinstance(live, WeightsLive)
+        assert (live.version, live.mismatch_kl) == (Version(1, 1), None)
 
     play(scenario)

@@ -13,7 +13,7 @@ import numpy as np
 import zmq
 
 from protocol.channel import bulk_server_socket
-from protocol.messages import WeightsFailed, WeightsLive, WeightsReady
+from protocol.messages import WeightsFailed, WeightsLive, WeightsReady, WeightsStaged, WeightsSwap
 from protocol.versions import Version
 from protocol.waits import Waits
 from protocol.weights.layout import build_manifest
@@ -62,6 +62,9 @@ def test_bytes_that_do_not_match_their_manifest_never_go_live(tmp_path: Path, tm
                 server.serve(second, published)
                 truth = np.frombuffer(second.to_json(), np.uint8)
                 receiver.announce(WeightsReady(version=Version(1, 2), manifest=truth, addresses=(address,)))
+                staged = await asyncio.wait_for(receiver.reports.get(), SOON_S)
+                assert isinstance(staged, WeightsStaged)
+                receiver.swap(WeightsSwap(version=staged.version))
                 live = await asyncio.wait_for(receiver.reports.get(), SOON_S)
                 assert isinstance(live, WeightsLive)
                 assert engine.live == live.version == Version(1, 2)

@@ -6,7 +6,7 @@ import sys
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, ClassVar, NoReturn
 
 __version__ = "3.7.1"
 
@@ -67,7 +67,7 @@ def made_up(module: str, name: str) -> Any:
 class Module(ModuleType):
     """A module of which every attribute exists."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
 
     def __getattr__(self, name: str) -> Any:
         return made_up(self.__name__, name)

@@ -20,7 +20,8 @@ def test_a_step_view_is_made_of_the_row_of_a_step():
         policy_version=5,
         learning_rate=1e-5,
         timings={
-            "wait_s": 1.0, "forward_backward_s": 2.0, "wait_publish_s": 0.0, "optimizer_s": 0.5, "journal_s": 0.0
+            "wait_s": 1.0, "forward_backward_s": 2.0, "wait_publish_s": 0.0, "optimizer_s": 0.5, "canaries_s": 0.0,
+            "journal_s": 0.0,
         },
         step_time_s=3.5,
         servers=(),

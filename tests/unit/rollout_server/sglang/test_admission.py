@@ -27,7 +27,9 @@ class AdmissionMachine(RuleBasedStateMachine):
         self.inside: list[asyncio.Task[bool]] = []
 
     async def make(self, limit: int) -> Admission:
-        return Admission(Limit(room=4, safe=limit))
+        admission = Admission(Limit(room=4))
+        admission.limit.value = limit
+        return admission
 
     def in_loop(self, work: Any) -> Any:
         return self.loop.run_until_complete(work)
@@ -115,7 +117,7 @@ TestAdmission.settings = settings(max_examples=60, stateful_step_count=30, deadl
 
 def test_a_seat_that_was_given_to_who_is_cancelled_goes_to_the_next() -> None:
     async def case() -> None:
-        admission = Admission(Limit(room=1, safe=1))
+        admission = Admission(Limit(room=1))
         assert await admission.enter("a")
         cancelled, following = (asyncio.create_task(admission.enter("b")) for _ in range(2))
         await asyncio.sleep(0)
@@ -138,15 +140,22 @@ REPORTS = st.one_of(
 )  # fmt: skip
 
 
-@given(room=st.integers(1, 64), safe=st.integers(0, 100), reports=st.lists(REPORTS, max_size=200))
-def test_the_limit_stays_between_one_and_room(room: int, safe: int, reports: list[dict[str, Any]]) -> None:
-    limit = Limit(room, safe)
-    assert limit.value == max(1, min(room, safe))
+@given(room=st.integers(1, 64), reports=st.lists(REPORTS, max_size=200))
+def test_the_limit_stays_between_one_and_room(room: int, reports: list[dict[str, Any]]) -> None:
+    limit = Limit(room)
+    assert limit.value == room
     for report in reports:
         before = limit.value
         moved = limit.ended(**report) if "retracted" in report else limit.observe(**report)
         assert moved == (limit.value != before)
         assert 1 <= limit.value <= room
+
+
+def lowered(room: int, value: int) -> Limit:
+    """A limit that something has lowered, a while ago."""
+    limit = Limit(room)
+    limit.value = value
+    return limit
 
 
 def turn_over(limit: Limit) -> None:
@@ -159,7 +168,7 @@ def observe(limit: Limit, usage: float, *, queued: int = 0, waiting: int = 5) ->
 
 
 def test_it_grows_by_a_quarter_with_every_turnover_while_the_cache_has_room() -> None:
-    limit = Limit(room=64, safe=8)
+    limit = lowered(64, 8)
     values = []
     for _ in range(5):
         assert not observe(limit, 0.3)
@@ -167,7 +176,7 @@ def test_it_grows_by_a_quarter_with_every_turnover_while_the_cache_has_room() ->
         assert observe(limit, 0.3)
         values.append(limit.value)
     assert values == [10, 12, 15, 18, 22]
-    small = Limit(room=3, safe=1)
+    small = lowered(3, 1)
     for value in (2, 3):
         turn_over(small)
         assert observe(small, 0.0)
@@ -177,7 +186,7 @@ def test_it_grows_by_a_quarter_with_every_turnover_while_the_cache_has_room() ->
 
 
 def test_it_does_not_grow_when_the_cache_fills_or_nobody_waited() -> None:
-    limit = Limit(room=64, safe=8)
+    limit = lowered(64, 8)
     turn_over(limit)
     assert not observe(limit, 0.7)
     turn_over(limit)
@@ -193,7 +202,7 @@ def test_it_does_not_grow_when_the_cache_fills_or_nobody_waited() -> None:
 
 
 def test_a_full_cache_trims_to_what_fits() -> None:
-    limit = Limit(room=64, safe=40)
+    limit = lowered(64, 40)
     assert observe(limit, 0.9)
     assert limit.value == int(40 * 0.7 / 0.9)
     assert not observe(limit, 0.9), "what was decided must show its effect first"
@@ -204,7 +213,7 @@ def test_a_full_cache_trims_to_what_fits() -> None:
 
 
 def test_a_retraction_cuts_once_and_again_only_after_half_a_turnover() -> None:
-    limit = Limit(room=64, safe=40)
+    limit = lowered(64, 40)
     assert limit.ended(retracted=True, running=40)
     assert limit.value == 32
     assert not any(limit.ended(retracted=True, running=40) for _ in range(15))
@@ -213,13 +222,19 @@ def test_a_retraction_cuts_once_and_again_only_after_half_a_turnover() -> None:
 
 
 def test_a_retraction_of_a_sample_does_not_raise_the_limit() -> None:
-    limit = Limit(room=64, safe=10)
+    limit = lowered(64, 10)
     assert not limit.ended(retracted=True, running=60)
     assert limit.value == 10
 
 
-def test_samples_that_queue_inside_lower_it() -> None:
-    limit = Limit(room=64, safe=40)
-    assert not observe(limit, 0.5, queued=10)
-    assert observe(limit, 0.5, queued=11)
-    assert limit.value == 32
+def test_samples_that_queue_inside_for_want_of_memory_lower_it() -> None:
+    limit = lowered(64, 40)
+    assert not limit.observe(usage=0.7, running=32, queued=8, waiting=5)
+    assert limit.observe(usage=0.7, running=31, queued=9, waiting=5)
+    assert limit.value == 31
+
+
+def test_samples_that_have_only_just_come_do_not_lower_it() -> None:
+    limit = Limit(64)
+    assert not limit.observe(usage=0.0, running=0, queued=64, waiting=5)
+    assert limit.value == 64

@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from rollout_server.engines.sglang import child as child_module
 from rollout_server.engines.sglang.child import LOG_BYTES, LOG_LINES, Child, log_tail, shared_memory_of
 from tests.fake_sglang.driving import run, until
 
@@ -41,7 +42,7 @@ def test_lives_before_are_left_out(tmp_path: Path) -> None:
 
 
 def test_shared_memory_is_found_by_who_has_it_and_by_its_name() -> None:
-    ours, others = Path(f"/dev/shm/psm_test_{os.getpid()}"), Path(f"/dev/shm/test_psm_{os.getpid()}")
+    ours, others = Path(f"/dev/shm/sglang_test_{os.getpid()}"), Path(f"/dev/shm/test_sglang_{os.getpid()}")
     try:
         maps = []
         for path in (ours, others):
@@ -67,13 +68,14 @@ def test_ending_a_child_is_over_when_its_workers_have_ended(tmp_path: Path, monk
         leader = psutil.Process(child.pid)
         await until(lambda: child.tail() == "started" and is_worker(leader.children()))
         child.watch_workers()
+        loop = asyncio.get_running_loop()
         worker = leader.children()[0].pid
 
-        def leader_first(group: int, number: int) -> None:
-            os.kill(group, number)
-            asyncio.get_running_loop().call_later(0.1, os.kill, worker, signal.SIGKILL)
+        def leader_first(leader: int) -> None:
+            os.kill(leader, signal.SIGKILL)
+            loop.call_soon_threadsafe(loop.call_later, 0.1, os.kill, worker, signal.SIGKILL)
 
-        monkeypatch.setattr(os, "killpg", leader_first)
+        monkeypatch.setattr(child_module, "kill_group", leader_first)
         ended = os.pidfd_open(worker)
         try:
             await child.kill()

@@ -117,8 +117,8 @@ def test_closing_fails_what_is_under_way_and_what_comes_later(tiny_model_dir: Pa
 
 def test_a_connection_is_given_up_before_the_server_drops_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """uvicorn drops idle connections after 5 s; a POST sent into that looks like the death of the server."""
-    assert client_module.KEEP_S < 5.0
-    monkeypatch.setattr(client_module, "KEEP_S", 0.02)
+    assert client_module.KEEP_ALIVE_S < 5.0
+    monkeypatch.setattr(client_module, "KEEP_ALIVE_S", 0.02)
     dropped = asyncio.Queue[str]()
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:

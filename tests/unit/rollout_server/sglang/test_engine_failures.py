@@ -18,7 +18,7 @@ import pytest
 
 from protocol.waits import Waits
 from rollout_server.engines.base import EngineFailure, SamplesWithheld, StagedWeights
-from rollout_server.engines.sglang import SGLangEngine
+from rollout_server.engines.sglang import SGLangEngine, generation
 from rollout_server.engines.sglang import engine as engine_module
 from rollout_server.engines.sglang.answers import ForeignWeights
 from rollout_server.engines.sglang.host import free_port
@@ -131,7 +131,7 @@ def test_a_child_that_ends_takes_its_groups_with_it_and_its_log_is_kept(
             shared = Path(f"/dev/shm/sglang_fake_{(await fake.tell())['pid']}")
             assert shared.exists()
             await fake.tell(die=9)
-            with pytest.raises(EngineFailure, match=r"SGLang died: exit code 9|/generate: "):
+            with pytest.raises(EngineFailure, match=r"SGLang died: (exit code 9|sglang::scheduler)|/generate: "):
                 await group
             await serves(engine, weights(V0))
             assert not shared.exists()
@@ -353,6 +353,24 @@ def test_an_engine_that_goes_away_comes_back(tiny_model_dir: Path, weights: Make
             await loading
             assert (await engine.generate(request()))[0].spans == ((V1, 12),)
             await engine.__aexit__(None, None, None)
+
+    run(case())
+
+
+@pytest.mark.parametrize("drop", ["prefill", "sample"])
+def test_one_connection_that_breaks_costs_nothing(
+    tiny_model_dir: Path, weights: MakeWeights, monkeypatch: pytest.MonkeyPatch, drop: str
+) -> None:
+    monkeypatch.setattr(generation, "WORTH_TOKENS", 1)
+
+    async def case() -> None:
+        async with child_engine(tiny_model_dir) as (engine, fake):
+            await engine.load_weights(weights(V0))
+            await fake.tell(drop=drop)
+            group = await engine.generate(request())
+            assert [len(completion.completion_tokens) for completion in group] == [12] * 4
+            assert (await fake.tell())["faults"]["drop"] == "", "it broke"
+            assert (engine.status().restarts, engine.status().samples_running) == (0, 0)
 
     run(case())
 

@@ -1,0 +1,142 @@
+"""Versions in the hands of the servers: who is told of them, who swaps when, and what came of it.
+
+Belongs to the coordinator, runs on the event loop, never waits. Who may swap is decided by rollover.py, who is live is
+kept in fleet.py; here both meet the messages.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from learner.batch_metrics import Row
+from learner.fleet import Fleet, Server
+from learner.rollover import TURN_S, Rollover
+from protocol.messages import (
+    AnyMessage,
+    WeightsFailed,
+    WeightsLive,
+    WeightsLost,
+    WeightsReady,
+    WeightsStaged,
+    WeightsSwap,
+)
+from protocol.versions import Version
+
+
+class Notice(Protocol):
+    """Log an event and show it."""
+
+    def __call__(self, name: str, text: str, **fields: object) -> None:
+        """See Coordinator.notice."""
+
+
+@dataclass(slots=True)
+class Findings:
+    """The worst that the servers have reported of a version."""
+
+    version: Version
+    pause_s: float = 0.0
+    check_s: float = 0.0
+    mismatch_kl: float = -math.inf
+    """-inf: nobody has measured it."""
+    mismatch: float = -math.inf
+
+
+@dataclass(kw_only=True)
+class WeightsDesk:
+    """See the module's text. One per coordinator."""
+
+    fleet: Fleet
+    clock: Callable[[], float]
+    send: Callable[[Server, AnyMessage], bool]
+    notice: Notice
+    went_live: Callable[[Version], None]
+    """Told of every version that a server serves now."""
+    current: WeightsReady | None = None
+    """The newest announced version: what a joining server is told."""
+    rollover: Rollover = field(default_factory=Rollover)
+    findings: Findings | None = None
+
+    def announce(self, ready: WeightsReady) -> None:
+        """Tell every server of a version."""
+        self.current = ready
+        self.rollover.begin(ready.version)
+        for server in list(self.fleet.servers.values()):
+            self.send(server, ready)
+
+    def joined(self, server: Server) -> None:
+        """Tell a server that was welcomed."""
+        if self.current is not None:
+            self.send(server, self.current)
+
+    def left(self, server: Server) -> None:
+        """Forget a server; its turn is free, with the next tick."""
+        self.rollover.left(server.peer)
+
+    def tick(self) -> None:
+        """Take back turns that are not answered, and give them to the next."""
+        for peer in self.rollover.expire(self.clock()):
+            name = self.fleet.servers[peer].name
+            text = f"{name} has not swapped to version {self.rollover.version} for {TURN_S:.0f} s: the next one may"
+            self.notice("turn_expired", text, server=name)
+        self.give_turns()
+
+    def give_turns(self) -> None:
+        """Let the servers swap whose turn it is."""
+        live = {peer: server.live for peer, server in self.fleet.servers.items()}
+        granted, version = self.rollover.grant(live, self.clock()), self.rollover.version
+        for peer in granted:
+            server = self.fleet.servers.get(peer)
+            if server is not None and version is not None:  # else it left while the others were told
+                self.send(server, WeightsSwap(version=version, checksums=self.rollover.checksums))
+
+    def handle(self, server: Server, message: WeightsStaged | WeightsLive | WeightsFailed | WeightsLost) -> None:
+        """Act on what a server says of a version."""
+        peer = server.peer
+        match message:
+            case WeightsStaged(version=version):
+                if server.live is None or server.live < version:  # else it has come twice
+                    self.rollover.staged(peer, version)
+            case WeightsLive():
+                self.rollover.ended(peer, message.version)
+                if self.fleet.went_live(peer, message.version):
+                    self._note(server, message)
+                    self.went_live(message.version)
+            case WeightsFailed():
+                self.rollover.ended(peer, message.version)
+                text = f"{server.name} could not take version {message.version}: {message.reason}"
+                self.notice("weights_failed", text, server=server.name, version=message.version)
+            case WeightsLost():
+                self.rollover.ended(peer)
+                self.fleet.lost_weights(peer)
+                self.notice("weights_lost", f"{server.name}: {message.reason}", server=server.name)
+        self.give_turns()
+
+    def metrics(self) -> Row:
+        """What the servers have measured of the newest version that any of them is live at, the worst of each."""
+        found = self.findings
+        if found is None:
+            return {}
+        row: Row = {"weights/pause_s": found.pause_s, "weights/check_s": found.check_s}
+        if found.mismatch_kl > -math.inf:
+            row |= {"mismatch_kl": found.mismatch_kl, "mismatch_logprob": found.mismatch}
+        return row
+
+    def _note(self, server: Server, live: WeightsLive) -> None:
+        """Keep what a server has found, and compare its weights with those of the others."""
+        other = self.rollover.reported(live.version, live.checksum)
+        if other is not None:
+            text = f"{server.name} holds other weights of version {live.version}: {live.checksum}, others {other}"
+            self.notice("checksums_differ", text, server=server.name, version=live.version)
+        if self.findings is None or self.findings.version < live.version:
+            self.findings = Findings(live.version)
+        found = self.findings
+        if found.version == live.version:
+            found.pause_s = max(found.pause_s, live.pause_s)
+            found.check_s = max(found.check_s, live.check_s)
+            if live.mismatch_kl is not None and live.mismatch is not None:
+                found.mismatch_kl = max(found.mismatch_kl, live.mismatch_kl)
+                found.mismatch = max(found.mismatch, live.mismatch)

@@ -1,0 +1,160 @@
+"""Turns, driven at random: servers join, leave, stage, answer or do not, and newer versions are announced.
+
+What must hold whatever happens: of the servers that serve, never more swap at once than the fleet's size allows; nobody
+gets a turn who does not wait, or for anything but the newest version; nobody waits while a turn is free. And in a fleet
+in which everyone answers, everyone comes to the newest version, however often it is superseded on the way.
+"""
+
+from __future__ import annotations
+
+import hypothesis.strategies as st
+from hypothesis import given, settings
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from learner.rollover import TURN_S, Rollover
+from protocol.versions import Version
+
+NAMES = [f"s{index:02}".encode() for index in range(20)]
+names = st.sampled_from(NAMES)
+
+
+class RolloverMachine(RuleBasedStateMachine):
+    """The test keeps its own book of every server."""
+
+    def __init__(self):
+        super().__init__()
+        self.rollover = Rollover()
+        self.now_s = 0.0
+        self.version = 0
+        self.live = {}
+        """name -> Version or None, of the connected ones."""
+        self.waiting = set()
+        self.turns = {}
+        """name -> (version, until, whether it served)"""
+        self.tried = set()
+        """Those who had a turn for the newest version already: they come last."""
+
+    @rule(count=st.integers(1, 20), live=st.none() | st.integers(0, 3))
+    def join(self, count, live):
+        for name in NAMES[:count]:
+            if name not in self.live:
+                version = None if live is None else Version(1, min(live, self.version))
+                self.live[name] = version
+
+    @rule(name=names)
+    def leave(self, name):
+        self.rollover.left(name)
+        self.live.pop(name, None)
+        self.waiting.discard(name)
+        self.turns.pop(name, None)
+        self.tried.discard(name)
+
+    @rule()
+    def announce(self):
+        self.version += 1
+        self.rollover.begin(Version(1, self.version))
+        self.waiting.clear()
+        self.tried.clear()
+
+    @precondition(lambda self: self.live and self.version)
+    @rule(data=st.data(), behind=st.sampled_from((0, 0, 0, 1)))
+    def stage(self, data, behind):
+        chosen = data.draw(st.sets(st.sampled_from(sorted(self.live)), min_size=1))
+        for name in sorted(chosen):
+            assert self.rollover.staged(name, Version(1, self.version - behind)) is (behind == 0)
+            self.turns.pop(name, None)
+            if behind == 0:
+                self.waiting.add(name)
+        self.grant()
+
+    @precondition(lambda self: self.turns)
+    @rule(data=st.data(), how=st.sampled_from(("live", "failed", "lost")))
+    def answer(self, data, how):
+        name = data.draw(st.sampled_from(sorted(self.turns)))
+        version, _, _ = self.turns.pop(name)
+        self.rollover.ended(name, None if how == "lost" else version)
+        if how != "failed":
+            self.live[name] = version if how == "live" else None
+        self.grant()
+
+    @precondition(lambda self: self.live)
+    @rule(data=st.data())
+    def lose(self, data):
+        name = data.draw(st.sampled_from(sorted(self.live)))
+        self.rollover.ended(name)
+        self.turns.pop(name, None)
+        self.live[name] = None
+        self.grant()
+
+    @rule(seconds=st.sampled_from((1.0, TURN_S / 2, TURN_S)))
+    def time_passes(self, seconds):
+        self.now_s += seconds
+        late = {name for name, (_, until_s, _) in self.turns.items() if self.now_s >= until_s}
+        assert set(self.rollover.expire(self.now_s)) == late
+        for name in late:
+            del self.turns[name]
+        self.grant()
+
+    @rule()
+    def grant(self):
+        allowed = max(1, len(self.live) // 8)
+        granted = self.rollover.grant(self.live, self.now_s)
+        ages = [(name in self.tried, self.live[name] or Version(-1, -1)) for name in granted]
+        assert ages == sorted(ages), "the oldest first"
+        serving = [(name in self.tried, self.live[name]) for name in granted if self.live[name] is not None]
+        for name in granted:
+            assert name in self.waiting, "nobody gets a turn twice, or without waiting"
+            self.waiting.discard(name)
+            self.turns[name] = (Version(1, self.version), self.now_s + TURN_S, self.live[name] is not None)
+        pausing = sum(served for _, _, served in self.turns.values())
+        assert not serving or pausing <= allowed
+        for name in self.waiting:
+            assert self.live[name] is not None, "who serves nothing waits for nobody"
+            assert pausing >= allowed, "a turn is free and somebody waits"
+            assert all((name in self.tried, self.live[name]) >= age for age in serving), "and nobody older waits on"
+        self.tried.update(granted)
+
+    @invariant()
+    def the_books_agree(self):
+        assert set(self.rollover.waiting) == self.waiting
+        assert {name: (t.version, t.ends_s, t.pauses) for name, t in self.rollover.turns.items()} == self.turns
+
+
+RolloverMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
+TestRollover = RolloverMachine.TestCase
+
+
+@given(
+    servers=st.integers(1, 40),
+    announced_every=st.integers(2, 30),
+    fetches=st.lists(st.integers(0, 1), min_size=40, max_size=40),
+    failing=st.sets(st.integers(0, 39), max_size=8),
+)
+@settings(deadline=None)
+def test_nobody_starves_however_often_the_version_is_superseded(servers, announced_every, fetches, failing):
+    """Versions last shorter than a round of the fleet, and some servers fail at each: all the same everyone moves.
+
+    Every second, in this order: a version is announced, the turns of the last second are answered, fetches end
+    (`fetches` seconds after the announcement), turns are given.
+    """
+    rollover, now_s, version = Rollover(), 0, Version(1, 0)
+    live = {f"s{index:02}".encode(): version for index in range(servers)}
+    failing = {name for index, name in enumerate(live) if index in failing}
+    moved_s = dict.fromkeys(live, 0)
+    turns = {}
+    while now_s < 3 * (servers + 2) * announced_every:
+        if now_s % announced_every == 0:
+            version = Version(1, version.policy_version + 1)
+            rollover.begin(version)
+        for name, granted in turns.items():
+            rollover.ended(name, granted)
+            moved_s[name] = now_s
+            if name not in failing:
+                live[name] = granted
+        for index, name in enumerate(live):
+            if live[name] < version and now_s % announced_every >= fetches[index]:
+                rollover.staged(name, version)
+        turns = dict.fromkeys(rollover.grant(live, now_s), version)
+        for name, last_s in moved_s.items():
+            assert now_s - last_s <= (servers + 2) * announced_every, f"{name} starves"
+        now_s += 1

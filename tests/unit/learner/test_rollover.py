@@ -1,0 +1,166 @@
+"""Rollover: how many swap at once, who is first in line, and what ends a turn."""
+
+from __future__ import annotations
+
+import pytest
+
+from learner.rollover import TURN_S, Rollover
+from protocol.versions import Version
+
+V1, V2, V3 = Version(1, 1), Version(1, 2), Version(1, 3)
+NORTH, SOUTH, EAST = b"north", b"south", b"east"
+
+
+def rolling(version: Version = V2) -> Rollover:
+    rollover = Rollover()
+    rollover.begin(version)
+    return rollover
+
+
+def fleet(size: int, live: Version | None = V1) -> dict[bytes, Version | None]:
+    return {f"s{index:02}".encode(): live for index in range(size)}
+
+
+@pytest.mark.parametrize(("servers", "at_once"), [(1, 1), (3, 1), (15, 1), (16, 2), (31, 3), (64, 8)])
+def test_an_eighth_of_the_fleet_swaps_at_once_and_one_at_least(servers: int, at_once: int) -> None:
+    rollover, live = rolling(), fleet(servers)
+    for server in live:
+        assert rollover.staged(server, V2)
+    assert rollover.grant(live, 0.0) == list(live)[:at_once]
+    assert rollover.grant(live, 0.0) == []
+    for index, server in enumerate(list(live)[: servers - at_once]):
+        rollover.ended(server, V2)
+        live[server] = V2
+        assert rollover.grant(live, 0.0) == [list(live)[index + at_once]]
+
+
+def test_whoever_serves_the_oldest_weights_goes_first() -> None:
+    rollover = rolling(V3)
+    for server in (NORTH, SOUTH, EAST):
+        rollover.staged(server, V3)
+    live = {NORTH: V2, SOUTH: V1, EAST: V2}
+    order = []
+    while granted := rollover.grant(live, 0.0):
+        order += granted
+        rollover.ended(granted[0], V3)
+    assert order == [SOUTH, NORTH, EAST], "and of equals whoever waits longest"
+
+
+def test_a_server_that_fails_at_the_version_lets_the_others_go_before_it_tries_again() -> None:
+    rollover = rolling(V3)
+    live = {NORTH: V1, SOUTH: V2, EAST: V2}
+    for server in live:
+        rollover.staged(server, V3)
+    order = []
+    while len(order) < 4:
+        (server,) = rollover.grant(live, 0.0)
+        order.append(server)
+        rollover.ended(server, V3)
+        if server == NORTH:
+            rollover.staged(NORTH, V3)
+    assert order == [NORTH, SOUTH, EAST, NORTH]
+    rollover.begin(Version(1, 4))
+    for server in live:
+        rollover.staged(server, Version(1, 4))
+    assert rollover.grant(live, 0.0) == [NORTH], "with the next version it is the oldest again"
+
+
+def test_a_server_without_weights_pauses_nobody_and_waits_for_nobody() -> None:
+    rollover = rolling()
+    rollover.staged(NORTH, V2)
+    live = {NORTH: V1, SOUTH: None, EAST: None}
+    assert rollover.grant(live, 0.0) == [NORTH]
+    for server in (SOUTH, EAST):
+        rollover.staged(server, V2)
+    assert rollover.grant(live, 0.0) == [SOUTH, EAST]
+    rollover.ended(NORTH, V2)
+    rollover.staged(b"west", V2)
+    assert rollover.grant({**live, b"west": V1}, 0.0) == [b"west"], "their turns are not counted"
+
+
+def test_only_the_version_that_rolls_may_be_staged() -> None:
+    rollover = Rollover()
+    assert not rollover.staged(NORTH, V1)
+    assert rollover.grant({NORTH: None}, 0.0) == []
+    rollover.begin(V2)
+    for version in (V1, V3, Version(2, 2)):
+        assert not rollover.staged(NORTH, version)
+    assert rollover.grant({NORTH: V1}, 0.0) == []
+
+
+def test_a_newer_version_sends_the_line_home_and_leaves_the_turns() -> None:
+    rollover = rolling(V2)
+    rollover.staged(NORTH, V2)
+    rollover.staged(SOUTH, V2)
+    live = {NORTH: V1, SOUTH: V1}
+    assert rollover.grant(live, 0.0) == [NORTH]
+    rollover.begin(V3)
+    rollover.begin(V3)
+    assert rollover.grant(live, 0.0) == []
+    rollover.staged(SOUTH, V3)
+    assert rollover.grant(live, 0.0) == [], "north still swaps"
+    rollover.begin(V3)
+    rollover.ended(NORTH, V2)
+    assert rollover.grant(live, 0.0) == [SOUTH], "announcing the same again changes nothing"
+
+
+@pytest.mark.parametrize("how", ["live", "a newer one live", "lost", "staged again", "left", "too late"])
+def test_what_ends_a_turn(how: str) -> None:
+    rollover = rolling()
+    live = {NORTH: V1, SOUTH: V1}
+    rollover.staged(NORTH, V2)
+    rollover.staged(SOUTH, V2)
+    assert rollover.grant(live, 100.0) == [NORTH]
+    match how:
+        case "live":
+            rollover.ended(NORTH, V2)
+        case "a newer one live":
+            rollover.ended(NORTH, V3)
+        case "lost":
+            rollover.ended(NORTH)
+        case "staged again":
+            rollover.staged(NORTH, V2)
+        case "left":
+            rollover.left(NORTH)
+        case "too late":
+            assert rollover.expire(100.0 + TURN_S - 0.1) == []
+            assert rollover.grant(live, 100.0) == []
+            assert rollover.expire(100.0 + TURN_S) == [NORTH]
+    granted = rollover.grant(live, 100.0)
+    assert granted == [SOUTH]
+
+
+def test_what_does_not_end_a_turn() -> None:
+    rollover = rolling()
+    rollover.staged(NORTH, V2)
+    rollover.staged(SOUTH, V2)
+    live = {NORTH: V1, SOUTH: V1}
+    rollover.grant(live, 0.0)
+    rollover.ended(NORTH, V1)  # it says again what it serves meanwhile
+    rollover.ended(SOUTH, V2)
+    rollover.left(EAST)
+    assert rollover.grant(live, 0.0) == []
+
+
+def test_who_left_is_not_in_the_line() -> None:
+    rollover = rolling()
+    rollover.staged(NORTH, V2)
+    rollover.staged(SOUTH, V2)
+    rollover.left(NORTH)
+    assert rollover.grant({SOUTH: V1}, 0.0) == [SOUTH]
+
+
+def test_the_first_checksum_of_a_kind_is_what_others_are_compared_with() -> None:
+    rollover = rolling()
+    assert rollover.checksums == ()
+    assert rollover.reported(V2, "tp2:aa") is None
+    assert rollover.reported(V2, "tp2:aa") is None
+    assert rollover.reported(V2, "tp1:bb:cc") is None
+    assert rollover.reported(V2, "tp2:dd") == "tp2:aa"
+    assert rollover.checksums == ("tp1:bb:cc", "tp2:aa")
+    for other in ("", "nothing to compare"):
+        assert rollover.reported(V2, other) is None
+    assert rollover.reported(V1, "tp4:ee") is None, "of an older version"
+    assert rollover.checksums == ("tp1:bb:cc", "tp2:aa")
+    rollover.begin(V3)
+    assert rollover.checksums == ()

@@ -1,0 +1,264 @@
+"""What servers say of versions: turns, losses, checksums, and the worst of what they measured."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from learner.fleet import Health, Server
+from learner.loops import handle
+from learner.rollover import TURN_S
+from protocol.messages import (
+    AnyMessage,
+    Drain,
+    Lease,
+    Return,
+    WeightsFailed,
+    WeightsLive,
+    WeightsLost,
+    WeightsReady,
+    WeightsStaged,
+    WeightsSwap,
+)
+from protocol.versions import Lineage, Version
+from tests.learners import Desk, make_desk
+
+
+def announce(desk: Desk, policy_version: int, incarnation: int = 1) -> None:
+    ready = WeightsReady(
+        version=Version(incarnation, policy_version), manifest=np.zeros(1, np.uint8), addresses=("tcp://*:1",)
+    )
+    desk.coordinator.weights.announce(ready)
+
+
+def trained_desk(policy_version: int = 3, **options: object) -> Desk:
+    """A learner at that version, which is announced."""
+    desk = make_desk(policy_version=policy_version, **options)
+    announce(desk, policy_version)
+    return desk
+
+
+def say(desk: Desk, server: Server, message: AnyMessage) -> None:
+    handle(desk.coordinator, server, message)
+
+
+def stage(desk: Desk, server: Server, policy_version: int = 3) -> None:
+    say(desk, server, WeightsStaged(version=Version(1, policy_version)))
+
+
+def live(policy_version: int = 3, **fields: object) -> WeightsLive:
+    return WeightsLive(version=Version(1, policy_version), **fields)
+
+
+def turns(desk: Desk, server: Server) -> list[int]:
+    """Versions that a server was told to swap to."""
+    return [swap.version.policy_version for swap in desk.channel.to(server.peer, WeightsSwap)]
+
+
+# --- turns
+
+
+def test_a_lone_server_gets_its_turn_at_once():
+    desk = trained_desk()
+    server = desk.join(live=2)
+    stage(desk, server)
+    assert turns(desk, server) == [3]
+
+
+def test_servers_swap_one_after_another():
+    desk = trained_desk()
+    north, south, east = (desk.join(name, live=2) for name in ("north", "south", "east"))
+    for server in (north, south, east):
+        stage(desk, server)
+    assert [turns(desk, server) for server in (north, south, east)] == [[3], [], []]
+    say(desk, north, live())
+    assert [turns(desk, server) for server in (north, south, east)] == [[3], [3], []]
+    say(desk, south, WeightsFailed(version=Version(1, 3), reason="its logprobs are off"))
+    assert turns(desk, east) == [3]
+    assert "south could not take version 1.3: its logprobs are off" in desk.coordinator.notices
+
+
+def test_servers_that_serve_nothing_yet_need_not_wait_for_each_other():
+    desk = trained_desk(0)
+    servers = [desk.join(name, live=None) for name in ("north", "south", "east")]
+    for server in servers:
+        stage(desk, server, 0)
+    assert [turns(desk, server) for server in servers] == [[0]] * 3
+
+
+@pytest.mark.parametrize("how", ["lost", "gone", "silent", "failed to be told", "too late"])
+def test_a_turn_that_comes_to_nothing_goes_to_the_next(how):
+    desk = trained_desk()
+    north, south = desk.join("north", live=1), desk.join("south", live=2)
+    for server in (south, north):
+        desk.coordinator.weights.rollover.staged(server.peer, Version(1, 3))
+    if how == "failed to be told":
+        desk.channel.gone.add(b"north")
+    desk.coordinator.tick(())
+    assert turns(desk, south) == []
+    match how:
+        case "lost":
+            say(desk, north, WeightsLost(reason="it died"))
+        case "gone":
+            desk.coordinator.drop_server(north, "left")
+        case "silent":
+            desk.clock.now_s += desk.fleet.liveness_s + 1.0
+            desk.fleet.heard(b"south", desk.clock())
+        case "too late":
+            desk.clock.now_s += TURN_S
+            for peer in (b"north", b"south"):
+                desk.fleet.heard(peer, desk.clock())
+    desk.coordinator.tick(())
+    assert turns(desk, south) == [3]
+    assert ("north has not swapped to version 1.3 for 30 s: the next one may" in desk.coordinator.notices) == (
+        how == "too late"
+    )
+
+
+def test_only_the_version_that_was_announced_last_is_given_a_turn():
+    desk = make_desk(policy_version=5, lineage=Lineage([(1, 0), (2, 4)]), incarnation=2)
+    server = desk.join(live=Version(1, 2))
+    say(desk, server, WeightsStaged(version=Version(2, 5)))
+    assert turns(desk, server) == [], "trained, but not published yet"
+    announce(desk, 5, incarnation=2)
+    for version in (Version(1, 5), Version(2, 4), Version(2, 6), Version(3, 5)):
+        say(desk, server, WeightsStaged(version=version))
+        assert turns(desk, server) == [], version
+    say(desk, server, WeightsStaged(version=Version(2, 5)))
+    assert turns(desk, server) == [5]
+
+
+def test_a_pinned_evaluation_keeps_newer_versions_from_everyone():
+    """The publisher holds them back: what was never announced cannot be staged, and the pinned one still rolls."""
+    desk = trained_desk(3)
+    server = desk.join(live=2)
+    desk.coordinator.ledger.policy_version = 5
+    stage(desk, server, 5)
+    assert turns(desk, server) == []
+    stage(desk, server, 3)
+    assert turns(desk, server) == [3]
+    say(desk, server, live())
+    announce(desk, 5)
+    stage(desk, server, 5)
+    assert turns(desk, server) == [3, 5]
+
+
+def test_what_is_said_twice_gives_one_turn():
+    desk = trained_desk()
+    server = desk.join(live=2)
+    stage(desk, server)
+    say(desk, server, live())
+    stage(desk, server)
+    assert turns(desk, server) == [3], "it lives there already"
+    assert desk.coordinator.weights.rollover.waiting == {}
+
+
+def test_a_server_that_says_again_what_it_serves_keeps_its_turn():
+    desk = trained_desk()
+    north, south = desk.join("north", live=2), desk.join("south", live=2)
+    stage(desk, north)
+    stage(desk, south)
+    say(desk, north, live(2))
+    assert turns(desk, south) == []
+
+
+def test_a_server_that_joins_anew_begins_at_the_end_of_the_line():
+    desk = trained_desk()
+    north, south = desk.join("north", live=2), desk.join("south", live=2)
+    stage(desk, north)
+    stage(desk, south)
+    again = desk.join("north", live=2, peer=b"north-2", session="north-session-2")
+    desk.coordinator.tick(())
+    assert turns(desk, south) == [3], "the turn went with the connection"
+    stage(desk, again)
+    assert turns(desk, again) == []
+    say(desk, south, live())
+    assert turns(desk, again) == [3]
+
+
+def test_a_draining_server_may_still_answer():
+    desk = trained_desk()
+    north, south = desk.join("north", live=2), desk.join("south", live=2)
+    stage(desk, north)
+    stage(desk, south)
+    say(desk, north, Drain(reason="SIGTERM"))
+    say(desk, north, live())
+    assert turns(desk, south) == [3]
+
+
+# --- losses
+
+
+def test_a_server_that_lost_its_weights_gets_no_lease_until_it_has_some():
+    desk = trained_desk(0)
+    server = desk.join(live=0)
+    desk.pump()
+    held = desk.leases()
+    assert held
+    say(desk, server, WeightsLost(reason="the engine has lost its weights and restarts"))
+    assert desk.fleet.health(server, desk.clock()) is Health.JOINING
+    assert "north: the engine has lost its weights and restarts" in desk.coordinator.notices
+    say(desk, server, Return(group_id=held[0].group_id, attempt=1, reason="the engine died"))
+    desk.pump()
+    assert desk.leases() == []
+    stage(desk, server, 0)
+    assert turns(desk, server) == [0]
+    say(desk, server, live(0))
+    desk.pump()
+    assert desk.leases()[0].ordinal == held[0].ordinal
+    assert isinstance(desk.channel.sent[-1][1], Lease)
+
+
+def test_a_server_that_lost_its_weights_while_it_waits_still_waits():
+    desk = trained_desk()
+    north, south = desk.join("north", live=2), desk.join("south", live=2)
+    stage(desk, north)
+    stage(desk, south)
+    say(desk, south, WeightsLost(reason="it died"))
+    assert turns(desk, south) == [3], "and pauses nobody any more"
+
+
+# --- what they found
+
+
+def test_checksums_of_the_first_go_to_those_after_it():
+    desk = trained_desk()
+    north, south, east = (desk.join(name, live=2) for name in ("north", "south", "east"))
+    for server in (north, south, east):
+        stage(desk, server)
+    say(desk, north, live(checksum="tp2:aa"))
+    say(desk, south, live(checksum="tp1:bb"))
+    swaps = [desk.channel.to(server.peer, WeightsSwap)[0].checksums for server in (north, south, east)]
+    assert swaps == [(), ("tp2:aa",), ("tp1:bb", "tp2:aa")]
+    say(desk, east, live(checksum="tp2:cc"))
+    assert "east holds other weights of version 1.3: tp2:cc, others tp2:aa" in desk.coordinator.notices
+    desk.coordinator.ledger.policy_version = 4
+    announce(desk, 4)
+    stage(desk, north, 4)
+    assert desk.channel.to(b"north", WeightsSwap)[-1].checksums == ()
+
+
+def test_the_metrics_are_the_worst_of_the_newest_version():
+    desk = trained_desk()
+    north, south = desk.join("north", live=1), desk.join("south", live=1)
+    assert desk.coordinator.weights.metrics() == {}
+    say(desk, north, live(2, pause_s=9.0, check_s=9.0, mismatch_kl=0.9, mismatch=0.9))
+    say(desk, north, live(3, pause_s=0.5, check_s=2.0))
+    assert desk.coordinator.weights.metrics() == {"weights/pause_s": 0.5, "weights/check_s": 2.0}
+    say(desk, south, live(2, pause_s=8.0, check_s=8.0, mismatch_kl=0.8, mismatch=0.8))
+    say(desk, south, live(3, pause_s=0.25, check_s=3.0, mismatch_kl=0.001, mismatch=0.02))
+    say(desk, south, live(3))
+    assert desk.coordinator.weights.metrics() == {
+        "weights/pause_s": 0.5, "weights/check_s": 3.0, "mismatch_kl": 0.001, "mismatch_logprob": 0.02
+    }  # fmt: skip
+    say(desk, north, live(3, mismatch_kl=0.002, mismatch=0.01))
+    row = desk.coordinator.weights.metrics()
+    assert (row["mismatch_kl"], row["mismatch_logprob"]) == (0.002, 0.02)
+
+
+def test_what_a_server_says_of_versions_that_do_not_count_is_not_measured():
+    desk = make_desk(policy_version=5, lineage=Lineage([(1, 0), (2, 4)]), incarnation=2)
+    server = desk.join(live=None)
+    say(desk, server, live(5, mismatch_kl=1.0, mismatch=1.0))
+    assert server.live is None
+    assert desk.coordinator.weights.metrics() == {}
