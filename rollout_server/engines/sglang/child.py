@@ -63,31 +63,33 @@ class Child:
         return cls(process, log_file, begin)
 
     def watch_workers(self) -> None:
-        """Watch the processes that SGLang has started, once it is up."""
+        """Watch the processes that SGLang has started, once it is up, and note what they would leave behind."""
         for process in family(self.pid):
+            self._shared |= shared_memory_of(process.pid)
             with contextlib.suppress(psutil.Error):  # it has ended
                 name = (" ".join(process.cmdline()).split() or [""])[0]
                 if name.startswith(WORKERS):
                     self._watch(process.pid, f"{name} ({process.pid}) died")
 
     async def kill(self) -> None:
-        """End every process of the group, now, and wait until they are gone: they hold the memory of a GPU."""
+        """End every process of the group, now, and wait until they are gone: they hold the memory of a GPU.
+
+        May be called again, also when a call was cancelled.
+        """
         for process in family(self.pid):
             self._shared |= shared_memory_of(process.pid)
         await asyncio.to_thread(kill_group, self.pid)
-        try:
-            ends: list[asyncio.Future[Any]] = [self._exit, *self._watched.values()]
-            _, alive = await asyncio.wait(ends, timeout=END_S)
-            if alive:
-                event(log, "engine_lingers", level=logging.WARNING, pid=self.pid, processes=len(alive))
-        finally:
-            for descriptor in self._watched:
-                asyncio.get_running_loop().remove_reader(descriptor)
-                os.close(descriptor)
-            self._watched.clear()
-            for path in self._shared:
-                with contextlib.suppress(OSError):  # somebody else has removed it
-                    path.unlink()
+        ends: list[asyncio.Future[Any]] = [self._exit, *self._watched.values()]
+        _, alive = await asyncio.wait(ends, timeout=END_S)
+        if alive:
+            event(log, "engine_lingers", level=logging.WARNING, pid=self.pid, processes=len(alive))
+        for descriptor in self._watched:
+            asyncio.get_running_loop().remove_reader(descriptor)
+            os.close(descriptor)
+        self._watched.clear()
+        for path in self._shared:
+            with contextlib.suppress(OSError):  # somebody else has removed it
+                path.unlink()
 
     def tail(self) -> str:
         """The last lines it printed."""

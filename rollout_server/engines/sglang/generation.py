@@ -45,7 +45,7 @@ class Generation:
         """Request ids."""
         self._ended = asyncio.Event()
         self._prompts: dict[str, asyncio.Event] = {}
-        """By cache key: set once the prompt is computed."""
+        """By cache key: set once the prompt is computed, or will not be."""
 
     async def run(self) -> list[Completion]:
         """Sample all completions.
@@ -144,9 +144,14 @@ class Generation:
         if cache_key in self._prompts:
             await self._prompts[cache_key].wait()
             return
-        self._prompts[cache_key] = asyncio.Event()
-        await self._life.client.generate(prefill_body(prompt, rid=self._life.next_rid(), cache_key=cache_key))
-        self._prompts[cache_key].set()
+        computed = self._prompts[cache_key] = asyncio.Event()
+        try:
+            await self._life.client.generate(prefill_body(prompt, rid=self._life.next_rid(), cache_key=cache_key))
+        except BaseException:
+            del self._prompts[cache_key]  # this sample may come again, and computes it then
+            raise
+        finally:
+            computed.set()  # also when it is not: whoever waits goes on without
 
 
 def check_request(request: GenerationRequest, *, vocab_size: int, max_length: int) -> int:

@@ -106,13 +106,13 @@ async def score(life: Life, canaries: Canaries, length: int) -> Float32:
     """[N, length - 1] the engine's logprobs of the canary tokens."""
     rows = [row[:length] for row in canaries.tokens]
     rids = [life.next_rid() for _ in rows]
-    answers = await asyncio.gather(
-        *(
-            life.client.generate(score_body(row, rid=rid, cache_key=rid), deadline_s=UPDATE_S)
-            for row, rid in zip(rows, rids, strict=True)
-        )
-    )
-    return np.stack([scores(answer, row) for answer, row in zip(answers, rows, strict=True)])
+    bodies = [score_body(row, rid=rid, cache_key=rid) for row, rid in zip(rows, rids, strict=True)]
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            asked = [tasks.create_task(life.client.generate(body, deadline_s=UPDATE_S)) for body in bodies]
+    except ExceptionGroup as failures:
+        raise failures.exceptions[0] from None
+    return np.stack([scores(task.result(), row) for task, row in zip(asked, rows, strict=True)])
 
 
 def gate_kind(info: ServerInfo) -> str:

@@ -54,5 +54,7 @@ class Faults:
     """Paths that answer with something else than what is asked for."""
     no_loads: bool = False
     """/v1/loads names no scheduler."""
+    drop: str = ""
+    """Hang up once on a call of /generate: "prefill" or "sample", as it comes."""
     hold: list[str] = field(default_factory=list)
     """Paths whose calls are not begun until they are no longer in this list."""

@@ -23,6 +23,7 @@ ADMIN = (
     "/abort_request", "/pause_generation", "/continue_generation", "/update_weights_from_disk", "/weights_checker",
     "/flush_cache",
 )  # fmt: skip
+HANG_UP = 0
 Answer = tuple[int, Any]
 
 
@@ -79,6 +80,8 @@ class Server:
                 if call.cancelled():
                     return
                 status, answer = call.result()
+                if status == HANG_UP:
+                    return
                 data = json.dumps(answer).encode()
                 writer.write(f"HTTP/1.1 {status} X\r\nContent-Length: {len(data)}\r\n\r\n".encode() + data)
         except (asyncio.IncompleteReadError, ConnectionError):
@@ -110,6 +113,9 @@ class Server:
         scheduler, options = self.scheduler, self.options
         if path == "/generate":
             self.bodies.append(dict(body))
+            if self.faults.drop == ("sample" if body["sampling_params"]["max_new_tokens"] else "prefill"):
+                self.faults.drop = ""
+                return HANG_UP, None
             return 200, await scheduler.generate(body)
         if path == "/abort_request":
             scheduler.abort(body["rid"])

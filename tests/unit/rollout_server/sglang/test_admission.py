@@ -115,6 +115,22 @@ TestAdmission = AdmissionMachine.TestCase
 TestAdmission.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
 
 
+def test_a_seat_that_was_given_to_who_is_cancelled_goes_to_the_next() -> None:
+    async def case() -> None:
+        admission = Admission(Limit(room=1))
+        assert await admission.enter("a")
+        cancelled, following = (asyncio.create_task(admission.enter("b")) for _ in range(2))
+        await asyncio.sleep(0)
+        admission.leave()
+        assert admission.running == 1, "it is given"
+        cancelled.cancel()
+        assert await asyncio.wait_for(following, 5)
+        assert cancelled.cancelled()
+        assert (admission.running, admission.waiting) == (1, 0)
+
+    asyncio.run(case())
+
+
 REPORTS = st.one_of(
     st.fixed_dictionaries(
         {"usage": st.floats(0, 1), "running": st.integers(0, 64), "queued": st.integers(0, 64),

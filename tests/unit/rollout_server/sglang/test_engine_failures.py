@@ -18,11 +18,10 @@ import pytest
 
 from protocol.waits import Waits
 from rollout_server.engines.base import EngineFailure, SamplesWithheld, StagedWeights
-from rollout_server.engines.sglang import SGLangEngine
+from rollout_server.engines.sglang import SGLangEngine, generation
 from rollout_server.engines.sglang import engine as engine_module
 from rollout_server.engines.sglang.answers import ForeignWeights
 from rollout_server.engines.sglang.host import free_port
-from rollout_server.engines.sglang.life import Life
 from tests.check import ROOT
 from tests.fake_sglang.driving import (
     ADMIN_KEY,
@@ -129,10 +128,13 @@ def test_a_child_that_ends_takes_its_groups_with_it_and_its_log_is_kept(
         async with child_engine(tiny_model_dir) as (engine, fake):
             await engine.load_weights(weights(V0))
             group = await stopped_group(engine, fake)
+            shared = Path(f"/dev/shm/sglang_fake_{(await fake.tell())['pid']}")
+            assert shared.exists()
             await fake.tell(die=9)
             with pytest.raises(EngineFailure, match=r"SGLang died: (exit code 9|sglang::scheduler)|/generate: "):
                 await group
             await serves(engine, weights(V0))
+            assert not shared.exists()
             log = engine._host._log_file  # type: ignore[attr-defined]
         assert log.read_text().count("fake SGLang on port") == 2
         log.unlink()
@@ -230,7 +232,6 @@ def test_a_check_that_hangs_ends(tiny_model_dir: Path, weights: MakeWeights, mon
             await fake.tell(hang=True)
             with pytest.raises(EngineFailure, match=r"/generate did not answer within 0\.3 s"):
                 await engine.load_weights(weights(V0))
-            monkeypatch.undo()
 
     run(case())
 
@@ -356,23 +357,44 @@ def test_an_engine_that_goes_away_comes_back(tiny_model_dir: Path, weights: Make
     run(case())
 
 
+@pytest.mark.parametrize("drop", ["prefill", "sample"])
+def test_one_connection_that_breaks_costs_nothing(
+    tiny_model_dir: Path, weights: MakeWeights, monkeypatch: pytest.MonkeyPatch, drop: str
+) -> None:
+    monkeypatch.setattr(generation, "WORTH_TOKENS", 1)
+
+    async def case() -> None:
+        async with child_engine(tiny_model_dir) as (engine, fake):
+            await engine.load_weights(weights(V0))
+            await fake.tell(drop=drop)
+            group = await engine.generate(request())
+            assert [len(completion.completion_tokens) for completion in group] == [12] * 4
+            assert (await fake.tell())["faults"]["drop"] == "", "it broke"
+            assert (engine.status().restarts, engine.status().samples_running) == (0, 0)
+
+    run(case())
+
+
 def test_a_load_that_ends_as_its_life_does_leaves_nothing_live(
     tiny_model_dir: Path, weights: MakeWeights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = engine_module.check
-
-    async def dies_meanwhile(life: Life, *arguments: Any, **options: Any) -> Any:
-        found = await real(life, *arguments, **options)
-        life.condemn(EngineFailure("it died in this very moment"))
-        return found
+    """The life ends with everything done but the last step; who calls the load off is not quick enough."""
+    real = engine_module.unlink_weights
 
     async def case() -> None:
         async with child_engine(tiny_model_dir) as (engine, _):
-            monkeypatch.setattr(engine_module, "check", dies_meanwhile)
+            life, loop = engine._life, asyncio.get_running_loop()
+            assert life is not None
+
+            def dies_meanwhile(file: Path) -> None:
+                real(file)
+                loop.call_soon_threadsafe(life.condemn, EngineFailure("it died in this very moment"))
+
+            monkeypatch.setattr(engine_module, "unlink_weights", dies_meanwhile)
             with pytest.raises(EngineFailure, match="it died in this very moment"):
                 await engine.load_weights(weights(V0))
             assert engine.live is None
-            monkeypatch.setattr(engine_module, "check", real)
+            monkeypatch.setattr(engine_module, "unlink_weights", real)
             await serves(engine, weights(V0))
 
     run(case())

@@ -12,8 +12,9 @@ import pytest
 
 from protocol.messages import FinishReason
 from rollout_server.engines.base import EngineFailure, EngineStatus, StagedWeights
+from rollout_server.engines.sglang import engine as engine_module
 from rollout_server.engines.sglang import generation
-from tests.fake_sglang.driving import ROOM, V0, child_engine, is_pure, request, run, until
+from tests.fake_sglang.driving import ROOM, V0, V1, V2, child_engine, is_pure, request, run, until
 
 pytestmark = pytest.mark.usefixtures("fake_path")
 MakeWeights = Callable[..., StagedWeights]
@@ -124,9 +125,10 @@ def test_an_abort_ends_running_and_waiting_samples(tiny_model_dir: Path, weights
 
 @pytest.mark.parametrize("ticks", range(6))
 def test_an_abort_that_comes_at_once_does_not_wait_for_a_seat(
-    tiny_model_dir: Path, weights: MakeWeights, ticks: int
+    tiny_model_dir: Path, weights: MakeWeights, ticks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The samples of a group that has just begun are not in the queue yet when the abort looks there."""
+    monkeypatch.setattr(generation, "ABORT_AGAIN_S", 60.0)
 
     async def case() -> None:
         async with child_engine(tiny_model_dir, room=1) as (engine, fake):
@@ -226,7 +228,13 @@ def test_room_is_never_exceeded_and_counters_only_grow(tiny_model_dir: Path, wei
     run(case())
 
 
-def test_the_number_of_samples_shrinks_when_sglang_throws_them_out(tiny_model_dir: Path, weights: MakeWeights) -> None:
+@pytest.mark.parametrize("poll_s", [0.01, 60.0])
+def test_the_number_of_samples_shrinks_when_sglang_has_no_room_for_them(
+    tiny_model_dir: Path, weights: MakeWeights, monkeypatch: pytest.MonkeyPatch, poll_s: float
+) -> None:
+    """By what SGLang reports of itself; and without that, by the samples that say they were thrown out."""
+    monkeypatch.setattr(engine_module, "POLL_S", poll_s)
+
     async def case() -> None:
         # Eight samples fit at their longest of 64, says the engine; the fake has room for their beginnings only.
         options = {"max-total-tokens": 8 * 64}
@@ -239,7 +247,28 @@ def test_the_number_of_samples_shrinks_when_sglang_throws_them_out(tiny_model_di
             await asyncio.gather(*(engine.generate(request(f"g{i}", length=40)) for i in range(8)))
             assert (await fake.tell())["retracted"] > 0
             assert limit.value < ROOM
-            assert engine.status().kv_usage > 0
+            assert (engine.status().kv_usage > 0) == (poll_s < 1)
+
+    run(case())
+
+
+def test_samples_that_were_put_back_by_a_swap_do_not_shrink_it(
+    tiny_model_dir: Path, weights: MakeWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_module, "POLL_S", 60.0)
+
+    async def case() -> None:
+        async with child_engine(tiny_model_dir) as (engine, fake):
+            await engine.load_weights(weights(V0))
+            assert engine._life is not None
+            await fake.tell(stop_at=5)
+            group = asyncio.create_task(engine.generate(request(generations=7, length=20)))
+            for version in (V1, V2):
+                await fake.until(lambda told: told["lengths"] == [5] * 7)
+                await engine.load_weights(weights(version))
+            await fake.tell(stop_at=0)
+            assert {completion.spans for completion in await group} == {((V0, 5), (V2, 15))}
+            assert engine._life.admission.limit.value == ROOM
 
     run(case())
 
