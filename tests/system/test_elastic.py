@@ -68,7 +68,8 @@ def test_a_server_killed_mid_group_loses_nothing(elastic: Elastic) -> None:
     run = elastic.lab.run
     assert elastic.servers["killed"].exit_code == -signal.SIGKILL
     (left,) = [event for event in run.events("server_left") if event["server"] == "killed"]
-    assert "nothing heard for 2 s" in left["text"]
+    # Its silence tells, or before that a message that it should have got: a swap's turn, new weights.
+    assert "nothing heard for 2 s" in left["text"] or "its connection is gone" in left["text"]
     assert elastic.held_at_kill > 0, "it was killed in the middle of groups"
     lost = [event for event in run.events("lease_lost") if "nothing heard" in event["reason"]]
     assert len(lost) == elastic.held_at_kill

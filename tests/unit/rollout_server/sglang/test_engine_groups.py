@@ -247,7 +247,6 @@ def test_the_number_of_samples_shrinks_when_sglang_has_no_room_for_them(
             await asyncio.gather(*(engine.generate(request(f"g{i}", length=40)) for i in range(8)))
             assert (await fake.tell())["retracted"] > 0
             assert limit.value < ROOM
-            assert (engine.status().kv_usage > 0) == (poll_s < 1)
 
     run(case())
 
