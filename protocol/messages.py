@@ -240,18 +240,20 @@ class WeightsReady(Message, frozen=True, kw_only=True):
     addresses: tuple[str, ...]
     """Bulk endpoints that serve it, best first; `*` as the host is the host the server dialed."""
     canary_tokens: Int32 | None = None
-    """[N, L] sequences to try the weights on, for engines that check (Hello.canaries); L >= 2."""
+    """[N, L] sequences to try the weights on, for engines that check (Hello.canaries); N >= 1, L >= 2."""
     canary_logprobs: Float32 | None = None
     """[N, L - 1] log softmax (temperature 1) of canary_tokens[:, 1:] under this version, by the learner."""
 
     def __post_init__(self) -> None:
-        """Check that every canary token but the first of a sequence has its logprob."""
+        """Check that there are canaries, where there are any, and that every token but a first one has its logprob."""
         tokens, logprobs = self.canary_tokens, self.canary_logprobs
         shapes = None if tokens is None else tokens.shape, None if logprobs is None else logprobs.shape
         if shapes == (None, None):
             return
         if not (shapes[0] and shapes[1] and len(shapes[0]) == 2 and shapes[1] == (shapes[0][0], shapes[0][1] - 1)):
             raise ValueError(f"canary_tokens {shapes[0]}, canary_logprobs {shapes[1]}: expected [N, L] and [N, L - 1]")
+        if not (shapes[0][0] >= 1 and shapes[0][1] >= 2):  # the mean over no token says nothing of the weights
+            raise ValueError(f"canary_tokens {shapes[0]}: expected [N, L] with N >= 1 and L >= 2, or none at all")
 
 
 class WeightsRequest(Message, frozen=True, kw_only=True):

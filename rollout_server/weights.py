@@ -102,7 +102,7 @@ class WeightsReceiver:
         """Take note of a version that may be fetched.
 
         Raises:
-            MalformedMessage: its manifest is none.
+            MalformedMessage: its manifest is none, or its canaries are of another vocabulary.
         """
         manifest = Manifest.from_json(ready.manifest.tobytes())
         if manifest.version != ready.version:
@@ -113,6 +113,12 @@ class WeightsReceiver:
         canaries = None
         if ready.canary_tokens is not None and ready.canary_logprobs is not None:
             canaries = Canaries(tokens=ready.canary_tokens, logprobs=ready.canary_logprobs)
+            lowest, highest = canaries.tokens.min(), canaries.tokens.max()
+            if lowest < 0 or highest >= self._engine.info.vocab_size:  # some engines die of such a token
+                raise MalformedMessage(
+                    f"canaries of version {ready.version} with tokens {lowest} to {highest}, allowed are 0 to"
+                    f" {self._engine.info.vocab_size - 1}"
+                )
         self._wanted = Wanted(manifest, addresses, canaries)
         self._stop.set()  # whatever is being fetched is superseded
         self._changed.notify()

@@ -103,7 +103,7 @@ def announcements(draw: st.DrawFn) -> WeightsReady:
     """Draw announcements with and without canaries, small and large."""
     canaries: dict[str, Any] = {}
     if draw(st.booleans()):
-        rows, length = draw(st.integers(0, 40)), draw(st.integers(2, 200))
+        rows, length = draw(st.integers(1, 40)), draw(st.integers(2, 200))
         canaries["canary_tokens"] = np.arange(rows * length, dtype=np.int32).reshape(rows, length)
         canaries["canary_logprobs"] = -np.arange(rows * (length - 1), dtype=np.float32).reshape(rows, length - 1)
     return WeightsReady(version=draw(versions), manifest=draw(octets), addresses=("ipc:///x",), **canaries)

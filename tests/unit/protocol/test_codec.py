@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import threading
 from typing import Any
 
@@ -345,6 +346,16 @@ def test_canaries_without_a_logprob_for_every_token_but_the_first_are_refused(to
             canary_tokens=None if tokens is None else np.zeros(tokens, np.int32),
             canary_logprobs=None if logprobs is None else np.zeros(logprobs, np.float32),
         )
+
+
+@pytest.mark.parametrize(("tokens", "logprobs"), [((0, 3), (0, 2)), ((2, 1), (2, 0)), ((0, 1), (0, 0))])
+def test_canaries_that_predict_nothing_are_refused(tokens, logprobs):
+    """An engine would compare the mean of no numbers."""
+    with pytest.raises(ValueError, match=re.escape(f"canary_tokens {tokens}: expected [N, L] with N >= 1 and L >= 2")):
+        WeightsReady(
+            version=Version(1, 7), manifest=np.zeros(1, np.uint8), addresses=(),
+            canary_tokens=np.zeros(tokens, np.int32), canary_logprobs=np.zeros(logprobs, np.float32),
+        )  # fmt: skip
 
 
 def test_canaries_that_do_not_fit_are_no_message():

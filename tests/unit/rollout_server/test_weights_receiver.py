@@ -23,7 +23,7 @@ from protocol.waits import Waits
 from protocol.weights.layout import MappedWeights, build_manifest
 from protocol.weights.manifest import Manifest, content_digest
 from protocol.weights.transfer import FetchReport
-from rollout_server.engines.base import EngineFailure, LoadReport, StagedWeights
+from rollout_server.engines.base import EngineFailure, EngineInfo, LoadReport, StagedWeights
 from rollout_server.weights import RETRY_S, SWAP_S, TURN_AGAIN_S, Report, WeightsReceiver
 from tests.virtual_time import run_virtual
 from tests.weights import make_weights
@@ -79,6 +79,8 @@ LOADED = LoadReport(pause_s=0.5, check_s=0.25, checksum="fake:12", mismatch_kl=1
 
 class FakeEngine:
     """Takes weights when `gate` is open."""
+
+    info = EngineInfo(engine="fake", room=8, vocab_size=32, model_digest="m", tokenizer_digest="t", canaries=True)
 
     def __init__(self) -> None:
         self.live: Version | None = None
@@ -470,6 +472,18 @@ def test_the_engine_is_told_what_it_loads_and_what_to_try_it_on(play: Play) -> N
         r.receiver.announce(r.ready(2))
         await r.fetch_ends()
         assert r.engine.loaded[-1].canaries is None
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("token", [-1, 32, 2**31 - 1])
+def test_canaries_that_no_engine_could_embed_are_no_announcement(play: Play, token: int) -> None:
+    async def scenario(r: Receiving) -> None:
+        ready = r.ready(1, canary_tokens=np.array([[3, token]], np.int32), canary_logprobs=np.zeros((1, 1), np.float32))
+        with pytest.raises(MalformedMessage, match=r"canaries of version 1\.1 with tokens .*, allowed are 0 to 31"):
+            r.receiver.announce(ready)
+        await asyncio.sleep(0.01)
+        assert r.executor.waiting == [], "nothing is fetched for it"
 
     play(scenario)
 
