@@ -31,6 +31,11 @@ SGLANG_OWN = {
     "weight-version": "is set with every version that the learner sends",
 }
 """Arguments of sglang.launch_server that the engine sets itself, and why nobody else may."""
+SGLANG_NUMBERS = {
+    "port": (range(65536), "from 0 to 65535 (0, or no port: a free one is found)"),
+    "nnodes": (range(1, 1 << 16), "from 1 (1, or none given: SGLang runs on this host alone)"),
+}
+"""Those that the engine reads itself: what they may be."""
 _NO_URL = "engine_url {url}: must be http://HOST:PORT, for example http://127.0.0.1:30000"
 
 
@@ -133,8 +138,9 @@ class ServerConfig(Section):
 
     @model_validator(mode="after")
     def _check_sglang(self) -> ServerConfig:
-        for key in self.sglang:
+        for key, value in self.sglang.items():
             _check_sglang_key(key)
+            _check_sglang_number(key, value)
         if not self.engine_url:
             return self
         if self.engine not in ("auto", "sglang"):
@@ -173,6 +179,15 @@ def _check_sglang_key(key: str) -> None:
     name = written if written in SGLANG_OWN else next((name for name in SGLANG_OWN if name.startswith(written)), None)
     if name is not None:
         raise ValueError(f"sglang.{key}: {name} {SGLANG_OWN[name]}; leave it out")
+
+
+def _check_sglang_number(key: str, value: Any) -> None:
+    if key in SGLANG_NUMBERS:
+        allowed, which = SGLANG_NUMBERS[key]
+        if type(value) is not int or value not in allowed:  # True is an int, too
+            raise ValueError(f"sglang.{key} = {value}: must be a whole number {which}")
+    elif "port".startswith(key):
+        raise ValueError(f"sglang.{key}: write sglang.port in full: this server calls it there")
 
 
 def _check_engine_url(url: str, insecure_plaintext: bool) -> None:

@@ -101,7 +101,7 @@ def child_environment(inherited: Mapping[str, str], *, directory: Path, options:
     nodes needs the network, and keeps what its user set.
     """
     ours = {"SGLANG_USE_PICKLE_IPC": "0", "TMPDIR": str(directory)}
-    if int(options.get("nnodes", 1)) == 1:
+    if options.get("nnodes", 1) == 1:
         ours |= {
             "SGLANG_DISTRIBUTED_INIT_METHOD_OVERRIDE": f"file://{directory}/rendezvous",
             "GLOO_SOCKET_IFNAME": "lo",

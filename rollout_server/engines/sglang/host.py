@@ -102,7 +102,7 @@ class ChildHost:
     async def _launch(self) -> Client:
         """Start the child; it does not answer yet."""
         keys = secrets.token_hex(24), secrets.token_hex(24)
-        port = free_port(int(self._config.sglang.get("port", 0)))
+        port = free_port(self._config.sglang.get("port", 0))
         self._scratch.mkdir(mode=0o700, exist_ok=True)
         self._keys_file.touch(mode=0o600)
         self._keys_file.write_text(keys_yaml(*keys), "utf-8")

@@ -179,6 +179,28 @@ def test_shortened_and_misspelled_keys(key: str, complaint: str) -> None:
     assert refused(f"--sglang.{key}", "2").startswith(complaint)
 
 
+@pytest.mark.parametrize("port", ["http", "-1", "65536", "30000.5", "null", "[1]", "99999999999999999999"])
+def test_a_port_that_is_none_is_refused(port: str) -> None:
+    text = refused("--sglang.port", port)
+    assert text.startswith(f"sglang.port = {port}: must be a whole number")
+    assert text.endswith("from 0 to 65535 (0, or no port: a free one is found)")
+
+
+@pytest.mark.parametrize("key", ["p", "po", "por"])
+def test_a_shortened_port_would_be_sglangs_alone(key: str) -> None:
+    assert refused(f"--sglang.{key}", "30000") == f"sglang.{key}: write sglang.port in full: this server calls it there"
+
+
+def test_a_number_of_nodes_that_is_none_is_refused() -> None:
+    text = refused("--sglang.nnodes", "many")
+    assert text.startswith("sglang.nnodes = many: must be a whole number from 1")
+
+
+@pytest.mark.parametrize("port", ["0", "1", "65535"])
+def test_a_port_is_a_number_of_sixteen_bits(port: str) -> None:
+    assert load_settings(ServerConfig, ["--sglang.port", port], prog="try").sglang == {"port": int(port)}
+
+
 def test_all_other_arguments_are_taken_as_they_come() -> None:
     argv = ["--sglang.tp-size", "2", "--sglang.port", "30001", "--sglang.enable-metrics", "--sglang.log_level", "info"]
     config = load_settings(ServerConfig, argv, prog="try")
