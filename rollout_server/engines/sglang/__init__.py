@@ -12,7 +12,9 @@ command.py     pure: the child's command line and environment
 client.py      SGLang's HTTP calls, typed
 answers.py     pure: what a request says, and what its answer means
 schema.py      the model's tensors by name and shape, and whether a version fits them
+watch.py       SGLang's state while it works: how full it is, whether it gets on
 meter.py, progress.py   pure: counters over time; whether work still gets done
+restarts.py    pure: when the next life begins
 """
 
 from rollout_server.engines.sglang.engine import SGLangEngine

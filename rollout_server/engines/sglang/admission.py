@@ -83,7 +83,7 @@ class Limit:
 class Seat:
     """One sample's place in the queue, later in SGLang."""
 
-    group_id: str
+    group: object
     given: asyncio.Future[bool] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     """True: go. False: the group was aborted."""
 
@@ -109,9 +109,9 @@ class Admission:
         """Samples without a seat."""
         return len(self._waiting)
 
-    async def enter(self, group_id: str) -> bool:
+    async def enter(self, group: object) -> bool:
         """Wait for a seat. False when the group was aborted meanwhile. Who got True must `leave`."""
-        seat = Seat(group_id)
+        seat = Seat(group)
         self._waiting.append(seat)
         self.admit()
         try:
@@ -139,9 +139,9 @@ class Admission:
                 self.idle.clear()
                 seat.given.set_result(True)
 
-    def abort(self, group_id: str) -> None:
+    def abort(self, group: object) -> None:
         """Send the group's waiting samples away."""
-        for seat in [seat for seat in self._waiting if seat.group_id == group_id]:
+        for seat in [seat for seat in self._waiting if seat.group is group]:
             self._waiting.remove(seat)
             if not seat.given.done():
                 seat.given.set_result(False)

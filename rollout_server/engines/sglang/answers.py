@@ -6,6 +6,7 @@ at temperature 1 (both measured against a Hugging Face forward; tests/system/sgl
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -90,15 +91,14 @@ def scores(answer: Answer, tokens: Int32) -> Float32:
     return np.array([np.nan if value is None else value for value, _, _ in given[1:]], np.float32)
 
 
-def to_completion(answer: Answer, *, stops: Sequence[int], aborted: bool, late: int) -> Completion:
+def to_completion(answer: Answer, *, stops: Sequence[int], aborted: bool, in_flight: Version | None) -> Completion:
     """Turn SGLang's answer into a completion.
 
     Args:
         answer: of one sample.
         stops: the lease's stop tokens.
         aborted: whether we asked for its end.
-        late: tokens after a change of version that the old one had sampled already, counted to the new one by SGLang:
-            1 where it pauses in place with a step under way (the overlap scheduler), else 0.
+        in_flight: see `backdate`; None where no token is under way while weights are exchanged.
 
     Raises:
         EngineFailure: it ended for a reason that nobody asked for, or what it says does not fit together.
@@ -109,26 +109,55 @@ def to_completion(answer: Answer, *, stops: Sequence[int], aborted: bool, late: 
         raise EngineFailure(
             f"SGLang gave {len(logprobs)} logprobs for {len(answer.output_ids)} tokens, or of other tokens"
         )
+    spans = to_spans(meta.weight_versions, len(answer.output_ids))
     return Completion(
         completion_tokens=np.array(answer.output_ids, np.int32),
         behavior_logprobs=np.array([np.nan if value is None else value for value, _, _ in logprobs], np.float32),
-        spans=to_spans(meta.weight_versions, len(answer.output_ids), late),
+        spans=spans if in_flight is None else backdate(spans, in_flight),
         finish_reason=_finish_reason(meta.finish_reason, stops, aborted),
     )
 
 
-def to_spans(spans: Sequence[Span], length: int, late: int) -> Spans:
-    """Which version sampled how many tokens; `late` moves every change of version back by so many tokens."""
-    ends = [min(span.end + (late if i < len(spans) - 1 else 0), length) for i, span in enumerate(spans)]
+def to_spans(spans: Sequence[Span], length: int) -> Spans:
+    """Which version sampled how many tokens, as SGLang counts them.
+
+    Raises:
+        ForeignWeights: a version is not one of ours.
+        EngineFailure: they do not cover the tokens.
+    """
     counts: dict[Version, int] = {}
     begun = 0
-    for span, end in zip(spans, ends, strict=True):
+    for span in spans:
+        version, end = parse_version(span.version), min(span.end, length)
         if end > begun:
-            version = parse_version(span.version)
             counts[version] = counts.get(version, 0) + end - begun
             begun = end
     if begun != length:
         raise EngineFailure(f"SGLang names the versions of {begun} tokens of {length}")
+    return tuple(counts.items())
+
+
+def backdate(spans: Spans, asked: Version) -> Spans:
+    """Give the first token after each change of version to the version before.
+
+    SGLang's overlap scheduler pauses in place with a step under way: the token of that step is sampled by the old
+    weights, comes after the exchange, and is counted to the new ones. Of a sample that had no token yet SGLang does not
+    say whether its first one was in that step or came later; it is given to the version that sampled when it was asked
+    for. So a token may be named too old a version, never too new a one: staleness is not understated.
+
+    Args:
+        spans: as SGLang counts.
+        asked: the version that sampled when the request was made.
+    """
+    ends = itertools.accumulate(count for _, count in spans)
+    length = sum(count for _, count in spans)
+    counts: dict[Version, int] = {}
+    begun = 0
+    for version, end in [(asked, 0), *zip((version for version, _ in spans), ends, strict=True)]:
+        end = min(end + 1, length)
+        if end > begun:
+            counts[version] = counts.get(version, 0) + end - begun
+            begun = end
     return tuple(counts.items())
 
 

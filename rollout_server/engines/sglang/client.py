@@ -66,11 +66,18 @@ class Load(msgspec.Struct):
 
     num_running_reqs: int = 0
     num_waiting_reqs: int = 0
+    num_waiting_uncached_tokens: int = 0
+    """Of prompts to be computed, also of the one that is computed in pieces: that one neither runs nor waits."""
     max_total_num_tokens: int = 0
     token_usage: float = 0.0
     total_prefill_uncached_tokens: int = 0
     decode_moments: list[float] | None = None
     """(steps, samples summed over the steps, ...)"""
+
+    @property
+    def num_held_reqs(self) -> int:
+        """Requests that it has, at most."""
+        return self.num_running_reqs + self.num_waiting_reqs + (self.num_waiting_uncached_tokens > 0)
 
     @property
     def tokens_decoded(self) -> float:

@@ -3,7 +3,7 @@
     generate  -->  Generation (seats, requests)  -->  held back until the versions it is of have passed their check
     load_weights:  file against schema -> pause -> update -> resume -> checksum, canaries -> live
 
-Two tasks run beside: `_supervise` gives SGLang one life after another, `_poll` reads its state and tries it when it
+Two tasks run beside: `_supervise` gives SGLang one life after another, `Watch` reads its state and tries it when it
 stands still. What fails in a life condemns it; nothing SGLang does takes the rollout server down.
 """
 
@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -39,24 +38,18 @@ from rollout_server.engines.base import (
 from rollout_server.engines.choice import SGLANG_FLOOR, version_numbers
 from rollout_server.engines.device import has_amx, resolve_device, resolve_dtype
 from rollout_server.engines.sglang.admission import Admission, Limit
-from rollout_server.engines.sglang.answers import PROBE
 from rollout_server.engines.sglang.check import Gate, WeightsSuspect
 from rollout_server.engines.sglang.generation import Generation, check_request
 from rollout_server.engines.sglang.host import ChildHost, Host, StartFailed, UrlHost
 from rollout_server.engines.sglang.life import Life
 from rollout_server.engines.sglang.meter import Meter
-from rollout_server.engines.sglang.progress import Progress
+from rollout_server.engines.sglang.restarts import HOPELESS, Restarts
 from rollout_server.engines.sglang.schema import check_file, read_schema
 from rollout_server.engines.sglang.swap import check, gate_kind, link_weights, swap, unlink_weights
+from rollout_server.engines.sglang.watch import Watch
 from rollout_server.engines.text import load_tokenizer
 
 log = logging.getLogger(__name__)
-
-POLL_S = 0.25
-STALL_S = 10.0
-"""Without a token for so long, SGLang is asked for one."""
-RESTART_S = (0.0, 1.0, 5.0, 15.0, 30.0)
-"""Pauses before a start; the last one repeats."""
 
 
 class SGLangEngine:
@@ -83,8 +76,9 @@ class SGLangEngine:
         """Files that have a directory for SGLang beside them."""
         self._generations: dict[str, Generation] = {}
         self._tokens_reported = 0
-        self._kv_usage = 0.0
+        self._watch = Watch(self._meter, clock, probe_s=config.engine_probe_s)
         self._restarts = 0
+        self._pauses = Restarts()
         self._closed = False
 
     @property
@@ -116,7 +110,7 @@ class SGLangEngine:
             tokens_generated=self._tokens_reported,
             prompt_tokens=meter.prompt_tokens,
             cached_prompt_tokens=meter.cached_prompt_tokens,
-            kv_usage=self._kv_usage,
+            kv_usage=self._watch.kv_usage,
             restarts=self._restarts,
             busy_s=meter.busy_s,
             paused_s=meter.paused_s,
@@ -142,7 +136,7 @@ class SGLangEngine:
             self._meter,
             limit=check_request(request, vocab_size=self._info.vocab_size, max_length=self._max_length),
             keeps_cache=in_place,
-            late=int(in_place and not life.info.disable_overlap_schedule),
+            overlaps=in_place and not life.info.disable_overlap_schedule,
         )
         self._generations[request.group_id] = generation
         try:
@@ -222,11 +216,11 @@ class SGLangEngine:
                 self._life = await self._begin()
             except EngineFailure as failure:
                 raise ConfigError(str(failure)) from failure
-            stack.push_async_callback(self._life.client.close)
+            stack.push_async_callback(self._life.close)
             self._tasks = await stack.enter_async_context(asyncio.TaskGroup())
             self._loops = [
                 self._tasks.create_task(self._supervise(self._life), name="engine"),
-                self._tasks.create_task(self._poll(), name="engine poll"),
+                self._tasks.create_task(self._watch.run(lambda: self._life), name="engine watch"),
             ]
             self._stack = stack.pop_all()
         return self
@@ -242,7 +236,6 @@ class SGLangEngine:
         try:
             if self._life is not None:
                 self._life.condemn(EngineFailure("the engine was closed"))
-                await self._life.client.close()
             for file in tuple(self._linked):
                 await asyncio.to_thread(unlink_weights, file)
         finally:
@@ -305,79 +298,55 @@ class SGLangEngine:
         consumes: the life's end      waits for: the host, or whoever condemns it
         produces: the next life       after `lost` has been notified
         """
-        while True:
-            died = self._host.died()
-            ends: list[asyncio.Future[Any]] = [life.condemned, died]
-            await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
-            if died.done():
-                life.condemn(EngineFailure(f"SGLang died: {died.result()}"))
-            event(log, "engine_lost", level=logging.ERROR, reason=life.condemned.result(), live=self._live)
-            self._life = self._live = None
-            self._restarts += 1
-            self._meter.runs(0)
-            self._lost.notify()
-            await life.client.close()
-            await self._host.stop()
-            life = self._life = await self._begin_again()
-            self._began.notify()
+        try:
+            while True:
+                begun_s = self._clock()
+                died = self._host.died()
+                ends: list[asyncio.Future[Any]] = [life.condemned, died]
+                await asyncio.wait(ends, return_when=asyncio.FIRST_COMPLETED)
+                if died.done():
+                    life.condemn(EngineFailure(f"SGLang died: {died.result()}"))
+                pause_s = self._pause_after(life.condemned.result(), served=life.served)
+                event(
+                    log, "engine_lost", level=logging.ERROR, reason=life.condemned.result(), live=self._live,
+                    lived_s=self._clock() - begun_s, restart_in_s=pause_s,
+                )  # fmt: skip
+                self._life = self._live = None
+                self._restarts += 1
+                self._meter.runs(0)
+                self._lost.notify()
+                await life.close()
+                await self._host.stop()
+                life = self._life = await self._begin_again(pause_s)
+                self._began.notify()
+        finally:
+            await life.close()
 
-    async def _begin_again(self) -> Life:
+    async def _begin_again(self, pause_s: float) -> Life:
         """Try to bring SGLang up until it is."""
-        for pause_s in itertools.chain(RESTART_S, itertools.repeat(RESTART_S[-1])):
+        while True:
             await asyncio.sleep(pause_s)
             try:
                 return await self._begin()
             except (EngineFailure, ConfigError) as failure:
-                event(log, "engine_start_failed", level=logging.ERROR, reason=failure)
-        raise AssertionError("the pauses never end")
+                pause_s = self._pause_after(failure, served=False)
+                event(log, "engine_start_failed", level=logging.ERROR, reason=failure, restart_in_s=pause_s)
 
-    async def _poll(self) -> None:
-        """Read SGLang's state while it works, and try it when it stands still.
-
-        waits for: its own timer      produces: the limit of samples, counters, the end of a life that hangs
-        """
-        progress = Progress(STALL_S, self._clock())
-        while True:
-            await asyncio.sleep(POLL_S)
-            life = self._life
-            if life is None or life.condemned.done():
-                continue
-            busy = life.admission.running > 0 and not life.standing
-            if busy:
-                with contextlib.suppress(EngineFailure):  # no answer is no progress; the probe decides
-                    await self._read_loads(life)
-            progress.note((life.decoded, self._meter.tokens_finished, life), self._clock(), busy=busy)
-            if progress.stalled(self._clock()):
-                await self._probe(life)
-
-    async def _read_loads(self, life: Life) -> None:
-        loads = await life.client.loads(deadline_s=STALL_S)
-        self._kv_usage = max(load.token_usage for load in loads)
-        life.decoded = sum(load.tokens_decoded for load in loads)
-        admission = life.admission
-        if admission.limit.observe(
-            usage=self._kv_usage,
-            running=sum(load.num_running_reqs for load in loads),
-            queued=sum(load.num_waiting_reqs for load in loads),
-            waiting=admission.waiting,
-        ):
-            event(log, "engine_limit", samples=admission.limit.value, kv_usage=self._kv_usage)
-            admission.admit()
-
-    async def _probe(self, life: Life) -> None:
-        """Ask for one token. Who does not give it in time is given up."""
-        deadline_s = self._config.engine_probe_s
-        try:
-            await life.client.generate(PROBE, deadline_s=deadline_s)
-        except EngineFailure as failure:
-            if life.standing:
-                return  # it came into a swap, which has a deadline of its own
-            life.condemn(EngineFailure(f"SGLang makes no progress: no token within {deadline_s:g} s ({failure})"))
+    def _pause_after(self, why: Exception, *, served: bool) -> float:
+        """Seconds to wait after a life, or an attempt at one; says so when there seems to be no point in another."""
+        pause_s = self._pauses.ended(served=served)
+        if self._pauses.in_vain == HOPELESS:
+            event(
+                log, "engine_hopeless", level=logging.ERROR, lives=HOPELESS, reason=why,
+                text="SGLang ends each time before a group comes out: it is tried again with pauses, but what is wrong"
+                " must be mended: the reason, or its log, says it",
+            )  # fmt: skip
+        return pause_s
 
 
 async def _checked(life: Life, generation: Generation) -> list[Completion]:
     completions = await generation.run()
-    versions = [version for completion in completions for version, _ in completion.spans]
-    if versions:
-        await life.wait_checked(max(versions))
+    life.served = True
+    if generation.newest is not None:
+        await life.wait_checked(generation.newest)
     return completions

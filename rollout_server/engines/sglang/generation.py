@@ -8,12 +8,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections.abc import Mapping
+from typing import Any
 
 from protocol.completions import Completion
 from protocol.identity import sample_seed
+from protocol.versions import Version
 from rollout_server.engines.base import EngineFailure, GenerationRequest, empty_completion
-from rollout_server.engines.sglang.answers import ForeignWeights, prefill_body, sample_body, to_completion
-from rollout_server.engines.sglang.client import Disconnected
+from rollout_server.engines.sglang.answers import ForeignWeights, prefill_body, sample_body, to_completion, to_spans
+from rollout_server.engines.sglang.client import Answer, Disconnected
 from rollout_server.engines.sglang.life import Life
 from rollout_server.engines.sglang.meter import Meter
 
@@ -26,23 +29,30 @@ ABORT_AGAIN_S = 1.0
 class Generation:
     """Samples one request. `run` once; `abort` at any time.
 
+    A seat is given back when SGLang has ended the sample's request, not when nobody wants the sample any more: SGLang
+    looks only every few seconds whether its caller has hung up.
+
     Args:
         request: what to sample.
         life: of SGLang.
         meter: told of what samples took.
         limit: tokens of a completion at most.
         keeps_cache: whether a swap of weights keeps keys and values (in place).
-        late: see answers.to_completion.
+        overlaps: whether a token is under way while weights are exchanged (see answers.backdate).
     """
 
     def __init__(
-        self, request: GenerationRequest, life: Life, meter: Meter, *, limit: int, keeps_cache: bool, late: int
+        self, request: GenerationRequest, life: Life, meter: Meter, *, limit: int, keeps_cache: bool, overlaps: bool
     ) -> None:
         self._request, self._life, self._meter = request, life, meter
-        self._limit, self._keeps_cache, self._late = limit, keeps_cache, late
+        self._limit, self._keeps_cache, self._overlaps = limit, keeps_cache, overlaps
+        self.newest: Version | None = None
+        """The newest version that may have sampled a token."""
         self._aborted = False
-        self._running: set[str] = set()
+        self._asked: set[str] = set()
         """Request ids."""
+        self._open = 1
+        """`run` itself, and the seats that are taken."""
         self._ended = asyncio.Event()
         self._prompts: dict[str, asyncio.Event] = {}
         """By cache key: set once the prompt is computed, or will not be."""
@@ -59,28 +69,29 @@ class Generation:
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
         finally:
-            self._ended.set()
+            self._close()
+            if self._open:
+                self._life.keep(self.abort())
         return [sample.result() for sample in samples]
 
     async def abort(self) -> None:
         """End every sample with what it has; returns when they have ended."""
         self._aborted = True
-        while not self._ended.is_set():
-            self._life.admission.abort(self._request.group_id)
-            for rid in tuple(self._running):
+        while self._open:
+            self._life.admission.abort(self)
+            for rid in tuple(self._asked):
                 with contextlib.suppress(EngineFailure):  # said again; the end of SGLang's life ends the samples, too
                     await self._life.client.abort(rid)
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._ended.wait(), ABORT_AGAIN_S)
 
     async def _sample(self, index: int) -> Completion:
-        """Wait for a seat, ask, and give it back; once more where the answer is lost or stands on a stale prompt."""
-        admission = self._life.admission
+        """Wait for a seat and ask; once more where the answer is lost or stands on a stale prompt."""
         may_lose = True
-        while not self._aborted and await admission.enter(self._request.group_id):
-            self._meter.runs(admission.running)
+        while not self._aborted and await self._life.admission.enter(self):
+            self._open += 1
             try:
-                completion = await self._ask(index)
+                completion = await asyncio.shield(self._life.keep(self._ask_seated(index)))
             except Disconnected as failure:
                 # One connection may break by itself; when there is no other to be had, SGLang has gone.
                 if not (may_lose and await self._is_there()):
@@ -90,44 +101,66 @@ class Generation:
             except ForeignWeights as failure:
                 self._life.condemn(failure)
                 raise
-            finally:
-                admission.leave()
-                self._meter.runs(admission.running)
             if completion is not None:
                 return completion
         return empty_completion()
 
+    async def _ask_seated(self, index: int) -> Completion | None:
+        """Ask, and give the seat back."""
+        admission = self._life.admission
+        self._meter.runs(admission.running)
+        try:
+            return await self._ask(index)
+        finally:
+            admission.leave()
+            self._meter.runs(admission.running)
+            self._close()
+
+    def _close(self) -> None:
+        self._open -= 1
+        if not self._open:
+            self._ended.set()
+
     async def _ask(self, index: int) -> Completion | None:
         """Sample one completion. None: it began after a swap in place, on a prompt that was computed before it."""
         life, request = self._life, self._request
-        version, swaps, cache_key = life.sampling, life.swaps, life.cache_key
+        version, put_back, cache_key = life.sampling, life.put_back, life.cache_key
         await self._compute_prompt(cache_key)
         if self._aborted:
             return empty_completion()
         rid = life.next_rid()
         seed = sample_seed(request.seed, index) if life.info.enable_deterministic_inference else None
-        body = sample_body(
-            request.prompt_tokens, request.sampling, limit=self._limit, rid=rid, cache_key=cache_key, seed=seed
+        answer = await self._answer(
+            sample_body(
+                request.prompt_tokens, request.sampling, limit=self._limit, rid=rid, cache_key=cache_key, seed=seed
+            )
         )
-        self._running.add(rid)
-        try:
-            answer = await life.client.generate(body)
-        finally:
-            self._running.discard(rid)
         completion = to_completion(
-            answer, stops=request.sampling.stop_token_ids, aborted=self._aborted, late=self._late
+            answer,
+            stops=request.sampling.stop_token_ids,
+            aborted=self._aborted,
+            in_flight=version if self._overlaps else None,
         )
         meta = answer.meta_info
-        if self._keeps_cache and meta.cached_tokens and completion.spans and completion.spans[0][0] != version:
+        named = [name for name, _ in to_spans(meta.weight_versions, len(answer.output_ids))]
+        if self._keeps_cache and meta.cached_tokens and named and named[0] != version:
             return None
+        self.newest = max([*named, *([] if self.newest is None else [self.newest])], default=None)
         self._meter.finished(
             tokens=len(completion.completion_tokens), prompt=meta.prompt_tokens, cached=meta.cached_tokens
         )
         if life.admission.limit.ended(
-            retracted=meta.num_retractions > life.swaps - swaps, running=life.admission.running
+            retracted=meta.num_retractions > life.put_back - put_back, running=life.admission.running
         ):
             life.admission.admit()
         return completion
+
+    async def _answer(self, body: Mapping[str, Any]) -> Answer:
+        self._asked.add(body["rid"])
+        try:
+            return await self._life.generate(body)
+        finally:
+            self._asked.discard(body["rid"])
 
     async def _is_there(self) -> bool:
         try:
@@ -146,7 +179,7 @@ class Generation:
             return
         computed = self._prompts[cache_key] = asyncio.Event()
         try:
-            await self._life.client.generate(prefill_body(prompt, rid=self._life.next_rid(), cache_key=cache_key))
+            await self._answer(prefill_body(prompt, rid=self._life.next_rid(), cache_key=cache_key))
         except BaseException:
             del self._prompts[cache_key]  # this sample may come again, and computes it then
             raise

@@ -9,14 +9,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import secrets
-from collections.abc import Coroutine
+from collections.abc import Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from protocol.versions import Version
 from rollout_server.engines.base import EngineFailure
 from rollout_server.engines.sglang.admission import Admission
-from rollout_server.engines.sglang.client import Client, ServerInfo
+from rollout_server.engines.sglang.client import Answer, Client, ServerInfo
 
 T = TypeVar("T")
 
@@ -38,11 +38,17 @@ class Life:
     """The newest version that passed its check: what older ones and it have sampled may leave the server."""
     passed: asyncio.Event = field(default_factory=asyncio.Event)
     """Set, and replaced, whenever `checked` moves."""
-    swaps: int = 0
+    put_back: int = 0
+    """Exchanges of weights that took running samples out: SGLang counts each as a retraction."""
+    asked: set[str] = field(default_factory=set)
+    """Requests that SGLang has not answered, by id."""
     standing: bool = False
     """While weights are exchanged: nothing is sampled, and that is right."""
+    served: bool = False
+    """Whether a group has come out of it."""
     decoded: float = 0.0
     """That count, as of the last poll."""
+    _kept: set[asyncio.Task[Any]] = field(default_factory=set)
     _rids: Any = field(default_factory=itertools.count)
     _rid_prefix: str = field(default_factory=lambda: secrets.token_hex(4))
 
@@ -55,6 +61,35 @@ class Life:
         """Why this life is over: an exception of its own for everybody who raises it, or their tracebacks mix."""
         why = self.condemned.result()
         return type(why)(str(why))
+
+    async def close(self) -> None:
+        """Drop every connection; return when what was kept has failed of it."""
+        await self.client.close()
+        while self._kept:
+            await asyncio.wait(self._kept)
+
+    async def generate(self, body: Mapping[str, Any]) -> Answer:
+        """Have a request answered; until then it counts as one that SGLang has."""
+        self.asked.add(body["rid"])
+        try:
+            return await self.client.generate(body)
+        finally:
+            self.asked.discard(body["rid"])
+
+    def keep(self, work: Coroutine[Any, Any, T]) -> asyncio.Task[T]:
+        """Do what must be done to its end though nobody waits for it any more; `close` waits for it.
+
+        It ends with the connection at the latest. Await it shielded.
+        """
+        task = asyncio.get_running_loop().create_task(work)
+        self._kept.add(task)
+        task.add_done_callback(self._was_kept)
+        return task
+
+    def _was_kept(self, task: asyncio.Task[Any]) -> None:
+        self._kept.discard(task)
+        if not task.cancelled():
+            task.exception()  # whoever still waits is given it; else it is nobody's
 
     def next_rid(self) -> str:
         """Name a request: all as long as each other, so that none begins with another."""

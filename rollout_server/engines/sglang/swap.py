@@ -61,7 +61,7 @@ async def swap(
         if mode != "drain":
             await life.client.pause(mode)
         await life.client.update_weights(str(directory), str(version), flush_cache=mode != "in_place")
-        life.swaps += 1
+        life.put_back += mode == "retract"
         life.sampling = version
         if mode != "drain":
             await life.client.resume()

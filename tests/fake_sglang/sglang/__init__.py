@@ -9,15 +9,15 @@ It answers the calls that rollout_server/engines/sglang/client.py makes as SGLan
                  --max-running-requests run, at most --max-total-tokens are held: who does not fit waits, and when
                  running samples no longer fit the youngest is retracted. Prompts are cached by (extra_key, prompt).
                  pause retract puts the running ones back in the queue (a retraction); in_place keeps them, and the
-                 token that was being sampled comes after the update, sampled by the old weights but counted to the
-                 new ones. Without a pause an update waits for all to end. A cache that cannot be flushed is a failed
-                 update whose weights are there all the same.
+                 token that was being sampled, perhaps the first, comes after the update, sampled by the old weights
+                 but counted to the new ones. Without a pause an update waits for all to end. A cache that cannot be
+                 flushed is a failed update whose weights are there all the same.
 - launch_server.py  Flags (an unknown one: usage, exit code 2), keys from the --config file, HTTP, the worker process
                  `sglang::scheduler` without which nothing is sampled any more, a file of its own in /dev/shm.
 
 Faults are fields of `Faults`, set at start by the environment variable FAKE_SGLANG (JSON) and later by POST /fake with
 the same JSON; GET /fake tells how often every path was called, how many calls `hold` keeps, and the bodies of
-/generate. No key is asked for /fake.
+/generate. No key is asked for /fake. Who hangs up is not noticed.
 """
 
 from __future__ import annotations
@@ -56,5 +56,7 @@ class Faults:
     """/v1/loads names no scheduler."""
     drop: str = ""
     """Hang up once on a call of /generate: "prefill" or "sample", as it comes."""
+    lose: int = 0
+    """So many running samples are forgotten; who asked for them waits for ever."""
     hold: list[str] = field(default_factory=list)
     """Paths whose calls are not begun until they are no longer in this list."""

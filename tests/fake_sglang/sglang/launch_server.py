@@ -71,15 +71,8 @@ class Server:
                 headers = {name.lower(): value for name, _, value in (line.partition(": ") for line in lines)}
                 content = await reader.readexactly(int(headers.get("content-length", 0)))
                 method, path, _ = first.split()
-                call = asyncio.ensure_future(self._call(method, path, headers, json.loads(content or b"{}")))
-                hung_up = asyncio.ensure_future(reader.read(1))
-                await asyncio.wait([call, hung_up], return_when=asyncio.FIRST_COMPLETED)
-                for other in (hung_up, call) if hung_up.done() else (hung_up,):
-                    other.cancel()
-                    await asyncio.wait([other])
-                if call.cancelled():
-                    return
-                status, answer = call.result()
+                # It does not look whether the caller has hung up; SGLang does every few seconds.
+                status, answer = await self._call(method, path, headers, json.loads(content or b"{}"))
                 if status == HANG_UP:
                     return
                 data = json.dumps(answer).encode()
@@ -155,6 +148,7 @@ class Server:
             "calls": self.calls, "held": self.held, "bodies": self.bodies, "pid": os.getpid(),
             "worker": self.worker.pid, "retracted": self.scheduler.retracted,
             "lengths": [len(sample.tokens) for sample in self.scheduler.running], "label": self.scheduler.label,
+            "waiting": len(self.scheduler.waiting), "most": self.scheduler.most,
             "faults": dataclasses.asdict(self.faults),
         }  # fmt: skip
 

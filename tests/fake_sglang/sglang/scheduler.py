@@ -57,6 +57,8 @@ class Scheduler:
         self._moved = asyncio.Condition()
         self._rids = map(str, itertools.count())
         self.steps = self.decoded = self.prefilled = self.retracted = 0
+        self.most = 0
+        """Samples that it had at once."""
 
     async def run(self, alive: Callable[[], bool]) -> None:
         """Step while `alive`; then nothing is sampled any more, and nobody is told."""
@@ -73,11 +75,8 @@ class Scheduler:
             await self._moved.wait_for(lambda: not self._paused)
         sample = Sample(body, asyncio.get_running_loop().create_future())
         self.waiting.append(sample)
-        try:
-            finish = await sample.ended
-        finally:  # also when the caller hangs up
-            self._remove(sample)
-        return self._answer(sample, finish)
+        self.most = max(self.most, len(self.running) + len(self.waiting))
+        return self._answer(sample, await sample.ended)
 
     def abort(self, rid: str) -> None:
         for sample in [*self.running, *self.waiting]:
@@ -91,6 +90,7 @@ class Scheduler:
             for sample in reversed(self.running):
                 self._retract(sample)
         elif self._overlap:
+            self._admit()
             for sample in self.running:
                 sample.pending = self._sample(sample)
 
@@ -127,9 +127,15 @@ class Scheduler:
     def usage(self) -> float:
         return sum(sample.held for sample in self.running) / self.max_tokens
 
-    def _step(self) -> None:
+    def _admit(self) -> None:
         while self.waiting and len(self.running) < self._room and self._fits(self.waiting[0]):
             self._begin(self.waiting.popleft())
+
+    def _step(self) -> None:
+        while self._faults.lose and self.running:
+            self.running.pop()
+            self._faults.lose -= 1
+        self._admit()
         while len(self.running) > 1 and self.usage > 1:
             self._retract(self.running[-1])
             self.retracted += 1

@@ -10,7 +10,7 @@ import pytest
 
 from protocol.versions import Version
 from rollout_server.engines.base import StagedWeights
-from rollout_server.engines.sglang import engine, host
+from rollout_server.engines.sglang import host, watch
 from tests.fake_sglang import driving
 
 MakeWeights = Callable[..., StagedWeights]
@@ -27,7 +27,7 @@ def fake_path(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPath
     monkeypatch.setattr(tempfile, "tempdir", str(directory))
     monkeypatch.setenv("PYTHONPATH", str(driving.PATH))
     monkeypatch.setattr(host, "RETRY_S", 0.02)
-    monkeypatch.setattr(engine, "POLL_S", 0.01)
+    monkeypatch.setattr(watch, "POLL_S", 0.01)
     return directory
 
 

@@ -14,6 +14,7 @@ from protocol.versions import Version
 from rollout_server.engines.base import EngineFailure
 from rollout_server.engines.sglang.answers import (
     ForeignWeights,
+    backdate,
     parse_version,
     prefill_body,
     sample_body,
@@ -50,33 +51,46 @@ def make_answer(finish: Finish, tokens: list[int], spans: list[Span] | None = No
 
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=5))
 def test_spans_that_are_not_late_are_taken_as_they_are(lengths: list[int]) -> None:
-    found = to_spans(make_spans(lengths), sum(lengths), late=0)
+    found = to_spans(make_spans(lengths), sum(lengths))
     assert found == tuple((Version(1, 3 + i), length) for i, length in enumerate(lengths) if length)
 
 
-@given(first=st.integers(2, 50), middle=st.lists(st.integers(1, 50), max_size=4), last=st.integers(0, 50))
-def test_a_late_change_of_version_is_moved_back_by_one_token(first: int, middle: list[int], last: int) -> None:
+@given(first=st.integers(1, 50), middle=st.lists(st.integers(1, 50), max_size=4), last=st.integers(1, 50))
+def test_a_token_in_flight_is_given_to_the_version_before(first: int, middle: list[int], last: int) -> None:
     """The token that was sampled when the engine stood still is the old version's, and SGLang counts it to the new."""
     sampled = [first, *middle, last]
     counted = [first - 1, *middle, last + 1]
-    found = to_spans(make_spans(counted), sum(sampled), late=1)
-    assert found == tuple((Version(1, 3 + i), length) for i, length in enumerate(sampled) if length)
+    found = backdate(to_spans(make_spans(counted), sum(sampled)), Version(1, 3))
+    assert found == tuple((Version(1, 3 + i), length) for i, length in enumerate(sampled))
 
 
-@given(st.lists(st.integers(1, 9), min_size=1, max_size=6), st.integers(0, 3))
-def test_spans_always_sum_to_the_length_and_grow(lengths: list[int], late: int) -> None:
-    found = to_spans(make_spans(lengths), sum(lengths), late)
-    assert sum(count for _, count in found) == sum(lengths)
+@given(counted=st.lists(st.integers(1, 9), max_size=6), missed=st.integers(0, 3))
+def test_a_token_is_named_too_old_a_version_at_worst(counted: list[int], missed: int) -> None:
+    """Whichever of the tokens after a change were in flight; and the first one, after `missed` changes."""
+    spans = to_spans(make_spans(counted), sum(counted))
+    found = backdate(spans, Version(1, 3 - missed))
+    names = [version for version, count in found for _ in range(count)]
+    counted_to = [version for version, count in spans for _ in range(count)]
+    assert len(names) == sum(counted)
     assert all(count > 0 for _, count in found)
-    assert [version for version, _ in found] == sorted({version for version, _ in found})
+    assert names == sorted(names)
+    for i, (name, counted_name) in enumerate(zip(names, counted_to, strict=True)):
+        before = counted_to[i - 1] if i else Version(1, 3 - missed)
+        assert name == before, "which sampled it if it was in flight"
+        assert name <= counted_name
+
+
+def test_a_foreign_version_is_found_out_though_its_tokens_are_given_to_another() -> None:
+    with pytest.raises(ForeignWeights, match="weights called 'default'"):
+        to_spans([Span(version="default", start=0, end=1)], 1)
 
 
 def test_spans_that_leave_tokens_out_are_refused() -> None:
     with pytest.raises(EngineFailure, match="SGLang names the versions of 3 tokens of 5"):
-        to_spans(make_spans([3]), 5, late=0)
+        to_spans(make_spans([3]), 5)
     with pytest.raises(EngineFailure, match="SGLang names the versions of 0 tokens of 5"):
-        to_spans([], 5, late=0)
-    assert to_spans([], 0, late=1) == ()
+        to_spans([], 5)
+    assert to_spans([], 0) == ()
 
 
 @given(st.integers(0, 2**31 - 1), st.integers(0, 2**31 - 1))
@@ -93,7 +107,7 @@ def test_weights_that_somebody_else_named_are_foreign(label: str) -> None:
 
 def test_a_stopped_completion_keeps_its_stop_token() -> None:
     answer = make_answer(Finish(type="stop", matched=9), [5, 6, 9])
-    completion = to_completion(answer, stops=STOPS, aborted=False, late=0)
+    completion = to_completion(answer, stops=STOPS, aborted=False, in_flight=None)
     assert completion.completion_tokens.tolist() == [5, 6, 9]
     assert completion.completion_tokens.dtype == np.int32
     assert completion.behavior_logprobs.tolist() == [0.0, -0.5, -1.0]
@@ -103,9 +117,9 @@ def test_a_stopped_completion_keeps_its_stop_token() -> None:
 
 
 def test_length_and_abort_are_told_apart() -> None:
-    cut = to_completion(make_answer(Finish(type="length"), [5]), stops=STOPS, aborted=True, late=0)
+    cut = to_completion(make_answer(Finish(type="length"), [5]), stops=STOPS, aborted=True, in_flight=None)
     assert cut.finish_reason is FinishReason.LENGTH
-    ended = to_completion(make_answer(Finish(type="abort"), []), stops=STOPS, aborted=True, late=0)
+    ended = to_completion(make_answer(Finish(type="abort"), []), stops=STOPS, aborted=True, in_flight=None)
     assert ended.finish_reason is FinishReason.ABORT
     assert ended.spans == ()
 
@@ -113,32 +127,32 @@ def test_length_and_abort_are_told_apart() -> None:
 def test_an_abort_that_nobody_asked_for_is_a_failure() -> None:
     answer = make_answer(Finish(type="abort", message="out of memory"), [5])
     with pytest.raises(EngineFailure, match="SGLang gave a sample up: out of memory"):
-        to_completion(answer, stops=STOPS, aborted=False, late=0)
+        to_completion(answer, stops=STOPS, aborted=False, in_flight=None)
     with pytest.raises(EngineFailure, match="SGLang gave a sample up: without a reason"):
-        to_completion(make_answer(Finish(type="abort"), [5]), stops=STOPS, aborted=False, late=0)
+        to_completion(make_answer(Finish(type="abort"), [5]), stops=STOPS, aborted=False, in_flight=None)
 
 
 @pytest.mark.parametrize("matched", [7, None, "text"])
 def test_a_stop_at_a_token_that_the_lease_does_not_name_is_a_failure(matched: int | str | None) -> None:
     answer = make_answer(Finish(type="stop", matched=matched), [5, 7])
     with pytest.raises(EngineFailure, match=rf"with token {matched}, the lease has the stop tokens \[1, 9\]"):
-        to_completion(answer, stops=STOPS, aborted=False, late=0)
+        to_completion(answer, stops=STOPS, aborted=False, in_flight=None)
 
 
 def test_logprobs_must_be_of_the_tokens() -> None:
     answer = make_answer(Finish(type="length"), [5, 6])
     answer.output_ids = [5, 7]
     with pytest.raises(EngineFailure, match="SGLang gave 2 logprobs for 2 tokens, or of other tokens"):
-        to_completion(answer, stops=STOPS, aborted=False, late=0)
+        to_completion(answer, stops=STOPS, aborted=False, in_flight=None)
     answer.meta_info.output_token_logprobs.pop()
     with pytest.raises(EngineFailure, match="SGLang gave 1 logprobs for 2 tokens"):
-        to_completion(answer, stops=STOPS, aborted=False, late=0)
+        to_completion(answer, stops=STOPS, aborted=False, in_flight=None)
 
 
 def test_a_logprob_that_is_not_given_is_nan() -> None:
     answer = make_answer(Finish(type="length"), [5, 6])
     answer.meta_info.output_token_logprobs[1] = (None, 6, None)
-    completion = to_completion(answer, stops=STOPS, aborted=False, late=0)
+    completion = to_completion(answer, stops=STOPS, aborted=False, in_flight=None)
     assert np.isnan(completion.behavior_logprobs).tolist() == [False, True]
 
 

@@ -18,7 +18,7 @@ import pytest
 
 from protocol.waits import Waits
 from rollout_server.engines.base import EngineFailure, SamplesWithheld, StagedWeights
-from rollout_server.engines.sglang import SGLangEngine, generation
+from rollout_server.engines.sglang import SGLangEngine, generation, restarts, watch
 from rollout_server.engines.sglang import engine as engine_module
 from rollout_server.engines.sglang.answers import ForeignWeights
 from rollout_server.engines.sglang.host import free_port
@@ -45,8 +45,8 @@ LONG = 200
 
 @pytest.fixture(autouse=True)
 def quick(fake_path: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine_module, "STALL_S", 0.1)
-    monkeypatch.setattr(engine_module, "RESTART_S", (0.0, 0.01))
+    monkeypatch.setattr(watch, "STALL_S", 0.1)
+    monkeypatch.setattr(restarts, "PAUSES_S", (0.0, 0.01))
 
 
 def is_gone(pid: int) -> bool:
@@ -183,7 +183,7 @@ def test_an_engine_that_has_nothing_to_do_is_not_probed(tiny_model_dir: Path, we
             async with asyncio.timeout(None):
                 loop = asyncio.get_running_loop()
                 begun_s = loop.time()
-                await until(lambda: loop.time() - begun_s > 4 * engine_module.STALL_S)
+                await until(lambda: loop.time() - begun_s > 4 * watch.STALL_S)
             assert (await fake.tell())["calls"] == before
 
     run(case())
@@ -216,11 +216,53 @@ def test_a_swap_that_takes_longer_than_a_probe_is_no_hang(tiny_model_dir: Path, 
             await fake.until_held("/generate")  # the probe
             loading = asyncio.create_task(engine.load_weights(weights(V1)))
             await fake.until_held("/update_weights_from_disk")
-            await fake.until(lambda told: told["held"]["/generate"] == 0)  # the probe was given up
+            loop = asyncio.get_running_loop()
+            begun_s = loop.time()
+            await until(lambda: loop.time() - begun_s > 0.4)  # the probe was given up
             await fake.tell(hold=[], stop_at=0)
             await loading
             assert [completion.spans for completion in await group] == [((V0, 5), (V1, LONG - 5))] * 4
             assert engine.status().restarts == 0
+
+    run(case())
+
+
+@pytest.mark.parametrize("lost", [1, 4])
+def test_requests_that_sglang_has_no_more_are_missed(tiny_model_dir: Path, weights: MakeWeights, lost: int) -> None:
+    """It answers, and gives every token that it is asked for; the others of the group are under way."""
+
+    async def case() -> None:
+        port = free_port(0)
+        with running_fake(tiny_model_dir, port) as process:
+            engine = url_engine(tiny_model_dir, port, engine_probe_s=1.0)
+            await engine.__aenter__()
+            await engine.load_weights(weights(V0))
+            group = await stopped_group(engine, Fake(port))
+            await Fake(port).tell(lose=lost)
+            with pytest.raises(EngineFailure, match=rf"SGLang has lost {lost} of 4 requests: for 1 s it has neither"):
+                await group
+            assert process.poll() is None
+            await Fake(port).tell(stop_at=0)
+            await serves(engine, weights(V0))
+            assert engine.status().restarts == 1
+            await engine.__aexit__(None, None, None)
+
+    run(case())
+
+
+def test_a_called_off_request_that_is_lost_does_not_hold_its_seat_for_ever(
+    tiny_model_dir: Path, weights: MakeWeights
+) -> None:
+    async def case() -> None:
+        async with child_engine(tiny_model_dir, engine_probe_s=1.0) as (engine, fake):
+            await engine.load_weights(weights(V0))
+            group = await stopped_group(engine, fake)
+            await fake.tell(lose=4)
+            lost = asyncio.create_task(engine.lost.wait())
+            group.cancel()
+            await lost
+            assert engine.status().samples_running == 0
+            await serves(engine, weights(V0))
 
     run(case())
 
@@ -283,10 +325,57 @@ def test_starts_that_fail_are_tried_again_until_one_works(
     run(case())
 
 
+def test_lives_in_vain_are_begun_with_growing_pauses_and_told(
+    tiny_model_dir: Path, weights: MakeWeights, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Every load is followed by the end: the file, or its canaries, are wrong at their source."""
+    monkeypatch.setattr(restarts, "PAUSES_S", (0.0, 0.01, 60.0))
+    monkeypatch.setenv("FAKE_SGLANG", '{"wrong": "other"}')
+
+    def told(name: str) -> list[str]:
+        return [record.getMessage() for record in caplog.records if f"event={name} " in record.getMessage()]
+
+    async def case() -> None:
+        loop = asyncio.get_running_loop()
+        async with child_engine(tiny_model_dir) as (engine, _):
+            for _ in range(3):
+                with pytest.raises(SamplesWithheld, match=r"weights 1.0 failed their check in SGLang"):
+                    await engine.load_weights(weights(V0))
+            loading = asyncio.create_task(engine.load_weights(weights(V0)))
+            await until(lambda: len(told("engine_hopeless")) == 1)
+            pauses = [line.partition("restart_in_s=")[2].split()[0] for line in told("engine_lost")]
+            assert pauses == ["0", "0.01", "60"]
+            assert "weights 1.0 failed their check" in told("engine_hopeless")[0]
+            assert not loading.done(), "it waits"
+            begun_s = loop.time()
+        assert loop.time() - begun_s < 10
+        with pytest.raises(EngineFailure, match="the engine is closed"):
+            await loading
+
+    run(case())
+
+
+def test_a_life_that_served_is_followed_by_another_at_once(
+    tiny_model_dir: Path, weights: MakeWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(restarts, "PAUSES_S", (0.0, 60.0))
+
+    async def case() -> None:
+        async with child_engine(tiny_model_dir) as (engine, fake):
+            for _ in range(4):
+                await serves(engine, weights(V0))
+                lost = asyncio.create_task(engine.lost.wait())
+                await fake.tell(die=1)
+                await lost
+            await serves(engine, weights(V0))
+
+    run(case())
+
+
 def test_a_port_that_somebody_else_took_is_waited_for(
     tiny_model_dir: Path, weights: MakeWeights, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "RESTART_S", (0.05,))
+    monkeypatch.setattr(restarts, "PAUSES_S", (0.05,))
 
     async def case() -> None:
         async with child_engine(tiny_model_dir) as (engine, fake):
@@ -446,7 +535,7 @@ def test_closing_ends_whatever_is_under_way(
 def test_closing_while_sglang_restarts(
     tiny_model_dir: Path, weights: MakeWeights, monkeypatch: pytest.MonkeyPatch, faults: str
 ) -> None:
-    monkeypatch.setattr(engine_module, "RESTART_S", (0.0, 60.0))
+    monkeypatch.setattr(restarts, "PAUSES_S", (0.0, 60.0))
 
     before = psutil.Process().children()
 

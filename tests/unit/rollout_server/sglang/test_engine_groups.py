@@ -12,8 +12,7 @@ import pytest
 
 from protocol.messages import FinishReason
 from rollout_server.engines.base import EngineFailure, EngineStatus, StagedWeights
-from rollout_server.engines.sglang import engine as engine_module
-from rollout_server.engines.sglang import generation
+from rollout_server.engines.sglang import generation, watch
 from tests.fake_sglang.driving import ROOM, V0, V1, V2, child_engine, is_pure, request, run, until
 
 pytestmark = pytest.mark.usefixtures("fake_path")
@@ -167,18 +166,76 @@ def test_an_abort_is_said_again_until_the_samples_have_ended(
     run(case())
 
 
-def test_a_cancelled_group_gives_its_seats_back(tiny_model_dir: Path, weights: MakeWeights) -> None:
+def test_a_cancelled_group_keeps_its_seats_until_sglang_has_ended_its_samples(
+    tiny_model_dir: Path, weights: MakeWeights
+) -> None:
+    """SGLang looks every few seconds whether a caller has hung up: its samples must be ended, and ended first."""
+
     async def case() -> None:
-        async with child_engine(tiny_model_dir, room=4) as (engine, _):
+        async with child_engine(tiny_model_dir, room=4) as (engine, fake):
             await engine.load_weights(weights(V0))
+            before = (await fake.tell(hold=["/abort_request"], stop_at=5))["most"]
             gone = asyncio.create_task(engine.generate(request("gone", generations=6, length=LONG)))
-            await until(lambda: engine.status().samples_running == 4)
+            await fake.until(lambda told: told["lengths"] == [5] * 4)
             gone.cancel()
             with pytest.raises(asyncio.CancelledError):
                 await gone
-            assert (engine.status().samples_running, engine.status().samples_waiting) == (0, 0)
-            assert len(await engine.generate(request("next", generations=6))) == 6
+            following = asyncio.create_task(engine.generate(request("next", generations=6)))
+            await fake.until_held("/abort_request")
+            assert (engine.status().samples_running, engine.status().samples_waiting) == (4, 6)
+            await fake.tell(hold=[], stop_at=0)
+            assert [len(completion.completion_tokens) for completion in await following] == [12] * 6
+            assert max(before, 4) == (await fake.tell())["most"], "SGLang never had more than it may"
             engine.abort("gone")
+            await until(lambda: engine.status().samples_running == 0)
+
+    run(case())
+
+
+def test_the_siblings_of_a_sample_that_fails_are_ended_before_their_seats_are_given_on(
+    tiny_model_dir: Path, weights: MakeWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(generation, "ABORT_AGAIN_S", 0.02)
+
+    async def case() -> None:
+        async with child_engine(tiny_model_dir, room=4) as (engine, fake):
+            await engine.load_weights(weights(V0))
+            before = (await fake.tell(stop_at=5))["most"]
+            failing = asyncio.create_task(engine.generate(request("failing", generations=6, length=LONG)))
+            await fake.until(lambda told: told["lengths"] == [5] * 4)
+            assert engine._life is not None
+            # one of them is ended by somebody else
+            await engine._life.client.abort(next(iter(engine._generations["failing"]._asked)))
+            with pytest.raises(EngineFailure, match="SGLang gave a sample up: Aborted by AbortReq"):
+                await failing
+            following = asyncio.create_task(engine.generate(request("next", generations=8)))
+            await until(lambda: engine.status().samples_waiting == 4)  # all siblings have been ended, then
+            await fake.tell(stop_at=0)
+            assert len(await following) == 8
+            assert (await fake.tell())["most"] == max(before, 4)
+            await until(lambda: engine.status().samples_running == 0)
+
+    run(case())
+
+
+def test_a_called_off_group_does_not_call_off_its_next_attempt(
+    tiny_model_dir: Path, weights: MakeWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is leased again under the same name, and waits for the seats of the first attempt."""
+    monkeypatch.setattr(generation, "ABORT_AGAIN_S", 0.02)
+
+    async def case() -> None:
+        async with child_engine(tiny_model_dir, room=4) as (engine, fake):
+            await engine.load_weights(weights(V0))
+            await fake.tell(hold=["/abort_request"], stop_at=5)
+            first = asyncio.create_task(engine.generate(request("g", length=LONG)))
+            await fake.until(lambda told: told["lengths"] == [5] * 4)
+            first.cancel()
+            await asyncio.wait([first])
+            again = asyncio.create_task(engine.generate(request("g")))
+            await until(lambda: engine.status().samples_waiting == 4)
+            await fake.tell(hold=[], stop_at=0)
+            assert {completion.finish_reason for completion in await again} == {FinishReason.LENGTH}
 
     run(case())
 
@@ -233,7 +290,7 @@ def test_the_number_of_samples_shrinks_when_sglang_has_no_room_for_them(
     tiny_model_dir: Path, weights: MakeWeights, monkeypatch: pytest.MonkeyPatch, poll_s: float
 ) -> None:
     """By what SGLang reports of itself; and without that, by the samples that say they were thrown out."""
-    monkeypatch.setattr(engine_module, "POLL_S", poll_s)
+    monkeypatch.setattr(watch, "POLL_S", poll_s)
 
     async def case() -> None:
         # Eight samples fit at their longest of 64, says the engine; the fake has room for their beginnings only.
@@ -254,7 +311,7 @@ def test_the_number_of_samples_shrinks_when_sglang_has_no_room_for_them(
 def test_samples_that_were_put_back_by_a_swap_do_not_shrink_it(
     tiny_model_dir: Path, weights: MakeWeights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(engine_module, "POLL_S", 60.0)
+    monkeypatch.setattr(watch, "POLL_S", 60.0)
 
     async def case() -> None:
         async with child_engine(tiny_model_dir) as (engine, fake):
@@ -268,6 +325,28 @@ def test_samples_that_were_put_back_by_a_swap_do_not_shrink_it(
             await fake.tell(stop_at=0)
             assert {completion.spans for completion in await group} == {((V0, 5), (V2, 15))}
             assert engine._life.admission.limit.value == ROOM
+
+    run(case())
+
+
+def test_samples_thrown_out_after_a_swap_that_kept_them_shrink_it(
+    tiny_model_dir: Path, weights: MakeWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A swap in place throws nobody out: what SGLang counts then is its own."""
+    monkeypatch.setattr(watch, "POLL_S", 60.0)
+
+    async def case() -> None:
+        async with child_engine(tiny_model_dir, weight_update_mode="in_place") as (engine, fake):
+            await engine.load_weights(weights(V0))
+            assert engine._life is not None
+            await fake.tell(stop_at=5)
+            group = asyncio.create_task(engine.generate(request(generations=7, length=30)))
+            await fake.until(lambda told: told["lengths"] == [5] * 7)
+            await engine.load_weights(weights(V1))
+            await fake.tell(stop_at=0, max_tokens=150)
+            await group
+            assert (await fake.tell())["retracted"] > 0
+            assert engine._life.admission.limit.value < ROOM
 
     run(case())
 

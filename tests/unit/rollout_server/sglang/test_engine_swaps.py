@@ -76,6 +76,58 @@ def test_tokens_are_named_by_the_weights_that_sampled_them_also_in_place(
     run(case())
 
 
+@pytest.mark.parametrize(("overlap", "length"), [(True, 12), (True, 1), (False, 12)])
+def test_a_first_token_in_flight_is_the_old_weights(
+    tiny_model_dir: Path, weights: MakeWeights, overlap: bool, length: int
+) -> None:
+    """SGLang notes where a version ends by the tokens a sample has: it says nothing of one that has none yet."""
+
+    async def case() -> None:
+        options = {"disable-overlap-schedule": not overlap}
+        async with child_engine(tiny_model_dir, weight_update_mode="in_place", sglang=options) as (engine, fake):
+            old, new = weights(V0), weights(V1, canaries=False)
+            await engine.load_weights(old)
+            await fake.tell(hang=True)
+            group = asyncio.create_task(engine.generate(request(generations=1, length=length)))
+            await fake.until(lambda told: told["waiting"] == 1)  # its step is the one that is under way
+            await engine.load_weights(new)
+            await fake.tell(hang=False)
+            (completion,) = await group
+            count = int(overlap)
+            assert completion.spans == tuple(span for span in ((V0, count), (V1, length - count)) if span[1])
+            assert is_pure(completion, old, end=count)
+            assert is_pure(completion, new, first=count, prompt=content_of(old.path) if overlap else "")
+
+    run(case())
+
+
+def test_a_group_whose_tokens_may_be_of_unchecked_weights_is_held_back(
+    tiny_model_dir: Path, weights: MakeWeights
+) -> None:
+    """Its only tokens are named after the old version, to be safe; it waits for the verdict on the new one."""
+
+    async def case() -> None:
+        async with child_engine(tiny_model_dir, weight_update_mode="in_place") as (engine, fake):
+            await engine.load_weights(weights(V0))
+            await fake.tell(hang=True)
+            group = asyncio.create_task(engine.generate(request(generations=1, length=1)))
+            await fake.until(lambda told: told["waiting"] == 1)
+            await fake.tell(hold=["/weights_checker"])
+            loading = asyncio.create_task(engine.load_weights(weights(V1)))
+            await fake.until_held("/weights_checker")
+            await fake.tell(hang=False)
+            await until(lambda: engine.status().samples_running == 0)
+            for _ in range(10):
+                await asyncio.sleep(0)
+            assert not group.done()
+            await fake.tell(hold=[])
+            assert (await group)[0].spans == ((V0, 1),)
+            assert engine.live == V1
+            await loading
+
+    run(case())
+
+
 def test_drain_lets_samples_end_under_the_weights_they_began_with(tiny_model_dir: Path, weights: MakeWeights) -> None:
     async def case() -> None:
         async with child_engine(tiny_model_dir, room=4, weight_update_mode="drain") as (engine, fake):

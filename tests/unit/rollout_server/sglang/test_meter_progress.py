@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rollout_server.engines.sglang.meter import Meter
-from rollout_server.engines.sglang.progress import Progress
+from rollout_server.engines.sglang.progress import Progress, RollCall
 
 ROOM = 4
 
@@ -61,3 +61,65 @@ def test_an_engine_without_work_owes_nothing() -> None:
     assert not progress.stalled(59.0)
     progress.note(1, 61.0, busy=True)
     assert progress.stalled(61.0)
+
+
+PATIENCE_S = 10.0
+
+
+@st.composite
+def looks(draw: st.DrawFn) -> list[tuple[set[str], set[str], float]]:
+    """(unanswered, of those: held, seconds) at each look: requests come, are taken in, end, are answered, some late."""
+    coming: list[str] = []
+    held: set[str] = set()
+    going: set[str] = set()
+    seen, number, now_s = [], 0, 0.0
+    for _ in range(draw(st.integers(1, 60))):
+        going.clear() if draw(st.booleans()) else None  # an answer is at most so long on its way
+        for rid in coming:
+            held.add(rid)
+        coming = []
+        for _ in range(draw(st.integers(0, 3))):
+            number += 1
+            coming.append(f"r{number}")
+        ended = {rid for rid in held if draw(st.booleans()) and draw(st.booleans())}
+        held -= ended
+        going |= ended
+        now_s += draw(st.floats(0.25, 5.0))
+        seen.append((held | going | set(coming), set(held), now_s))
+        going -= ended if draw(st.booleans()) else set()
+    return seen
+
+
+@given(looks())
+def test_requests_on_their_way_in_or_out_are_not_lost(seen: list[tuple[set[str], set[str], float]]) -> None:
+    """Whatever comes and goes between looks: what is unanswered has been held at some look since it came, or comes."""
+    roll = RollCall(PATIENCE_S)
+    arrived: dict[str, float] = {}
+    for unanswered, held, now_s in seen:
+        for rid in unanswered:
+            arrived.setdefault(rid, now_s)
+        missing = roll.note(unanswered, held=len(held), now_s=now_s)
+        stuck = {rid for rid in unanswered - held if now_s - arrived[rid] >= PATIENCE_S}
+        assert missing <= len(stuck), "each that is missing has waited so long"
+
+
+@given(others=st.integers(0, 3), lost=st.integers(1, 4), steps=st.lists(st.floats(0.1, 3.0), min_size=60, max_size=60))
+def test_what_is_lost_is_missed_in_time(others: int, lost: int, steps: list[float]) -> None:
+    roll = RollCall(PATIENCE_S)
+    names = {f"r{i}" for i in range(others + lost)}
+    assert roll.note(names, held=others + lost, now_s=0.0) == 0
+    now_s, begun_s = 0.0, None
+    for step_s in steps:
+        now_s += step_s
+        begun_s = now_s if begun_s is None else begun_s
+        missing = roll.note(names, held=others, now_s=now_s)
+        assert (missing == lost) == (now_s - begun_s >= PATIENCE_S)
+        assert missing in (0, lost)
+
+
+def test_newcomers_hide_a_loss_until_they_have_been_answered() -> None:
+    roll = RollCall(PATIENCE_S)
+    roll.note({"lost", "a"}, held=1, now_s=0.0)
+    assert roll.note({"lost", "b", "c"}, held=2, now_s=20.0) == 0
+    assert roll.note({"lost"}, held=0, now_s=40.0) == 0
+    assert roll.note({"lost"}, held=0, now_s=50.0) == 1
