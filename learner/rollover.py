@@ -1,25 +1,38 @@
 """A version rolls over the fleet: which servers have it staged and wait, and which may swap now. Pure.
 
-    begin(version) -> staged(server) -> grant() gives the turn -> ended(server): live, failed or lost
-                                                              '-> expire(): TURN_S without an answer
+    begin(version) -> staged(server) -> grant() gives the turn -> swapped(server), or failed(server)
+                                                              '-> expire(): turn_s without an answer
 
 A swap pauses an engine, and a bad version could break it. So at most an eighth of the fleet swaps at once, one server
 where there are fewer than 16, and who serves the oldest weights goes first: a server whose staged version was
 superseded before its turn came is the first in line for the next. Those who had a turn for this version already come
 last: one that fails every time must not keep the others from theirs. One that serves nothing pauses nobody: it gets its
 turn at once, and takes none from the others. Servers are named by their connection.
+
+How long a swap may take is seen from those before it: a large model loads for a minute, `drain` waits for samples. A
+turn lasts three times what is usual. When it is over the next server swaps, and nothing else happens: the late one
+keeps its leases (whether it is alive its heartbeats say), and its answer counts whenever it comes. The server itself
+gives a load up after 20 minutes, and says so.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Mapping
 from dataclasses import dataclass
+from statistics import median
 
 from protocol.versions import Version
 
 TURN_S = 30.0
-"""A turn that is not answered for so long goes to the next. Nothing else happens: perhaps it still ends well. Half of
-what I8 allows for a step: a fleet that waits for its turn behind one that hangs must not look stalled."""
+"""Of a turn at least, and while no swap has been seen. Half of what I8 allows for a step: a fleet that waits for its
+turn behind one that hangs must not look stalled."""
+MAX_TURN_S = 600.0
+"""Of a turn at most: a fleet does not wait longer for one that hangs, however slow it once was. SGLang's limit of one
+load; half of the server's own limit."""
+USUAL_SWAPS = 3.0
+"""A turn lasts so many times the median of the last swaps: one that hung once does not make the next hang longer."""
+SWAPS_REMEMBERED = 16
 SERVERS_AT_ONCE = 8
 """One server in so many swaps at a time."""
 OLDEST = Version(-1, -1)
@@ -31,6 +44,7 @@ class Turn:
     """Permission to swap, given and not answered."""
 
     version: Version
+    begun_s: float
     ends_s: float
     pauses: bool
     """Whether the server served when it got it: only such turns count."""
@@ -45,10 +59,20 @@ class Rollover:
         self.waiting: dict[bytes, None] = {}
         """Servers that have it staged, in the order in which they said so."""
         self.turns: dict[bytes, Turn] = {}
+        self._late: dict[bytes, Turn] = {}
+        """Turns that are over, and whose servers have not answered yet."""
+        self._swaps_s: deque[float] = deque(maxlen=SWAPS_REMEMBERED)
+        """How long the last swaps took, from turn to live."""
         self._tried: set[bytes] = set()
         """Servers that had a turn for the version."""
         self._checksums: dict[str, str] = {}
         """The first of each kind that was reported of the version."""
+
+    @property
+    def turn_s(self) -> float:
+        """How long a turn that is given now may last."""
+        usual_s = median(self._swaps_s) if self._swaps_s else 0.0
+        return min(MAX_TURN_S, max(TURN_S, USUAL_SWAPS * usual_s))
 
     @property
     def checksums(self) -> tuple[str, ...]:
@@ -65,21 +89,30 @@ class Rollover:
 
     def staged(self, server: bytes, version: Version) -> bool:
         """Note that a server waits; a turn that it had is over. False: that version is not the one rolling."""
-        self.turns.pop(server, None)
+        self._forget(server)
         if version != self.version:
             return False
         self.waiting.setdefault(server)
         return True
 
-    def ended(self, server: bytes, version: Version | None = None) -> None:
-        """A turn was answered: the one for `version` (or for an older one), or whichever it was."""
-        turn = self.turns.get(server)
+    def swapped(self, server: bytes, version: Version, now_s: float) -> None:
+        """A server serves that version now: its turn for it, or for an older one, is answered, even if it was late."""
+        turn = self.turns.get(server) or self._late.get(server)
+        if turn is None or version < turn.version:
+            return
+        if turn.pauses:  # else it may have had to start its engine first
+            self._swaps_s.append(now_s - turn.begun_s)
+        self._forget(server)
+
+    def failed(self, server: bytes, version: Version | None = None) -> None:
+        """A turn came to nothing: the one for `version` (or for an older one), or whichever it was."""
+        turn = self.turns.get(server) or self._late.get(server)
         if turn is not None and (version is None or version >= turn.version):
-            del self.turns[server]
+            self._forget(server)
 
     def left(self, server: bytes) -> None:
         """Forget a server."""
-        self.turns.pop(server, None)
+        self._forget(server)
         self.waiting.pop(server, None)
         self._tried.discard(server)
 
@@ -87,8 +120,12 @@ class Rollover:
         """Take back the turns that were not answered in time; return whose they were."""
         late = [server for server, turn in self.turns.items() if now_s >= turn.ends_s]
         for server in late:
-            del self.turns[server]
+            self._late[server] = self.turns.pop(server)
         return late
+
+    def _forget(self, server: bytes) -> None:
+        self.turns.pop(server, None)
+        self._late.pop(server, None)
 
     def grant(self, live: Mapping[bytes, Version | None], now_s: float) -> list[bytes]:
         """Give out the turns that are free; return who may swap to `version` now.
@@ -107,7 +144,7 @@ class Rollover:
                 continue  # but one that serves nothing may stand behind it
             self._tried.add(server)
             del self.waiting[server]
-            self.turns[server] = Turn(self.version, now_s + TURN_S, pauses)
+            self.turns[server] = Turn(self.version, now_s, now_s + self.turn_s, pauses)
             granted.append(server)
         return granted
 

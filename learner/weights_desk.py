@@ -13,7 +13,7 @@ from typing import Protocol
 
 from learner.batch_metrics import Row
 from learner.fleet import Fleet, Server
-from learner.rollover import TURN_S, Rollover
+from learner.rollover import Rollover
 from protocol.messages import (
     AnyMessage,
     WeightsFailed,
@@ -78,9 +78,11 @@ class WeightsDesk:
 
     def tick(self) -> None:
         """Take back turns that are not answered, and give them to the next."""
+        turns = dict(self.rollover.turns)
         for peer in self.rollover.expire(self.clock()):
-            name = self.fleet.servers[peer].name
-            text = f"{name} has not swapped to version {self.rollover.version} for {TURN_S:.0f} s: the next one may"
+            name, turn = self.fleet.servers[peer].name, turns[peer]
+            waited_s = turn.ends_s - turn.begun_s
+            text = f"{name} has not swapped to version {turn.version} for {waited_s:.0f} s: the next one may"
             self.notice("turn_expired", text, server=name)
         self.give_turns()
 
@@ -101,16 +103,16 @@ class WeightsDesk:
                 if server.live is None or server.live < version:  # else it has come twice
                     self.rollover.staged(peer, version)
             case WeightsLive():
-                self.rollover.ended(peer, message.version)
+                self.rollover.swapped(peer, message.version, self.clock())
                 if self.fleet.went_live(peer, message.version):
                     self._note(server, message)
                     self.went_live(message.version)
             case WeightsFailed():
-                self.rollover.ended(peer, message.version)
+                self.rollover.failed(peer, message.version)
                 text = f"{server.name} could not take version {message.version}: {message.reason}"
                 self.notice("weights_failed", text, server=server.name, version=message.version)
             case WeightsLost():
-                self.rollover.ended(peer)
+                self.rollover.failed(peer)
                 self.fleet.lost_weights(peer)
                 self.notice("weights_lost", f"{server.name}: {message.reason}", server=server.name)
         self.give_turns()

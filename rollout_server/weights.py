@@ -37,7 +37,8 @@ FETCH_S = 600.0
 """A version that takes longer is given up (and asked for again while it is the newest)."""
 STALL_S = 3.0
 SWAP_S = 1200.0
-"""A load that takes longer is given up, and tried again: an engine may have to start before it."""
+"""A load that takes longer is given up, and tried again: an engine may have to start before it. The learner gives the
+turn to the next server before that (learner/rollover.py), and still takes the answer."""
 TURN_AGAIN_S = 120.0
 """Without a turn for so long, a waiting server says again that it waits."""
 RETRY_S = (0.5, 1.0, 2.0, 5.0)

@@ -7,11 +7,13 @@ in which everyone answers, everyone comes to the newest version, however often i
 
 from __future__ import annotations
 
+from statistics import median
+
 import hypothesis.strategies as st
 from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from learner.rollover import TURN_S, Rollover
+from learner.rollover import MAX_TURN_S, TURN_S, Rollover
 from protocol.versions import Version
 
 NAMES = [f"s{index:02}".encode() for index in range(20)]
@@ -30,7 +32,10 @@ class RolloverMachine(RuleBasedStateMachine):
         """name -> Version or None, of the connected ones."""
         self.waiting = set()
         self.turns = {}
-        """name -> (version, until, whether it served)"""
+        """name -> (version, from, until, whether it served)"""
+        self.late = {}
+        """The same, of turns that are over and not answered."""
+        self.swaps_s = []
         self.tried = set()
         """Those who had a turn for the newest version already: they come last."""
 
@@ -46,7 +51,7 @@ class RolloverMachine(RuleBasedStateMachine):
         self.rollover.left(name)
         self.live.pop(name, None)
         self.waiting.discard(name)
-        self.turns.pop(name, None)
+        self.forget(name)
         self.tried.discard(name)
 
     @rule()
@@ -62,17 +67,27 @@ class RolloverMachine(RuleBasedStateMachine):
         chosen = data.draw(st.sets(st.sampled_from(sorted(self.live)), min_size=1))
         for name in sorted(chosen):
             assert self.rollover.staged(name, Version(1, self.version - behind)) is (behind == 0)
-            self.turns.pop(name, None)
+            self.forget(name)
             if behind == 0:
                 self.waiting.add(name)
         self.grant()
 
-    @precondition(lambda self: self.turns)
+    def forget(self, name):
+        self.turns.pop(name, None)
+        self.late.pop(name, None)
+
+    @precondition(lambda self: self.turns or self.late)
     @rule(data=st.data(), how=st.sampled_from(("live", "failed", "lost")))
     def answer(self, data, how):
-        name = data.draw(st.sampled_from(sorted(self.turns)))
-        version, _, _ = self.turns.pop(name)
-        self.rollover.ended(name, None if how == "lost" else version)
+        turns = self.turns | self.late
+        name = data.draw(st.sampled_from(sorted(turns)))
+        version, begun_s, _, served = turns[name]
+        self.forget(name)
+        if how == "live":
+            self.rollover.swapped(name, version, self.now_s)
+            self.swaps_s += [self.now_s - begun_s] * served
+        else:
+            self.rollover.failed(name, None if how == "lost" else version)
         if how != "failed":
             self.live[name] = version if how == "live" else None
         self.grant()
@@ -81,18 +96,18 @@ class RolloverMachine(RuleBasedStateMachine):
     @rule(data=st.data())
     def lose(self, data):
         name = data.draw(st.sampled_from(sorted(self.live)))
-        self.rollover.ended(name)
-        self.turns.pop(name, None)
+        self.rollover.failed(name)
+        self.forget(name)
         self.live[name] = None
         self.grant()
 
     @rule(seconds=st.sampled_from((1.0, TURN_S / 2, TURN_S)))
     def time_passes(self, seconds):
         self.now_s += seconds
-        late = {name for name, (_, until_s, _) in self.turns.items() if self.now_s >= until_s}
+        late = {name for name, (_, _, until_s, _) in self.turns.items() if self.now_s >= until_s}
         assert set(self.rollover.expire(self.now_s)) == late
         for name in late:
-            del self.turns[name]
+            self.late[name] = self.turns.pop(name)
         self.grant()
 
     @rule()
@@ -105,8 +120,10 @@ class RolloverMachine(RuleBasedStateMachine):
         for name in granted:
             assert name in self.waiting, "nobody gets a turn twice, or without waiting"
             self.waiting.discard(name)
-            self.turns[name] = (Version(1, self.version), self.now_s + TURN_S, self.live[name] is not None)
-        pausing = sum(served for _, _, served in self.turns.values())
+            self.late.pop(name, None)
+            until_s = self.now_s + self.turn_s()
+            self.turns[name] = (Version(1, self.version), self.now_s, until_s, self.live[name] is not None)
+        pausing = sum(served for _, _, _, served in self.turns.values())
         assert not serving or pausing <= allowed
         for name in self.waiting:
             assert self.live[name] is not None, "who serves nothing waits for nobody"
@@ -114,10 +131,15 @@ class RolloverMachine(RuleBasedStateMachine):
             assert all((name in self.tried, self.live[name]) >= age for age in serving), "and nobody older waits on"
         self.tried.update(granted)
 
+    def turn_s(self):
+        return min(MAX_TURN_S, max(TURN_S, 3 * median(self.swaps_s[-16:] or [0.0])))
+
     @invariant()
     def the_books_agree(self):
         assert set(self.rollover.waiting) == self.waiting
-        assert {name: (t.version, t.ends_s, t.pauses) for name, t in self.rollover.turns.items()} == self.turns
+        turns = self.rollover.turns.items()
+        assert {name: (t.version, t.begun_s, t.ends_s, t.pauses) for name, t in turns} == self.turns
+        assert TURN_S <= self.rollover.turn_s == self.turn_s() <= MAX_TURN_S
 
 
 RolloverMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)
@@ -147,9 +169,11 @@ def test_nobody_starves_however_often_the_version_is_superseded(servers, announc
             version = Version(1, version.policy_version + 1)
             rollover.begin(version)
         for name, granted in turns.items():
-            rollover.ended(name, granted)
             moved_s[name] = now_s
-            if name not in failing:
+            if name in failing:
+                rollover.failed(name, granted)
+            else:
+                rollover.swapped(name, granted, now_s)
                 live[name] = granted
         for index, name in enumerate(live):
             if live[name] < version and now_s % announced_every >= fetches[index]:

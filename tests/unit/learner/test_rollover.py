@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from learner.rollover import TURN_S, Rollover
+from learner.rollover import MAX_TURN_S, SWAPS_REMEMBERED, TURN_S, Rollover
 from protocol.versions import Version
 
 V1, V2, V3 = Version(1, 1), Version(1, 2), Version(1, 3)
@@ -29,7 +29,7 @@ def test_an_eighth_of_the_fleet_swaps_at_once_and_one_at_least(servers: int, at_
     assert rollover.grant(live, 0.0) == list(live)[:at_once]
     assert rollover.grant(live, 0.0) == []
     for index, server in enumerate(list(live)[: servers - at_once]):
-        rollover.ended(server, V2)
+        rollover.swapped(server, V2, 0.0)
         live[server] = V2
         assert rollover.grant(live, 0.0) == [list(live)[index + at_once]]
 
@@ -42,7 +42,7 @@ def test_whoever_serves_the_oldest_weights_goes_first() -> None:
     order = []
     while granted := rollover.grant(live, 0.0):
         order += granted
-        rollover.ended(granted[0], V3)
+        rollover.swapped(granted[0], V3, 0.0)
     assert order == [SOUTH, NORTH, EAST], "and of equals whoever waits longest"
 
 
@@ -55,7 +55,7 @@ def test_a_server_that_fails_at_the_version_lets_the_others_go_before_it_tries_a
     while len(order) < 4:
         (server,) = rollover.grant(live, 0.0)
         order.append(server)
-        rollover.ended(server, V3)
+        rollover.swapped(server, V3, 0.0)
         if server == NORTH:
             rollover.staged(NORTH, V3)
     assert order == [NORTH, SOUTH, EAST, NORTH]
@@ -73,7 +73,7 @@ def test_a_server_without_weights_pauses_nobody_and_waits_for_nobody() -> None:
     for server in (SOUTH, EAST):
         rollover.staged(server, V2)
     assert rollover.grant(live, 0.0) == [SOUTH, EAST]
-    rollover.ended(NORTH, V2)
+    rollover.swapped(NORTH, V2, 0.0)
     rollover.staged(b"west", V2)
     assert rollover.grant({**live, b"west": V1}, 0.0) == [b"west"], "their turns are not counted"
 
@@ -100,7 +100,7 @@ def test_a_newer_version_sends_the_line_home_and_leaves_the_turns() -> None:
     rollover.staged(SOUTH, V3)
     assert rollover.grant(live, 0.0) == [], "north still swaps"
     rollover.begin(V3)
-    rollover.ended(NORTH, V2)
+    rollover.swapped(NORTH, V2, 0.0)
     assert rollover.grant(live, 0.0) == [SOUTH], "announcing the same again changes nothing"
 
 
@@ -113,11 +113,11 @@ def test_what_ends_a_turn(how: str) -> None:
     assert rollover.grant(live, 100.0) == [NORTH]
     match how:
         case "live":
-            rollover.ended(NORTH, V2)
+            rollover.swapped(NORTH, V2, 0.0)
         case "a newer one live":
-            rollover.ended(NORTH, V3)
+            rollover.swapped(NORTH, V3, 0.0)
         case "lost":
-            rollover.ended(NORTH)
+            rollover.failed(NORTH)
         case "staged again":
             rollover.staged(NORTH, V2)
         case "left":
@@ -136,8 +136,8 @@ def test_what_does_not_end_a_turn() -> None:
     rollover.staged(SOUTH, V2)
     live = {NORTH: V1, SOUTH: V1}
     rollover.grant(live, 0.0)
-    rollover.ended(NORTH, V1)  # it says again what it serves meanwhile
-    rollover.ended(SOUTH, V2)
+    rollover.swapped(NORTH, V1, 0.0)  # it says again what it serves meanwhile
+    rollover.swapped(SOUTH, V2, 0.0)
     rollover.left(EAST)
     assert rollover.grant(live, 0.0) == []
 
@@ -148,6 +148,53 @@ def test_who_left_is_not_in_the_line() -> None:
     rollover.staged(SOUTH, V2)
     rollover.left(NORTH)
     assert rollover.grant({SOUTH: V1}, 0.0) == [SOUTH]
+
+
+def swap_in(rollover: Rollover, server: bytes, version: Version, swap_s: float, live: Version | None = V1) -> None:
+    """A server of its own stages a version, gets its turn, and is live after so many seconds."""
+    rollover.begin(version)
+    rollover.staged(server, version)
+    assert rollover.grant({server: live}, 0.0) == [server]
+    rollover.expire(swap_s)
+    rollover.swapped(server, version, swap_s)
+
+
+@pytest.mark.parametrize(
+    ("swap_s", "turn_s"), [(0.1, TURN_S), (10.0, TURN_S), (20.0, 60.0), (100.0, 300.0), (5000.0, MAX_TURN_S)]
+)
+def test_a_turn_is_as_long_as_swaps_are(swap_s: float, turn_s: float) -> None:
+    rollover = Rollover()
+    assert rollover.turn_s == TURN_S
+    swap_in(rollover, NORTH, V2, swap_s)
+    assert rollover.turn_s == turn_s
+    for number in range(SWAPS_REMEMBERED):
+        swap_in(rollover, NORTH, Version(1, 10 + number), 1.0)
+    assert rollover.turn_s == TURN_S, "what was once is forgotten"
+
+
+def test_one_that_hung_once_does_not_make_turns_longer() -> None:
+    rollover = Rollover()
+    for number, swap_s in enumerate((1.0, 2.0, 500.0, 1.0, 400.0)):
+        swap_in(rollover, NORTH, Version(1, number), swap_s)
+    assert rollover.turn_s == TURN_S
+
+
+@pytest.mark.parametrize("how", ["failed", "lost", "left", "staged again", "served nothing", "was older"])
+def test_what_says_nothing_of_how_long_a_swap_takes(how: str) -> None:
+    rollover = rolling()
+    rollover.staged(NORTH, V2)
+    rollover.grant({NORTH: None if how == "served nothing" else V1}, 0.0)
+    match how:
+        case "failed":
+            rollover.failed(NORTH, V2)
+        case "lost":
+            rollover.failed(NORTH)
+        case "left":
+            rollover.left(NORTH)
+        case "staged again":
+            rollover.staged(NORTH, V2)
+    rollover.swapped(NORTH, V1 if how == "was older" else V2, 500.0)
+    assert rollover.turn_s == TURN_S
 
 
 def test_the_first_checksum_of_a_kind_is_what_others_are_compared_with() -> None:

@@ -7,7 +7,7 @@ import pytest
 
 from learner.fleet import Health, Server
 from learner.loops import handle
-from learner.rollover import TURN_S
+from learner.rollover import MAX_TURN_S, TURN_S
 from protocol.messages import (
     AnyMessage,
     Drain,
@@ -21,6 +21,7 @@ from protocol.messages import (
     WeightsSwap,
 )
 from protocol.versions import Lineage, Version
+from rollout_server.weights import SWAP_S as SERVER_SWAP_S
 from tests.learners import Desk, make_desk
 
 
@@ -184,6 +185,66 @@ def test_a_draining_server_may_still_answer():
     say(desk, north, Drain(reason="SIGTERM"))
     say(desk, north, live())
     assert turns(desk, south) == [3]
+
+
+SWAP_S = 100.0
+"""Of a server that is slow to swap, and shows life all the while."""
+
+
+def roll(desk: Desk, servers: list[Server], policy_version: int, *, hung: Server | None = None) -> tuple[float, int]:
+    """Announce a version and play its way over the fleet, a second at a time; seconds it took, and most that swapped.
+
+    Every server shows life each second and answers its turn after SWAP_S; `hung` never does.
+    """
+    desk.coordinator.ledger.policy_version = policy_version
+    announce(desk, policy_version)
+    begun_s, most = desk.clock(), 0
+    for server in servers:
+        stage(desk, server, policy_version)
+    since_s: dict[str, float] = {}
+    while not all(server.live == Version(1, policy_version) for server in servers if server is not hung):
+        desk.clock.now_s += 1.0
+        for server in servers:
+            desk.fleet.heard(server.peer, desk.clock())  # its heartbeat: swapping does not keep it from that
+            if policy_version in turns(desk, server) and server.live != Version(1, policy_version):
+                since_s.setdefault(server.name, desk.clock())
+        most = max(most, len(since_s))
+        for server in servers:
+            if desk.clock() - since_s.get(server.name, desk.clock()) >= SWAP_S and server is not hung:
+                del since_s[server.name]
+                say(desk, server, live(policy_version))
+        desk.coordinator.tick(())
+    return desk.clock() - begun_s, most
+
+
+def test_servers_that_are_slow_to_swap_are_waited_for_and_never_lost():
+    """The first round learns how long a swap takes; from then on they swap one after another."""
+    desk = trained_desk(2)
+    servers = [desk.join(name, live=2) for name in ("north", "south", "east")]
+    _, most = roll(desk, servers, 3)
+    assert most > 1, "the first turns were too short"
+    for version in (4, 5):
+        took_s, most = roll(desk, servers, version)
+        assert most == 1
+        assert took_s == pytest.approx(3 * SWAP_S, abs=10.0)
+    assert list(desk.fleet.servers.values()) == servers, "nobody was taken for dead"
+    assert all(desk.fleet.health(server, desk.clock()) is Health.HEALTHY for server in servers)
+
+
+def test_one_that_hangs_in_its_swap_does_not_hold_up_the_fleet_for_ever():
+    desk = trained_desk(2)
+    servers = [desk.join(name, live=2) for name in ("north", "south", "east")]
+    roll(desk, servers, 3)
+    took_s, _ = roll(desk, servers, 4, hung=servers[0])
+    assert took_s == pytest.approx(3 * SWAP_S + 2 * SWAP_S, abs=10.0), "its turn, and two swaps"
+    assert took_s < MAX_TURN_S + 3 * SWAP_S
+    assert list(desk.fleet.servers.values()) == servers, "it shows life, and serves the old version"
+    say(desk, servers[0], live(4))
+    assert servers[0].live == Version(1, 4), "late is not too late"
+
+
+def test_a_server_gives_a_load_up_later_than_the_fleet_does():
+    assert MAX_TURN_S < SERVER_SWAP_S
 
 
 # --- losses
