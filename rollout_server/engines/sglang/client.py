@@ -95,10 +95,19 @@ class ServerInfo(msgspec.Struct, kw_only=True):
     tp_size: int = 1
     dp_size: int = 1
     pp_size: int = 1
+    context_length: int | None = None
+    """Tokens of prompt and completion, where it was told; else the model's own limit."""
     quantization: str | None = None
     disable_overlap_schedule: bool = False
     enable_deterministic_inference: bool = False
     skip_tokenizer_init: bool = False
+
+
+class ModelInfo(msgspec.Struct):
+    """What SGLang says of its model; the field that matters here."""
+
+    model_type: str | None = None
+    """Of its config.json."""
 
 
 class Ignored(msgspec.Struct):
@@ -192,6 +201,10 @@ class Client:
     async def info(self) -> ServerInfo:
         """Read the configuration."""
         return await self._call("GET", "/server_info", ServerInfo, None)
+
+    async def model_info(self) -> ModelInfo:
+        """Read what kind of model it is."""
+        return await self._call("GET", "/model_info", ModelInfo, None)
 
     async def _call(
         self,

@@ -249,7 +249,7 @@ class SGLangEngine:
         self._max_length = min(config.max_model_length, self._schema.max_positions or config.max_model_length)
         self._tokenizer_digest = tokenizer_digest(load_tokenizer(model).get_vocab())
         if config.engine_url:
-            return UrlHost(config)
+            return UrlHost(config, self._schema, max_length=self._max_length)
         device = resolve_device(config.device)
         dtype = resolve_dtype(config.dtype, device)
         return ChildHost(config, self._schema, device=device, dtype=dtype, has_amx=has_amx())

@@ -18,7 +18,7 @@ from rollout_server.engines.sglang.answers import PROBE
 from rollout_server.engines.sglang.child import Child
 from rollout_server.engines.sglang.client import CallRefused, Client, Disconnected
 from rollout_server.engines.sglang.command import build_command, build_options, child_environment, keys_yaml
-from rollout_server.engines.sglang.schema import ModelSchema
+from rollout_server.engines.sglang.schema import ModelSchema, differs
 
 RETRY_S = 0.2
 """Between two looks at whether SGLang answers yet."""
@@ -157,18 +157,21 @@ class UrlHost:
 
     Args:
         config: with engine_url and its keys.
+        schema: our model, which it must serve.
+        max_length: tokens of prompt and completion that it must take.
     """
 
-    def __init__(self, config: ServerConfig) -> None:
-        self._config = config
+    def __init__(self, config: ServerConfig, schema: ModelSchema, *, max_length: int) -> None:
+        self._config, self._schema, self._max_length = config, schema, max_length
 
     async def start(self) -> Client:
-        """Wait until it answers, then see that our keys fit and that nobody gets in without."""
+        """Wait until it answers, then see that it serves our model, that our keys fit and nobody gets in without."""
         config = self._config
         client = Client(config.engine_url, api_key=config.engine_api_key, admin_key=config.engine_admin_key)
         try:
             async with asyncio.timeout(config.engine_start_s):
                 await until_answers(client)
+                await self._check_model(client)
                 await self._check_keys(client)
                 await client.resume()  # whoever used it before may have gone in the middle of a swap
                 await until_generates(client)
@@ -199,6 +202,21 @@ class UrlHost:
 
     async def close(self) -> None:
         """Nothing of it is on disk."""
+
+    async def _check_model(self, client: Client) -> None:
+        """See that it serves our model, and all of our length."""
+        info, model = await client.info(), await client.model_info()
+        wrong = await asyncio.to_thread(differs, self._schema, Path(info.model_path), model.model_type)
+        if not wrong and info.context_length is not None and info.context_length < self._max_length:
+            wrong = (
+                f"it takes {info.context_length} tokens (its --context-length), and {self._max_length} are to fit"
+                " (max_model_length)"
+            )
+        if wrong:
+            raise ConfigError(
+                f"engine_url = {self._config.engine_url}: {wrong}: start SGLang with the model and the length that are"
+                " given here, or give what it has"
+            )
 
     async def _check_keys(self, client: Client) -> None:
         url = self._config.engine_url

@@ -28,6 +28,8 @@ class ModelSchema:
     """Published name -> shape."""
     vocab_size: int
     """Rows of the embedding."""
+    model_type: str
+    """Of its config.json."""
     max_positions: int | None
     """Tokens the model was made for; None where its configuration names no limit."""
 
@@ -65,8 +67,29 @@ def read_schema(model: Path) -> ModelSchema:
     return ModelSchema(
         shapes=shapes,
         vocab_size=built.get_input_embeddings().weight.shape[0],
+        model_type=config.model_type,
         max_positions=text.max_position_embeddings if hasattr(text, "max_position_embeddings") else None,
     )
+
+
+def differs(ours: ModelSchema, path: Path, model_type: str | None) -> str:
+    """Say how the model that an SGLang serves is another one than ours; empty when it is not, as far as can be told.
+
+    Args:
+        ours: read from files.
+        path: of its model, as it names it. It is read where it is a directory of this host.
+        model_type: of its model, as it says.
+    """
+    if not (path.is_absolute() and path.is_dir()):
+        return "" if model_type == ours.model_type else f"it serves {path}, a {model_type}; ours is a {ours.model_type}"
+    try:
+        theirs = read_schema(path)
+    except ConfigError as error:
+        return f"what it serves cannot be compared: {error}"
+    if theirs.digest == ours.digest:
+        return ""
+    kinds = [f"a {schema.model_type} with a vocabulary of {schema.vocab_size}" for schema in (theirs, ours)]
+    return f"it serves {path}, {kinds[0]}; ours is {kinds[1]}" + (", of other shapes" if kinds[0] == kinds[1] else "")
 
 
 def check_file(path: Path, schema: ModelSchema) -> set[str]:

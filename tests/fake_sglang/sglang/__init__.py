@@ -23,6 +23,7 @@ the same JSON; GET /fake tells how often every path was called, how many calls `
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Any
 
 
 @dataclass
@@ -36,6 +37,8 @@ class Faults:
     """Held at once, instead of --max-total-tokens; 0 is off."""
     stop_at: int = 0
     """Samples get no more tokens than these; 0 is off."""
+    says: dict[str, Any] = field(default_factory=dict)
+    """Of itself in /server_info and /model_info, whatever is true."""
     slow_start_s: float = 0.0
     """Before the port is opened."""
     die: int | None = None

@@ -48,6 +48,7 @@ class Server:
     def __init__(self, options: argparse.Namespace, faults: Faults) -> None:
         self.options, self.faults = options, faults
         config = json.loads((Path(options.model_path) / "config.json").read_text())
+        self.model_type = config["model_type"]
         self.scheduler = Scheduler(
             Path(options.model_path), vocab_size=config["vocab_size"], room=options.max_running_requests,
             max_tokens=options.max_total_tokens, overlap=not options.disable_overlap_schedule, faults=faults,
@@ -133,7 +134,10 @@ class Server:
             }  # fmt: skip
             return 200, {"loads": [] if self.faults.no_loads else [load]}
         elif path == "/server_info":
-            return 200, {**vars(options), "version": self.faults.version, "tp_size": 1, "dp_size": 1, "pp_size": 1}
+            parallel = {"tp_size": 1, "dp_size": 1, "pp_size": 1}
+            return 200, {**vars(options), "version": self.faults.version, **parallel, **self.faults.says}
+        elif path == "/model_info":
+            return 200, {"model_path": options.model_path, "model_type": self.model_type, **self.faults.says}
         else:
             return 404, {"detail": "Not Found"}
         return 200, {}

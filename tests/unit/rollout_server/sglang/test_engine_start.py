@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import re
 import socket
 from collections.abc import Callable
@@ -277,6 +278,87 @@ def test_keys_that_do_not_fit_or_are_not_asked_for_are_refused(
             text = await fail(make_url_config(tiny_model_dir, port, **ours))
             assert text.startswith(f"engine_url = http://127.0.0.1:{port}")
             assert message in text
+
+    run(case())
+
+
+def other_model(model: Path, directory: Path, **changes: Any) -> Path:
+    """The model with other words in its config.json."""
+    directory.mkdir()
+    for file in model.iterdir():
+        (directory / file.name).symlink_to(file)
+    words = json.loads((model / "config.json").read_text())
+    (directory / "config.json").unlink()
+    (directory / "config.json").write_text(json.dumps({**words, **changes}))
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"vocab_size": 46},
+            r"it serves \S+, a qwen3 with a vocabulary of 46; ours is a qwen3 with a vocabulary of 45:",
+        ),
+        (
+            {"num_hidden_layers": 3, "layer_types": None},
+            r"it serves \S+, a qwen3 .*; ours is a qwen3 .*, of other shapes: start SGLang",
+        ),
+        ({"model_type": "no such kind"}, r"what it serves cannot be compared: model \S+: cannot be loaded: "),
+    ],
+)
+def test_an_engine_that_serves_another_model_is_refused_by_its_files(
+    tiny_model_dir: Path, tmp_path: Path, changes: dict[str, Any], message: str
+) -> None:
+    async def case() -> None:
+        port = free_port(0)
+        with running_fake(other_model(tiny_model_dir, tmp_path / "other", **changes), port):
+            text = await fail(make_url_config(tiny_model_dir, port))
+            assert re.match(rf"engine_url = http://127\.0\.0\.1:{port}: {message}", text)
+            assert text.endswith("or give what it has")
+            calls = (await Fake(port).tell())["calls"]
+            assert "/abort_request" not in calls, "what others do there is left alone"
+
+    run(case())
+
+
+@pytest.mark.parametrize(
+    ("says", "message"),
+    [
+        ({"model_path": "org/name", "model_type": "llama"}, "it serves org/name, a llama; ours is a qwen3"),
+        ({"model_path": "/no/such/place", "model_type": None}, "it serves /no/such/place, a None; ours is a qwen3"),
+        ({"context_length": 255}, r"it takes 255 tokens \(its --context-length\), and 256 are to fit"),
+    ],
+)
+def test_an_engine_that_serves_another_model_is_refused_by_what_it_says(
+    tiny_model_dir: Path, says: dict[str, Any], message: str
+) -> None:
+    async def case() -> None:
+        port = free_port(0)
+        with running_fake(tiny_model_dir, port, says=says):
+            text = await fail(make_url_config(tiny_model_dir, port))
+            assert re.match(rf"engine_url = http://127\.0\.0\.1:{port}: {message}", text)
+
+    run(case())
+
+
+@pytest.mark.parametrize("says", [{"model_path": "org/name"}, {"context_length": None}, {"context_length": 4096}])
+def test_an_engine_that_may_serve_our_model_is_taken(tiny_model_dir: Path, says: dict[str, Any]) -> None:
+    async def case() -> None:
+        port = free_port(0)
+        with running_fake(tiny_model_dir, port, says=says):
+            async with SGLangEngine(make_url_config(tiny_model_dir, port), Waits()) as engine:
+                assert engine.info.vocab_size == 45
+
+    run(case())
+
+
+def test_a_copy_of_our_model_is_ours(tiny_model_dir: Path, tmp_path: Path) -> None:
+    async def case() -> None:
+        port = free_port(0)
+        with running_fake(other_model(tiny_model_dir, tmp_path / "copy"), port):
+            async with SGLangEngine(make_url_config(tiny_model_dir, port), Waits()):
+                pass
 
     run(case())
 
