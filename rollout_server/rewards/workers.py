@@ -1,7 +1,9 @@
 """Killable worker processes: start them, run one task in one of them under a limit, replace what dies.
 
 pebble owns the processes, the pipes and the limits. What it leaves to us: it gives up as a whole when an idle process
-dies, it never answers tasks that are pending when it stops, and it kills a worker but not what the worker started.
+dies; it never answers tasks that are pending when it stops; a process that ends with exit code 0 is noticed by the
+limit of its task alone, and no limit is seen to once a thread of pebble's has died, or a process with its lock; and it
+kills a worker but not what the worker started.
 This file knows nothing of rewards but the initializer; what a failed task means is decided in pool.py.
 """
 
@@ -26,6 +28,9 @@ from rollout_server.rewards import worker
 
 CONSTS.term_timeout = 0.2
 """Seconds that pebble gives a worker to obey SIGTERM before SIGKILL. It can talk to none of the others meanwhile."""
+
+OVERDUE_S = 5.0
+"""A task that was taken up and is not answered so long after its limit is lost."""
 
 T = TypeVar("T")
 log = logging.getLogger(__name__)
@@ -131,17 +136,21 @@ class Workers:
     async def _attempt(
         self, pool: ProcessPool, slot: int, task: Callable[..., T], arguments: Sequence[Any], timeout_s: float
     ) -> T:
+        loop = asyncio.get_running_loop()
         future: ProcessFuture[T] = pool.schedule(task, args=(slot, *arguments), timeout=timeout_s)
+        answer = asyncio.wrap_future(future)
         self._in_flight.add(future)
+        taken_up, given_up_s = False, loop.time() + timeout_s + self._start_s
         try:
-            # pebble's limit counts from when the process took the task up; ours is for a task that none ever takes up
-            async with asyncio.timeout(timeout_s + self._start_s) as limit:
-                return await asyncio.wrap_future(future)
-        except TimeoutError as error:
-            if limit.expired():
-                raise BrokenProcessPool("a task was lost") from error
-            raise
+            # pebble's limit counts from when a process took the task up. Ours are for a task that none takes up, and
+            # for one whose limit pebble does not see to.
+            while not (await asyncio.wait([answer], timeout=timeout_s + OVERDUE_S))[0]:
+                if taken_up or loop.time() > given_up_s:
+                    raise BrokenProcessPool("a task was lost")
+                taken_up = future.running()
+            return answer.result()
         finally:
+            answer.cancel()  # nobody waits any more: pebble ends the process
             self._in_flight.discard(future)
 
     async def _renew(self, broken: ProcessPool, *, reason: str) -> None:

@@ -17,6 +17,7 @@ import pytest
 
 from protocol.errors import ConfigError
 from protocol.messages import RewardStatus
+from rollout_server.rewards import workers
 from rollout_server.rewards.base import RewardCall
 from rollout_server.rewards.pool import RewardPool
 
@@ -204,6 +205,26 @@ def test_idle_processes_that_die_break_pebble_and_are_replaced(session):
     assert statuses == [OK]
     assert values[0] not in killed
     assert not session.settle() & killed
+
+
+@pytest.mark.parametrize("order", ["hang", "exit 0"])
+@pytest.mark.parametrize("cause", ["the lock is never free", "the thread has died"])
+def test_a_limit_that_pebble_does_not_see_to_is_seen_to(session, monkeypatch, order, cause):
+    """Its lock went with a process that was killed while it held it; or its thread ran into a race of its own."""
+    monkeypatch.setattr(session.pool, "_timeout_s", 0.3)
+    monkeypatch.setattr(workers, "OVERDUE_S", 0.3)
+    session.settle()
+    broken = session.pool._workers._pool
+    if cause == "the lock is never free":
+        monkeypatch.setattr(broken._pool_manager.worker_manager, "maybe_stop_worker", lambda worker_id: False)
+    else:
+        monkeypatch.setattr(threading, "excepthook", lambda _: None)
+        monkeypatch.setattr(broken._pool_manager, "update_status", lambda: 1 / 0)
+    started = time.monotonic()
+    values, statuses, _ = session.score("obey", order)
+    assert (values, statuses) == ([-2.0], [TIMEOUT])
+    assert time.monotonic() - started < BOUND_S
+    assert session.pool._workers._pool is not broken, "it was replaced"
 
 
 @pytest.fixture
