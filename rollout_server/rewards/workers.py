@@ -138,7 +138,7 @@ class Workers:
     ) -> T:
         loop = asyncio.get_running_loop()
         future: ProcessFuture[T] = pool.schedule(task, args=(slot, *arguments), timeout=timeout_s)
-        answer = asyncio.wrap_future(future)
+        answer: asyncio.Future[T] = asyncio.wrap_future(future)
         self._in_flight.add(future)
         taken_up, given_up_s = False, loop.time() + timeout_s + self._start_s
         try:
