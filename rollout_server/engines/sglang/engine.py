@@ -346,7 +346,7 @@ class SGLangEngine:
 
 async def _checked(life: Life, generation: Generation) -> list[Completion]:
     completions = await generation.run()
-    life.served = True
     if generation.newest is not None:
         await life.wait_checked(generation.newest)
+        life.served = True
     return completions

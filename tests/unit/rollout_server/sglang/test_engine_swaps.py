@@ -241,8 +241,11 @@ def test_a_group_is_held_back_until_its_weights_have_passed(tiny_model_dir: Path
         async with child_engine(tiny_model_dir) as (engine, fake):
             await engine.load_weights(weights(V0))
             group, loading = await group_held_back(engine, fake, weights(V1))
+            assert engine._life is not None
+            assert not engine._life.served, "a life whose groups are all withheld is in vain"
             await fake.tell(hold=[])
             assert [completion.spans for completion in await group] == [((V1, 12),)] * 2
+            assert engine._life.served
             assert engine.live == V1
             await loading
 
