@@ -25,11 +25,11 @@ LIMIT_S = 60.0
 PROMPT = np.arange(2, 42, dtype=np.int32)
 
 
-def attach(sglang: RunningSGLang, *, mode: str = "retract", room: int = 16) -> SGLangEngine:
+def attach(sglang: RunningSGLang, *, mode: str = "retract", room: int = 16, **chosen: Any) -> SGLangEngine:
     """An engine on the SGLang of the session, to be entered."""
     config = ServerConfig(
         engine="sglang", model=str(sglang.model), room=room, max_model_length=512, engine_url=sglang.url,
-        engine_api_key=sglang.api_key, engine_admin_key=sglang.admin_key, weight_update_mode=mode,
+        engine_api_key=sglang.api_key, engine_admin_key=sglang.admin_key, weight_update_mode=mode, **chosen,
     )  # fmt: skip
     return SGLangEngine(config, Waits())
 
