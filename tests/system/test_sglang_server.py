@@ -19,6 +19,8 @@ from tests.system.harness import END_S, Lab, Process
 
 pytestmark = [pytest.mark.system, pytest.mark.sglang, pytest.mark.timeout(1800)]
 START_S = 150.0
+WEIGHTS_S = 5.0
+"""From an engine that has started to one that serves the right version."""
 KILLS = int(os.environ.get("HEADWAY_SGLANG_KILLS", "1"))
 
 
@@ -48,6 +50,12 @@ def scheduler_of(server: Process) -> psutil.Process | None:
     return None
 
 
+def serves(server: Process) -> bool:
+    """Whether its engine has weights of the learner in the life it is in."""
+    names = [event["event"] for event in server.events()]
+    return "weights_live" in names[len(names) - names[::-1].index("engine_up") :]
+
+
 def kill_scheduler(lab: Lab, server: Process, learner: Process) -> int:
     """Kill -9 it, and wait until steps are trained of what its successor has sampled."""
     scheduler, lives = scheduler_of(server), len(server.events("engine_up"))
@@ -56,6 +64,7 @@ def kill_scheduler(lab: Lab, server: Process, learner: Process) -> int:
     alive = [server, learner]
     lab.wait_until(lambda: len(server.events("engine_lost")) == lives, 10, "the loss to be noticed", alive=alive)
     lab.wait_until(lambda: len(server.events("engine_up")) > lives, START_S, "a new life", alive=alive)
+    lab.wait_until(lambda: serves(server), WEIGHTS_S, "the newest weights, checked", alive=alive)
     step = lab.run.step()
     lab.wait_until(lambda: lab.run.step() > step + 3, START_S, "new steps", alive=alive)
     return scheduler.pid
