@@ -36,6 +36,11 @@ class ModelOptions(Section):
     """auto is cuda where there is one, else cpu."""
     share_prefix: bool = True
     """Forward the prompt once per group. False (or a model that cannot) pads every completion with its prompt."""
+    loss_head: Literal["auto", "fused", "recompute"] = "auto"
+    """fused computes the loss inside the output head, which then runs once: for losses that are sums over tokens.
+    recompute runs it again in the backward pass: for any loss. auto: fused where it can be."""
+    cast_lm_head_to_fp32: bool = False
+    """Run the output head in float32 whatever dtype and autocast are, in policy and reference (ScaleRL)."""
 
 
 class DataOptions(Section):

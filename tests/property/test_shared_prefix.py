@@ -62,6 +62,7 @@ knobs = st.fixed_dictionaries(
         "beta": st.sampled_from([0.0, 0.2]),
         "scale_rewards": st.sampled_from(["group", "none"]),
         "mask_truncated_completions": st.booleans(),
+        "loss_head": st.sampled_from(["auto", "recompute"]),
     }
 )
 
