@@ -166,6 +166,9 @@ class OptimizerOptions(Section):
     """Gradients are scaled down to this norm."""
     token_budget: int = Field(8192, ge=1)
     """Tokens per micro-batch: memory against speed, never the result."""
+    gradient_checkpointing: bool = False
+    """Run every layer again in the backward pass instead of keeping its activations: a third more time for a fraction
+    of the memory, never the result."""
 
 
 class EvaluationOptions(Section):

@@ -29,6 +29,7 @@ from learner.grpo.advantages import group_advantages
 from learner.grpo.diagnostics import clip_metrics, policy_kl
 from learner.grpo.loss import TokenLoss, grpo_loss, token_weights
 from learner.model import export
+from learner.model.checkpointing import checkpoint_layers
 from learner.model.load import load_model, load_tokenizer, resolve_device
 from learner.model.packing import MicroBatch, Rows, StepTokens, collect, whole_sequences
 from learner.model.policy import ForwardedPrompt, Policy
@@ -98,6 +99,8 @@ class Trainer:
         torch.manual_seed(config.seed)
         source = config.model if checkpoint is None else checkpoint
         self._model = load_model(source, dtype=config.dtype, device=self._device)
+        if config.gradient_checkpointing:
+            checkpoint_layers(self._model)
         self.tokenizer = load_tokenizer(source)
         self._policy = Policy(
             self._model,

@@ -50,7 +50,9 @@ class Prefix:
     """The same values cut off from that graph: they collect the gradients of all completions."""
 
     def keep(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Remember a layer's keys and values."""
+        """Remember a layer's keys and values. A checkpointed layer that runs again has them here already."""
+        if layer in self.computed:
+            return
         self.computed[layer] = (keys, values)
         self.leaves[layer] = (
             keys.detach().requires_grad_(keys.requires_grad),

@@ -32,7 +32,9 @@ def memory_estimate(config: LearnerConfig) -> dict[str, int]:
     parameters = _count_parameters(directory)
     master = ITEM_BYTES[config.dtype]
     compute = 2 if "bfloat16" in (config.dtype, config.autocast) else 4
-    width = TENSORS_PER_LAYER * settings["hidden_size"] + 4 * settings["intermediate_size"]
+    layers, hidden = settings["num_hidden_layers"], settings["hidden_size"]
+    width = TENSORS_PER_LAYER * hidden + 4 * settings["intermediate_size"]  # what one layer keeps of a token
+    kept = layers * hidden + width if config.gradient_checkpointing else layers * width
     estimate = {
         "parameters": parameters,
         "weights_bytes": parameters * master,
@@ -40,7 +42,7 @@ def memory_estimate(config: LearnerConfig) -> dict[str, int]:
         "optimizer_bytes": 2 * parameters * master,
         "reference_bytes": parameters * master if config.beta else 0,
         "autocast_bytes": parameters * 2 if config.autocast == "bfloat16" else 0,
-        "activations_bytes": config.token_budget * settings["num_hidden_layers"] * width * compute,
+        "activations_bytes": config.token_budget * kept * compute,
         "logits_bytes": max(CHUNK_BYTES, MIN_CHUNK_TOKENS * settings["vocab_size"] * compute),
     }
     total = sum(value for name, value in estimate.items() if name.endswith("_bytes"))
