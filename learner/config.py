@@ -154,6 +154,9 @@ class OptimizerOptions(Section):
     """After warm-up: stay, or fall towards 0, which comes right after the last step."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw"
+    """AdamW with states in the weights' dtype, in 8 bits (a quarter of the memory), or in memory that a CUDA device
+    pages out to the host when it is short. All but adamw need bitsandbytes."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     """AdamW."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)

@@ -33,7 +33,7 @@ from learner.model.checkpointing import checkpoint_layers
 from learner.model.load import load_model, load_tokenizer, resolve_device
 from learner.model.packing import MicroBatch, Rows, StepTokens, collect, whole_sequences
 from learner.model.policy import ForwardedPrompt, Policy
-from learner.optimizer import load_state, make_optimizer, save_state, scheduled_rate
+from learner.optimizer import check_library, load_state, make_optimizer, save_state, scheduled_rate
 from learner.reference import Reference
 from protocol.errors import ConfigError
 from protocol.identity import tokenizer_digest
@@ -95,6 +95,7 @@ class Trainer:
 
     def __init__(self, config: LearnerConfig, *, checkpoint: Path | None = None) -> None:
         self._config = config
+        check_library(config.optim)
         self._device = resolve_device(config.device)
         torch.manual_seed(config.seed)
         source = config.model if checkpoint is None else checkpoint
@@ -223,7 +224,7 @@ class Trainer:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """What `save` writes, about: the weights and AdamW's two moments of each."""
+        """What `save` writes, at most, about: the weights and AdamW's two moments of each."""
         sizes: list[int] = [p.numel() * p.element_size() for p in self._parameters.values()]
         return 3 * sum(sizes)
 

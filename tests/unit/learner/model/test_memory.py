@@ -33,6 +33,11 @@ def test_what_the_configuration_adds(tiny_model_dir):
     assert more["activations_bytes"] == plain["activations_bytes"]  # twice the tokens in half the width
 
 
+def test_states_of_one_byte(tiny_model_dir):
+    estimate = memory_estimate(LearnerConfig(model=str(tiny_model_dir), optim="adamw_8bit"))
+    assert estimate["optimizer_bytes"] == 2 * estimate["parameters"]
+
+
 def test_checkpointing_keeps_one_tensor_per_layer_and_all_of_one_layer(tiny_model_dir):
     settings = {"model": str(tiny_model_dir), "token_budget": 100}
     plain, checkpointed = (
