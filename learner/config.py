@@ -36,6 +36,9 @@ class ModelOptions(Section):
     """auto is cuda where there is one, else cpu."""
     share_prefix: bool = True
     """Forward the prompt once per group. False (or a model that cannot) pads every completion with its prompt."""
+    attn_implementation: Literal["auto", "flex_attention"] = "auto"
+    """How completions attend to a shared prompt. auto: torch's flash kernels on CPU, its masked attention elsewhere.
+    flex_attention: one compiled call, for CUDA devices (tested for equality on CPU; no GPU has run it yet)."""
     loss_head: Literal["auto", "fused", "recompute"] = "auto"
     """fused computes the loss inside the output head, which then runs once: for losses that are sums over tokens.
     recompute runs it again in the backward pass: for any loss. auto: fused where it can be."""

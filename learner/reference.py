@@ -30,6 +30,7 @@ class Reference:
             share_prefix=share_prefix,
             autocast=config.autocast == "bfloat16",
             fp32_head=config.cast_lm_head_to_fp32,
+            flex_attention=config.attn_implementation == "flex_attention",
         )
 
     def logprobs(self, step: StepTokens, micro_batches: Sequence[MicroBatch]) -> Tensor:

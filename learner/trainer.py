@@ -28,7 +28,7 @@ from learner.config import LearnerConfig
 from learner.grpo.advantages import group_advantages
 from learner.grpo.diagnostics import clip_metrics, policy_kl
 from learner.grpo.loss import TokenLoss, grpo_loss, token_weights
-from learner.model import export
+from learner.model import export, flex
 from learner.model.checkpointing import checkpoint_layers
 from learner.model.load import load_model, load_tokenizer, resolve_device
 from learner.model.packing import MicroBatch, Rows, StepTokens, collect, whole_sequences
@@ -97,6 +97,8 @@ class Trainer:
         self._config = config
         check_library(config.optim)
         self._device = resolve_device(config.device)
+        if config.attn_implementation == "flex_attention":
+            flex.check_device(self._device)
         torch.manual_seed(config.seed)
         source = config.model if checkpoint is None else checkpoint
         self._model = load_model(source, dtype=config.dtype, device=self._device)
@@ -108,6 +110,7 @@ class Trainer:
             share_prefix=config.share_prefix,
             autocast=config.autocast == "bfloat16",
             fp32_head=config.cast_lm_head_to_fp32,
+            flex_attention=config.attn_implementation == "flex_attention",
         )
         self._reference = (
             Reference(config, device=self._device, share_prefix=self._policy.shares_prefix) if config.beta else None

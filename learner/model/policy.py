@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from learner.model.attention import ATTENTION, Packed, Prefix
+from learner.model.attention import ATTENTION, FLEX_ATTENTION, Packed, Prefix
 from learner.model.fused_head import TokenLossFunction, fused_token_loss
 from learner.model.load import head_of
 from learner.model.logprobs import token_logprobs
@@ -50,10 +50,20 @@ class Policy:
         share_prefix: forward a group's prompt once, where the model can; a notice is logged where it cannot.
         autocast: compute in bfloat16.
         fp32_head: run the output head in float32 all the same.
+        flex_attention: completions attend to shared prompts by FlexAttention.
     """
 
-    def __init__(self, model: PreTrainedModel, *, share_prefix: bool, autocast: bool, fp32_head: bool = False) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        share_prefix: bool,
+        autocast: bool,
+        fp32_head: bool = False,
+        flex_attention: bool = False,
+    ) -> None:
         self.model = model
+        self._attention = FLEX_ATTENTION if flex_attention else ATTENTION
         self._fp32_head = fp32_head
         self.device = model.device
         self.shares_prefix = False
@@ -145,7 +155,7 @@ class Policy:
         step = _probe(self.model.config.get_text_config().vocab_size)
         expected = self.step_logprobs(step, pack_padded(step, 64))
         try:
-            self.model.set_attn_implementation(ATTENTION)
+            self.model.set_attn_implementation(self._attention)
             difference = (self.step_logprobs(step, pack_shared(step, 64)) - expected).abs().max().item()
             if difference <= PROBE_TOLERANCE[self.model.dtype]:
                 return ""
