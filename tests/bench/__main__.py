@@ -14,7 +14,7 @@ from pathlib import Path
 
 from tests.bench.harness import Result, Row, run_row, to_json
 
-MACHINERY = ("__main__", "harness", "side", "sleeping_learner")
+MACHINERY = ("__main__", "harness", "memory", "side", "sleeping_learner")
 HEADINGS = ("row", "control", "median", "worst", "target", "verdict")
 LAYOUT = "{:<26} {:<34} {:>9} {:>9} {:>9}  {}"
 

@@ -63,6 +63,8 @@ class Row:
     sense: Literal["higher", "lower"] = "higher"
     unit: str = ""
     """Of both sides' figures, for the reader."""
+    rounds: int = ROUNDS
+    """Fewer for figures that hardly vary (memory), and for sides that take minutes."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,7 +98,7 @@ def cpu_clock() -> float:
 
 def run_row(row: Row, *, quick: bool) -> Result:
     """Run all rounds of a row and judge it."""
-    rounds = QUICK_ROUNDS if quick else ROUNDS
+    rounds = min(row.rounds, QUICK_ROUNDS) if quick else row.rounds
     ours: list[dict[str, Any]] = []
     baseline: list[dict[str, Any]] = []
     for number in range(rounds):
