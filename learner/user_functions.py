@@ -11,7 +11,9 @@ The loss is called with some tokens of an update at a time, completions always w
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -67,13 +69,17 @@ def load_advantages(path: str) -> Advantages:
 
 def _import(key: str, path: str) -> Any:
     module, _, name = path.partition(":")
+    if str(Path.cwd()) not in sys.path:
+        sys.path.append(str(Path.cwd()))  # last: modules of the working directory can be named, and shadow nothing
     try:
-        function = getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ConfigError(f"{key} {path}: {error}; it must be importable where the learner is started") from error
-    if not callable(function):
-        raise ConfigError(f"{key} {path}: is a {type(function).__name__}, not a function")
-    return function
+        found = vars(importlib.import_module(module))
+    except Exception as error:  # whatever the user's module raises while it is imported
+        raise ConfigError(f"{key} {path}: importing {module} raised {type(error).__name__}: {error}") from error
+    if callable(function := found.get(name)):
+        return function
+    functions = [key for key, value in found.items() if callable(value) and not key.startswith("_")]
+    problem = "is not callable" if name in found else "is not there"
+    raise ConfigError(f"{key} {path}: {name} {problem}; {module} has {', '.join(functions) or 'no functions'}")
 
 
 def _try(key: str, path: str, function: Callable[..., Any], *arguments: Any) -> Any:
