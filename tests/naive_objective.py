@@ -158,7 +158,9 @@ class NaiveStep:
         if mode.startswith("sequence"):
             difference = difference.sum(1, keepdim=True).expand_as(difference)
         elif mode.startswith("geometric"):
-            difference = (difference.sum(1, keepdim=True) / self.mask.sum(1, keepdim=True)).expand_as(difference)
+            difference = (difference.sum(1, keepdim=True) / self.mask.sum(1, keepdim=True).clamp(min=1)).expand_as(
+                difference
+            )
         w = difference.exp()
         low, high = o["importance_sampling_clip_min"] or 0.0, o["importance_sampling_clip_max"]
         if mode.endswith("truncate"):
