@@ -34,8 +34,15 @@ from learner.grpo.surrogates import cispo_surrogate, clipped_surrogate, sapo_sur
 from learner.model.packing import StepTokens
 from learner.user_functions import Loss, load_advantages, load_loss
 
-AGGREGATIONS: dict[str, Aggregation] = {"cispo": "dapo", "sapo": "grpo"}
-"""Whose mean the losses take that are named after their surrogate; the others are named after their mean."""
+AGGREGATIONS: dict[str, Aggregation] = {
+    "grpo": "grpo", "bnpo": "bnpo", "dapo": "dapo", "dr_grpo": "dr_grpo", "cispo": "dapo", "sapo": "grpo",
+}  # fmt: skip
+"""By loss_type: the clipped losses are named after their mean, the others take one."""
+LEVELS: dict[str, Level] = {
+    "token_truncate": "token", "token_mask": "token", "sequence_truncate": "sequence", "sequence_mask": "sequence",
+    "geometric_truncate": "geometric", "geometric_mask": "geometric",
+}  # fmt: skip
+"""By importance_sampling_mode. second_moment looks at all tokens of the step at once, and has none."""
 KL_ESTIMATORS = {"k1": kl_k1, "k2": kl_k2, "k3": kl_k3}
 
 
@@ -105,9 +112,8 @@ class Objective:
         self._device = device
         self._user_advantages = load_advantages(config.advantage_function) if config.advantage_function else None
         self._surrogate = _surrogate(config, load_loss(config.loss_function) if config.loss_function else None)
-        mode, _, action = config.correction.partition("_")
-        self._level: Level | None = mode if mode in ("token", "sequence", "geometric") else None  # type: ignore[assignment]
-        self._truncates = action == "truncate"
+        self._level = LEVELS.get(config.correction)
+        self._truncates = config.correction.endswith("_truncate")
         self.beta = config.beta
 
     @property
@@ -294,7 +300,7 @@ class Objective:
 
     def _weights(self, part: StepTokens, tokens_per_update: float) -> Tensor:
         return token_weights(
-            AGGREGATIONS.get(self._config.loss_type, self._config.loss_type),  # type: ignore[arg-type]
+            AGGREGATIONS[self._config.loss_type],
             torch.from_numpy(part.completion_T),
             torch.from_numpy(part.group_N),
             tokens_per_update=tokens_per_update,
