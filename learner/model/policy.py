@@ -221,4 +221,5 @@ def _probe(vocabulary: int) -> StepTokens:
         targets_T=tokens[8:],
         behavior_logprobs_T=np.zeros(10, np.float32),
         temperature_T=np.ones(10, np.float32),
+        policy_version_T=np.zeros(10, np.int64),
     )

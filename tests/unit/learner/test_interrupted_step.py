@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 
@@ -22,6 +22,7 @@ class SlowTrainer:
 
     policy_version = 0
     learning_rate = 0.5
+    step_metrics: ClassVar[dict[str, float]] = {"loss": 0.125}
 
     def __init__(self) -> None:
         self.stepping, self.go_on = threading.Event(), threading.Event()
@@ -42,6 +43,7 @@ class Steps:
     def __init__(self) -> None:
         self.rows: list[tuple[int, float]] = []
         self.published: list[int] = []
+        self.metrics: list[dict[str, float]] = []
 
     async def wait_previous(self) -> None: ...
 
@@ -50,6 +52,7 @@ class Steps:
 
     def step(self, batch: Batch, result: StepResult, timer: Any, *, learning_rate: float) -> None:
         self.rows.append((batch.step, learning_rate))
+        self.metrics.append(result.metrics)
 
 
 def test_the_step_under_way_is_applied_and_recorded_before_a_run_stops():
@@ -80,4 +83,5 @@ def test_the_step_under_way_is_applied_and_recorded_before_a_run_stops():
 
     run(stopped())
     assert (desk.ledger.policy_version, steps.published) == (1, [1])
+    assert steps.metrics == [{"loss": 0.125}], "those of all its updates, not of the first one alone"
     assert steps.rows == [(1, 0.5)], "with the learning rate of the step, not of the next one"
