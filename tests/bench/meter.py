@@ -6,7 +6,9 @@
         meter.lap()
     meter.figures(tokens)    # of the last step: the first one warmed up
 
-Linux only: the high-water mark of resident memory is reset through /proc, so that what loading needed is not in it.
+CPU seconds, not wall clock, are what is judged: with one torch thread they are the same on an idle core, and on a
+busy one only they are the work's own. Linux only: the high-water mark of resident memory is reset through /proc, so
+that what loading needed is not in it.
 """
 
 from __future__ import annotations
@@ -37,11 +39,12 @@ class Meter:
         return len(self._laps) - 1
 
     def figures(self, num_tokens: int) -> dict[str, float]:
-        """Return tokens/s and CPU seconds of the last step, and the peak of all steps over the start in MiB."""
+        """Return tokens/s and seconds of the last step, and the peak of all steps over the start in MiB."""
         (wall_before, cpu_before), (wall, cpu) = self._laps[-2:]
         return {
-            "tokens_per_s": num_tokens / (wall - wall_before),
+            "tokens_per_s": num_tokens / (cpu - cpu_before),
             "cpu_s": cpu - cpu_before,
+            "wall_s": wall - wall_before,
             "peak_mib": (resident_kib("VmHWM") - self._base_kib) / 1024,
         }
 

@@ -1,7 +1,7 @@
 """A whole optimizer step against TRL's trainers on the same groups: completion tokens/s, and peak memory.
 
 Every side trains the same model on the same group (peers_groups.py) in float32 with one torch thread, in a process of
-its own: one step of full size to warm up, then one that counts. Figures are wall clock, so this wants idle cores.
+its own: one step of full size to warm up, then one that counts, in CPU seconds (see Meter).
 TRL's trainers run at their fastest `per_device_train_batch_size` of 4, 8, 16 and 32, ours at its default token
 budget; where memory is compared, ours runs with a token budget of 1024. `shared_*` compares with our own path without
 sharing, whose speed is multiplied by the ratio of floating-point operations: a figure of 1 means that all of the
@@ -105,7 +105,7 @@ def rows_of(shape: Shape) -> list[Row]:
             baseline=UnsharedStep(shape),
             ratio="ours/baseline",
             target=SHARING_TARGET,
-            unit="tokens/s",
+            unit="tokens/CPU s",
             figure="saved_tokens_per_s",
             contest=f"step_{suffix}",
         )
@@ -120,7 +120,7 @@ def rows_of(shape: Shape) -> list[Row]:
                 baseline=control,
                 ratio="ours/baseline",
                 target=SPEED_TARGETS[peer][key],
-                unit="tokens/s",
+                unit="tokens/CPU s",
                 figure="tokens_per_s",
                 contest=f"step_{suffix}",
             ),
