@@ -27,8 +27,8 @@ PADDED_BUDGET = 4096
 
 BATCHES: dict[str, dict[tuple[int, int], int]] = {
     "grpo_shipped": {(16, 64): 4, (16, 512): 4},
-    "grpo_compact": {(16, 64): 4, (16, 512): 4, (64, 64): 8, (64, 512): 4},
-    "async_shipped": {(16, 64): 16, (16, 512): 16, (64, 64): 16, (64, 512): 32},
+    "grpo_compact": {(16, 64): 8, (16, 512): 4, (64, 64): 8, (64, 512): 4},
+    "async_shipped": {(16, 64): 4, (16, 512): 16, (64, 64): 16, (64, 512): 32},
     "async_ours": {(16, 64): 16, (16, 512): 16, (64, 64): 32, (64, 512): 32},
 }
 """Each peer's fastest per_device_train_batch_size, by (G, prompt tokens): on two cores, by the probe below."""
