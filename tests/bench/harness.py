@@ -27,8 +27,8 @@ one called "cpu_s" is what the side itself counted of CPU seconds, without its s
 
 A side that raises Skip("reason") skips the row; any other exception (a failed assert is a good one: that decoded
 arrays are views, that no bound was broken) is a miss, with its last line as the reason. Sides are module-level
-functions of the module that lists the row. `quick` asks for less work of the same kind. A side that measures CPU
-seconds rather than wall seconds (`cpu_clock()`, children included) says so in `unit`.
+functions of the module that lists the row, or instances of its classes. `quick` asks for less work of the same kind.
+A side that measures CPU seconds rather than wall seconds (`cpu_clock()`, children included) says so in `unit`.
 """
 
 from __future__ import annotations

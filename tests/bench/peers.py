@@ -7,7 +7,7 @@ budget; where memory is compared, ours runs with a token budget of 1024. `shared
 sharing, whose speed is multiplied by the ratio of floating-point operations: a figure of 1 means that all of the
 possible saving arrives.
 
-    python -m tests.bench.peers probe      # how BATCHES was found: each peer at each batch, once
+    python -m tests.bench.peers probe      # how Peer.batches was found: each peer at each batch, once
 """
 
 from __future__ import annotations
@@ -15,7 +15,9 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 from tests.bench import peers_own, peers_trl
 from tests.bench.harness import ROOT, Figures, Row
@@ -25,27 +27,56 @@ MEMORY_BUDGET = 1024
 PADDED_BUDGET = 4096
 """Where our path without sharing is fastest."""
 
-BATCHES: dict[str, dict[tuple[int, int], int]] = {
-    "grpo_shipped": {(16, 64): 4, (16, 512): 4},
-    "grpo_compact": {(16, 64): 8, (16, 512): 4, (64, 64): 8, (64, 512): 4},
-    "async_shipped": {(16, 64): 4, (16, 512): 16, (64, 64): 16, (64, 512): 32},
-    "async_ours": {(16, 64): 16, (16, 512): 16, (64, 64): 32, (64, 512): 32},
-}
-"""Each peer's fastest per_device_train_batch_size, by (G, prompt tokens): on two cores, by the probe below."""
 
-CONTROLS = {
-    "grpo_shipped": "GRPOTrainer as shipped",
-    "grpo_compact": "GRPOTrainer, completion-only head",
-    "async_shipped": "AsyncGRPOTrainer, our attention",
-    "async_ours": "AsyncGRPOTrainer, our attention, head",
+@dataclass(frozen=True)
+class Peer:
+    """One of TRL's trainers, what it is called, and what is claimed against it; dictionaries by (G, prompt tokens)."""
+
+    control: str
+    make: Callable[..., Any]
+    options: dict[str, bool]
+    batches: dict[tuple[int, int], int]
+    """Its fastest per_device_train_batch_size, by the probe below, on two cores."""
+    speed: dict[tuple[int, int], float]
+    memory: float
+
+
+PEERS = {
+    "grpo_shipped": Peer(
+        control="GRPOTrainer as shipped",
+        make=peers_trl.grpo_trainer,
+        options={"compact_head": False},
+        batches={(16, 64): 4, (16, 512): 4},
+        speed={(16, 64): 7.0, (16, 512): 12.0},
+        memory=0.25,
+    ),
+    "grpo_compact": Peer(
+        control="GRPOTrainer, completion-only head",
+        make=peers_trl.grpo_trainer,
+        options={"compact_head": True},
+        batches={(16, 64): 8, (16, 512): 4, (64, 64): 8, (64, 512): 4},
+        speed={(16, 64): 3.5, (16, 512): 3.5, (64, 64): 3.5, (64, 512): 4.5},
+        memory=0.5,
+    ),
+    "async_shipped": Peer(
+        control="AsyncGRPOTrainer, our attention",
+        make=peers_trl.async_trainer,
+        options={"own_head": False},
+        batches={(16, 64): 4, (16, 512): 16, (64, 64): 16, (64, 512): 32},
+        speed={(16, 64): 3.0, (16, 512): 3.0, (64, 64): 3.0, (64, 512): 3.0},
+        memory=0.2,
+    ),
+    "async_ours": Peer(
+        control="AsyncGRPOTrainer, our attention, head",
+        make=peers_trl.async_trainer,
+        options={"own_head": True},
+        batches={(16, 64): 16, (16, 512): 16, (64, 64): 32, (64, 512): 32},
+        speed={(16, 64): 1.15, (16, 512): 1.15, (64, 64): 1.15, (64, 512): 1.15},
+        memory=0.7,
+    ),
 }
-SPEED_TARGETS = {
-    "grpo_shipped": {(16, 64): 7.0, (16, 512): 12.0},
-    "grpo_compact": {(16, 64): 3.5, (16, 512): 3.5, (64, 64): 3.5, (64, 512): 4.5},
-    "async_shipped": dict.fromkeys(BATCHES["async_shipped"], 3.0),
-    "async_ours": dict.fromkeys(BATCHES["async_ours"], 1.15),
-}
-MEMORY_TARGETS = {"grpo_shipped": 0.25, "grpo_compact": 0.5, "async_shipped": 0.2, "async_ours": 0.7}
+"""What is left of the last one's difference is everything around attention and head, and that a head which returns
+logprobs must run twice where ours computes the loss itself."""
 SHARING_TARGET = 0.9
 
 
@@ -82,14 +113,10 @@ class PeerStep:
     device_batch: int
 
     def __call__(self, quick: bool) -> Figures:
-        trainer, variant = self.peer.split("_")
-        if trainer == "grpo":
-            options = {"compact_head": variant == "compact"}
-            make = peers_trl.grpo_trainer
-        else:
-            options = {"own_head": variant == "ours"}
-            make = peers_trl.async_trainer
-        return peers_trl.step_figures(make, self.shape, quick=quick, device_batch=self.device_batch, **options)
+        peer = PEERS[self.peer]
+        return peers_trl.step_figures(
+            peer.make, self.shape, quick=quick, device_batch=self.device_batch, **peer.options
+        )
 
 
 def rows_of(shape: Shape) -> list[Row]:
@@ -110,27 +137,29 @@ def rows_of(shape: Shape) -> list[Row]:
             contest=f"step_{suffix}",
         )
     ]
-    for peer in [peer for peer, batches in BATCHES.items() if key in batches]:
-        control = PeerStep(peer, shape, BATCHES[peer][key])
+    for name, peer in PEERS.items():
+        if key not in peer.batches:
+            continue
+        control = PeerStep(name, shape, peer.batches[key])
         rows += [
             Row(
-                name=f"speed_{peer}_{suffix}",
-                control=CONTROLS[peer],
+                name=f"speed_{name}_{suffix}",
+                control=peer.control,
                 ours=own,
                 baseline=control,
                 ratio="ours/baseline",
-                target=SPEED_TARGETS[peer][key],
+                target=peer.speed[key],
                 unit="tokens/CPU s",
                 figure="tokens_per_s",
                 contest=f"step_{suffix}",
             ),
             Row(
-                name=f"memory_{peer}_{suffix}",
-                control=CONTROLS[peer],
+                name=f"memory_{name}_{suffix}",
+                control=peer.control,
                 ours=small,
                 baseline=control,
                 ratio="ours/baseline",
-                target=MEMORY_TARGETS[peer],
+                target=peer.memory,
                 sense="lower",
                 unit="MiB over base",
                 figure="peak_mib",
@@ -145,10 +174,10 @@ ROWS = [row for shape in SHAPES for row in rows_of(shape)]
 
 def probe(*names: str) -> None:
     """Print each peer's tokens/s at each batch, of the peers named or all."""
-    for peer in names or tuple(BATCHES):
+    for peer in names or tuple(PEERS):
         for shape in SHAPES:
             key = (shape.num_generations, shape.prompt_length)
-            for batch in [batch for batch in (4, 8, 16, 32) if key in BATCHES[peer] and batch <= key[0]]:
+            for batch in [batch for batch in (4, 8, 16, 32) if key in PEERS[peer].batches and batch <= key[0]]:
                 command = [sys.executable, "-m", "tests.bench.peers", "one", peer, *map(str, key), str(batch)]
                 done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=True)
                 print(done.stdout.splitlines()[-1], flush=True)

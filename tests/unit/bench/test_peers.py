@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tests.bench import peers_own, peers_trl
+from tests.bench import peers, peers_own, peers_trl
+from tests.bench.harness import ROOT, Skip
 from tests.bench.peers_groups import QWEN3, SHAPES, Shape, flop_ratio, make_step
 
 SMALL = Shape(
@@ -34,16 +35,40 @@ def test_the_operations_saved_are_at_most_the_tokens_saved():
     assert 1 < flop_ratio(Shape(16, 512)) < flop_ratio(shape)
 
 
+def test_a_missing_or_another_trl_skips_the_rows_and_says_how_to_get_it(monkeypatch):
+    monkeypatch.setattr(peers_trl.importlib.util, "find_spec", lambda name: None if name == "datasets" else object())
+    with pytest.raises(Skip, match=r"datasets not installed: pip install -c constraints.txt -e '.\[peers\]'"):
+        peers_trl.check_installed()
+    monkeypatch.setattr(peers_trl.importlib.util, "find_spec", lambda name: object())
+    monkeypatch.setattr(peers_trl.importlib.metadata, "version", lambda name: "1.17.0")
+    with pytest.raises(Skip, match=r"trl 1.17.0 is installed, and 1.16.0 wanted"):
+        peers_trl.check_installed()
+
+
+def test_the_version_shimmed_is_the_version_pinned():
+    for file in ("pyproject.toml", "constraints.txt"):
+        assert f"trl=={peers_trl.VERSION}" in (ROOT / file).read_text()
+
+
+def test_every_claim_of_the_learner_is_a_row():
+    names = {row.name for row in peers.ROWS}
+    assert len(names) == len(peers.ROWS)
+    assert {row.contest for row in peers.ROWS} == {"step_16_64", "step_16_512", "step_64_64", "step_64_512"}
+    for peer in peers.PEERS.values():
+        assert peer.batches.keys() == peer.speed.keys()
+        assert set(peer.batches.values()) <= {4, 8, 16, 32}
+
+
 @pytest.mark.filterwarnings("ignore:.*:FutureWarning")
 class TestSameWork:
     """Gradients of one step. The peers' fused heads are in, and the shims that the benchmark uses."""
 
     @pytest.fixture(autouse=True)
     def needs_trl(self, monkeypatch):
-        for name in peers_trl.NEEDS:
-            pytest.importorskip(name)
-        monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-        peers_trl.check_installed()
+        try:
+            peers_trl.check_installed()
+        except Skip as skip:
+            pytest.skip(str(skip))
         import trl.trainer.utils
         from trl.experimental.async_grpo import async_grpo_trainer, packing
 
