@@ -29,6 +29,7 @@ from tests.bench.peers_groups import Shape, make_step, write_model
 NEEDS = ("trl", "accelerate", "datasets")
 VERSION = "1.16.0"
 """Of trl: what is replaced below are private names of this one."""
+ENVIRONMENT = {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
 NUM_STEPS = 2
 """One of full size to warm up, one that counts."""
 
@@ -40,7 +41,7 @@ def check_installed() -> None:
         raise Skip(f"{', '.join(missing)} not installed: pip install -c constraints.txt -e '.[peers]'")
     if (version := importlib.metadata.version("trl")) != VERSION:
         raise Skip(f"trl {version} is installed, and {VERSION} wanted: pip install -c constraints.txt -e '.[peers]'")
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TRL_EXPERIMENTAL_SILENCE": "1"}
+    os.environ |= ENVIRONMENT
 
 
 def step_figures(make: Callable[..., Any], shape: Shape, *, quick: bool, **options: Any) -> dict[str, float]:

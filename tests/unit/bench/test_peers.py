@@ -65,6 +65,8 @@ class TestSameWork:
 
     @pytest.fixture(autouse=True)
     def needs_trl(self, monkeypatch):
+        for name, value in peers_trl.ENVIRONMENT.items():
+            monkeypatch.setenv(name, value)
         try:
             peers_trl.check_installed()
         except Skip as skip:
