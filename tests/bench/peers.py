@@ -62,7 +62,7 @@ PEERS = {
         control="AsyncGRPOTrainer, our attention",
         make=peers_trl.async_trainer,
         options={"own_head": False},
-        batches={(16, 64): 4, (16, 512): 16, (64, 64): 16, (64, 512): 32},
+        batches={(16, 64): 16, (16, 512): 16, (64, 64): 16, (64, 512): 32},
         speed={(16, 64): 3.0, (16, 512): 3.0, (64, 64): 3.0, (64, 512): 3.0},
         memory=0.2,
     ),
