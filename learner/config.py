@@ -36,6 +36,14 @@ class ModelOptions(Section):
     """auto is cuda where there is one, else cpu."""
     share_prefix: bool = True
     """Forward the prompt once per group. False (or a model that cannot) pads every completion with its prompt."""
+    attn_implementation: Literal["auto", "flex_attention"] = "auto"
+    """How completions attend to a shared prompt. auto: torch's flash kernels on CPU, its masked attention elsewhere.
+    flex_attention: one compiled call, for CUDA devices (tested for equality on CPU; no GPU has run it yet)."""
+    loss_head: Literal["auto", "fused", "recompute"] = "auto"
+    """fused computes the loss inside the output head, which then runs once: for losses that are sums over tokens.
+    recompute runs it again in the backward pass: for any loss. auto: fused where it can be."""
+    cast_lm_head_to_fp32: bool = False
+    """Run the output head in float32 whatever dtype and autocast are, in policy and reference (ScaleRL)."""
 
 
 class DataOptions(Section):
@@ -149,6 +157,9 @@ class OptimizerOptions(Section):
     """After warm-up: stay, or fall towards 0, which comes right after the last step."""
     warmup_steps: int = Field(0, ge=0)
     """Steps over which the learning rate rises linearly from 0."""
+    optim: Literal["adamw", "adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit"] = "adamw"
+    """AdamW with states in the weights' dtype, in 8 bits (a quarter of the memory), or in memory that a CUDA device
+    pages out to the host when it is short. All but adamw need bitsandbytes."""
     adam_beta1: float = Field(0.9, ge=0, lt=1)
     """AdamW."""
     adam_beta2: float = Field(0.999, ge=0, lt=1)
@@ -161,6 +172,9 @@ class OptimizerOptions(Section):
     """Gradients are scaled down to this norm."""
     token_budget: int = Field(8192, ge=1)
     """Tokens per micro-batch: memory against speed, never the result."""
+    gradient_checkpointing: bool = False
+    """Run every layer again in the backward pass instead of keeping its activations: a third more time for a fraction
+    of the memory, never the result."""
 
 
 class EvaluationOptions(Section):

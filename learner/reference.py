@@ -25,7 +25,13 @@ class Reference:
 
     def __init__(self, config: LearnerConfig, *, device: torch.device, share_prefix: bool) -> None:
         model = load_model(config.model, dtype=config.dtype, device=device).requires_grad_(False)
-        self._policy = Policy(model, share_prefix=share_prefix, autocast=config.autocast == "bfloat16")
+        self._policy = Policy(
+            model,
+            share_prefix=share_prefix,
+            autocast=config.autocast == "bfloat16",
+            fp32_head=config.cast_lm_head_to_fp32,
+            flex_attention=config.attn_implementation == "flex_attention",
+        )
 
     def logprobs(self, step: StepTokens, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Compute reference_logprobs [T] of all tokens of the step that train."""

@@ -28,11 +28,12 @@ from learner.config import LearnerConfig
 from learner.grpo.advantages import group_advantages
 from learner.grpo.diagnostics import clip_metrics, policy_kl
 from learner.grpo.loss import TokenLoss, grpo_loss, token_weights
-from learner.model import export
+from learner.model import export, flex
+from learner.model.checkpointing import checkpoint_layers
 from learner.model.load import load_model, load_tokenizer, resolve_device
-from learner.model.packing import MicroBatch, StepTokens, collect, whole_sequences
-from learner.model.policy import Policy
-from learner.optimizer import load_state, make_optimizer, save_state, scheduled_rate
+from learner.model.packing import MicroBatch, Rows, StepTokens, collect, whole_sequences
+from learner.model.policy import ForwardedPrompt, Policy
+from learner.optimizer import check_library, load_state, make_optimizer, save_state, scheduled_rate
 from learner.reference import Reference
 from protocol.errors import ConfigError
 from protocol.identity import tokenizer_digest
@@ -73,7 +74,7 @@ class StepRecord:
         self.loss += loss.loss.item()
         self.index.append(index)
         self.policy_logprobs.append(policy_logprobs_T.detach())
-        self.entropy.append(entropy_T)
+        self.entropy.append(entropy_T.detach())
         self.ratio.append(loss.ratio_T.detach())
         if loss.behavior_weight_T is not None:
             self.behavior_weight.append(loss.behavior_weight_T)
@@ -94,18 +95,30 @@ class Trainer:
 
     def __init__(self, config: LearnerConfig, *, checkpoint: Path | None = None) -> None:
         self._config = config
+        check_library(config.optim)
         self._device = resolve_device(config.device)
+        if config.attn_implementation == "flex_attention":
+            flex.check_device(self._device)
         torch.manual_seed(config.seed)
         source = config.model if checkpoint is None else checkpoint
         self._model = load_model(source, dtype=config.dtype, device=self._device)
+        if config.gradient_checkpointing:
+            checkpoint_layers(self._model)
         self.tokenizer = load_tokenizer(source)
-        self._policy = Policy(self._model, share_prefix=config.share_prefix, autocast=config.autocast == "bfloat16")
+        self._policy = Policy(
+            self._model,
+            share_prefix=config.share_prefix,
+            autocast=config.autocast == "bfloat16",
+            fp32_head=config.cast_lm_head_to_fp32,
+            flex_attention=config.attn_implementation == "flex_attention",
+        )
         self._reference = (
             Reference(config, device=self._device, share_prefix=self._policy.shares_prefix) if config.beta else None
         )
         self._parameters = dict(self._model.named_parameters())
         self._optimizer = make_optimizer(self._parameters, config)
         self._gradient_norm: Tensor | None = None
+        self._fused_head = config.loss_head != "recompute"
         self.policy_version = 0
         if checkpoint is not None:
             self._resume(checkpoint)
@@ -214,7 +227,7 @@ class Trainer:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """What `save` writes, about: the weights and AdamW's two moments of each."""
+        """What `save` writes, at most, about: the weights and AdamW's two moments of each."""
         sizes: list[int] = [p.numel() * p.element_size() for p in self._parameters.values()]
         return 3 * sum(sizes)
 
@@ -263,14 +276,35 @@ class Trainer:
         prompt = self._policy.forward_prompt(micro_batch)
         for rows in micro_batch.rows:
             index = torch.from_numpy(rows.index_T).to(self._device)
-            policy_logprobs_T, entropy_T = self._policy.logprobs(
-                rows, tensors.targets_T[index], tensors.temperature_T[index], prompt
-            )
-            loss = self._loss(policy_logprobs_T, index, tensors)
-            loss.loss.backward()
+            inputs = (rows, tensors.targets_T[index], tensors.temperature_T[index])
+            if self._fused_head:
+                policy_logprobs_T, entropy_T = self._fused_backward(*inputs, index, tensors, prompt)
+                loss = self._loss(policy_logprobs_T, index, tensors)  # once more, for its value and its parts
+            else:
+                policy_logprobs_T, entropy_T = self._policy.logprobs(*inputs, prompt)
+                loss = self._loss(policy_logprobs_T, index, tensors)
+                loss.loss.backward()
             record.add(index, policy_logprobs_T, entropy_T, loss)
         if prompt is not None:
             prompt.backward()
+
+    def _fused_backward(
+        self,
+        rows: Rows,
+        targets_T: Tensor,
+        temperature_T: Tensor,
+        index: Tensor,
+        tensors: StepTensors,
+        prompt: ForwardedPrompt | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Backpropagate the loss of a row through head and model. Returns logprobs [T], entropies [T]."""
+
+        def token_loss(logprobs_T: Tensor, part: slice) -> Tensor:
+            return self._loss(logprobs_T, index[part], tensors).loss
+
+        loss, logprobs_T, entropy_T = self._policy.token_loss(rows, targets_T, temperature_T, token_loss, prompt)
+        loss.backward()
+        return logprobs_T, entropy_T
 
     def _loss(self, policy_logprobs_T: Tensor, index: Tensor, tensors: StepTensors) -> TokenLoss:
         config = self._config

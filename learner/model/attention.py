@@ -13,15 +13,17 @@ exp(score - lse) and its correction as grad_out . out, so with the merged values
 whole softmax, and simply add up.
 
 The cascade needs log-sum-exps, which torch gives only from private CPU operators; where they are not (CUDA, other
-torch versions, unequal head sizes) the same attention is computed with public operators, one masked call per bucket.
+torch versions, unequal head sizes) the same attention is computed with public operators: one masked call per bucket,
+or on request a single call of FlexAttention (flex.py).
 
 Shapes: T tokens of the row, S of them in prompts, H query heads, K key heads, D head size, N sequences, R longest.
 """
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,10 +32,14 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from learner.model.flex import flex_with_prefix
 from learner.model.packing import Bucket, Layout
 
 ATTENTION = "headway_shared_prefix"
-"""The name under which transformers knows it. It has no mask function: transformers then builds no mask."""
+FLEX_ATTENTION = "headway_shared_prefix_flex"
+"""The names under which transformers knows it. They have no mask function: transformers then builds no mask."""
+
+Attend = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Layout, float | None], Tensor]
 
 HAS_CPU_FLASH = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu") and hasattr(
     torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu_backward"
@@ -50,7 +56,9 @@ class Prefix:
     """The same values cut off from that graph: they collect the gradients of all completions."""
 
     def keep(self, layer: int, keys: Tensor, values: Tensor) -> None:
-        """Remember a layer's keys and values."""
+        """Remember a layer's keys and values. A checkpointed layer that runs again has them here already."""
+        if layer in self.computed:
+            return
         self.computed[layer] = (keys, values)
         self.leaves[layer] = (
             keys.detach().requires_grad_(keys.requires_grad),
@@ -87,6 +95,7 @@ def shared_prefix_attention(
     packed: Packed,
     scaling: float | None = None,
     dropout: float = 0.0,
+    attend: Attend | None = None,
     **options: Any,
 ) -> tuple[Tensor, None]:
     """Attend as `packed.layout` says. The interface is transformers' AttentionInterface.
@@ -100,6 +109,7 @@ def shared_prefix_attention(
         packed: who attends to whom.
         scaling: of the scores; None is 1/sqrt(D).
         dropout: 0.
+        attend: how completions attend; None is attend_with_prefix.
         options: refused where they would change the result.
 
     Returns:
@@ -126,7 +136,7 @@ def shared_prefix_attention(
         elif prefix is not None:
             k_prompt, v_prompt = prefix.leaves[module.layer_idx]  # type: ignore[index]
         if num_completion:
-            outputs.append(attend_with_prefix(q, k, v, k_prompt, v_prompt, layout, scaling))
+            outputs.append((attend or attend_with_prefix)(q, k, v, k_prompt, v_prompt, layout, scaling))
     return torch.cat(outputs)[None].to(value.dtype), None
 
 
@@ -315,3 +325,4 @@ def _unpad(x: Tensor, bucket: Bucket | None) -> Tensor:
 
 
 AttentionInterface.register(ATTENTION, shared_prefix_attention)
+AttentionInterface.register(FLEX_ATTENTION, functools.partial(shared_prefix_attention, attend=flex_with_prefix))

@@ -5,9 +5,11 @@ is 2 GiB for 4096 tokens of a vocabulary of 131,072. Here the head runs over chu
 backward pass instead of keeping anything of size V: one matrix product more (4 for 3) against memory for one chunk.
 
     z = h W' / T,   logprob = z[token] - logsumexp(z),   entropy = logsumexp(z) - sum_v softmax(z)_v z_v
-    d logprob / d z = onehot(token) - softmax(z)
+    d logprob / d z = onehot(token) - softmax(z),   d entropy / d z_v = - softmax(z)_v (log softmax(z)_v + entropy)
 
-Matrix products are in the model's (or autocast's) dtype; everything after them in float32 at least.
+Where the loss is a sum over tokens the second run of the head can be saved, too: see fused_head.py.
+Matrix products are in the model's (or autocast's) dtype, or in float32 on request; everything after them in float32
+at least. A logit of -inf has probability 0, adds nothing to the entropy and gets no gradient.
 Shapes: T tokens that are predicted, H hidden size, V vocabulary.
 """
 
@@ -25,10 +27,18 @@ MIN_CHUNK_TOKENS = 128
 faster (measured on CPU)."""
 TILE_ELEMENTS = 1 << 17
 """Logits that are worked on at a time: half a MiB stays in a core's cache (2 to 3 times faster than whole chunks)."""
+LOWEST = -1e4
+"""Logits this far below the largest have probability 0 in every dtype; kept finite, because 0 x -inf is not 0."""
 
 
 def token_logprobs(
-    hidden_TH: Tensor, weight_VH: Tensor, bias_V: Tensor | None, targets_T: Tensor, temperature_T: Tensor
+    hidden_TH: Tensor,
+    weight_VH: Tensor,
+    bias_V: Tensor | None,
+    targets_T: Tensor,
+    temperature_T: Tensor,
+    *,
+    fp32: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """Compute log softmax(logits / temperature) of the target tokens.
 
@@ -38,15 +48,12 @@ def token_logprobs(
         bias_V: [V] of the output head, or None.
         targets_T: [T] int64.
         temperature_T: [T] > 0.
+        fp32: matrix products in float32, whatever the model's dtype or autocast.
 
     Returns:
-        logprobs [T], differentiable, and entropies [T] in nats, not differentiable; both float32 (float64 for a
-        float64 model).
+        logprobs [T] and entropies [T] in nats, both differentiable and float32 (float64 for a float64 model).
     """
-    device = hidden_TH.device.type
-    if torch.is_autocast_enabled(device):
-        hidden_TH = hidden_TH.to(torch.get_autocast_dtype(device))
-    arguments = (hidden_TH, weight_VH, bias_V, targets_T, 1.0 / temperature_T)
+    arguments = (in_head_dtype(hidden_TH, fp32=fp32), weight_VH, bias_V, targets_T, 1.0 / temperature_T)
     logprobs_T, entropy_T = _TokenLogprobs.apply(*arguments)  # type: ignore[no-untyped-call]
     return logprobs_T, entropy_T
 
@@ -58,58 +65,127 @@ class _TokenLogprobs(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, inverse_temperature: Tensor
     ) -> tuple[Tensor, Tensor]:
-        accumulate = torch.promote_types(hidden.dtype, torch.float32)
-        inverse_temperature = inverse_temperature.to(accumulate)[:, None]
-        targets = targets[:, None]
-        head = weight.to(hidden.dtype)
-        logprobs, entropy, lse = (hidden.new_empty(len(hidden), 1, dtype=accumulate) for _ in range(3))
-        for rows, logits in _chunks(hidden, head, bias):
-            for tile in _tiles(rows, logits.shape[1]):
-                z = logits[_within(tile, rows)].to(accumulate).mul_(inverse_temperature[tile])
-                largest = z.amax(-1, keepdim=True)
-                z.sub_(largest)
-                weights = z.exp()
-                total = weights.sum(-1, keepdim=True)
-                log_total = total.log()
-                logprobs[tile] = z.gather(1, targets[tile]) - log_total
-                entropy[tile] = log_total - weights.mul_(z).sum(-1, keepdim=True) / total
-                lse[tile] = largest + log_total
-        ctx.save_for_backward(hidden, head, bias, targets, inverse_temperature, lse)
-        ctx.weight_dtype = weight.dtype
-        entropy = entropy.squeeze(1)
-        ctx.mark_non_differentiable(entropy)
-        return logprobs.squeeze(1), entropy
+        with without_autocast(hidden):
+            head = weight.to(hidden.dtype)
+            statistics = Statistics(hidden, targets, inverse_temperature)
+            for rows, logits in chunks(hidden, head, bias):
+                statistics.add(rows, logits)
+        ctx.save_for_backward(hidden, weight, head, bias)
+        ctx.statistics = statistics
+        ctx.set_materialize_grads(False)  # no loss looks at the entropy, as a rule: None is cheaper than zeros
+        return statistics.logprobs.squeeze(1), statistics.entropy.squeeze(1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head, bias, targets, inverse_temperature, lse = ctx.saved_tensors
-        slope = grad_outputs[0][:, None] * inverse_temperature
-        d_hidden = torch.empty_like(hidden)
-        d_weight: Tensor | None = None
-        d_bias = None if bias is None else torch.zeros_like(bias)
-        for rows, logits in _chunks(hidden, head, bias):
-            for tile in _tiles(rows, logits.shape[1]):
-                part = logits[_within(tile, rows)]
-                z = part.to(lse.dtype).mul_(inverse_temperature[tile])  # part itself, where that is its dtype
-                probabilities = z.sub_(lse[tile]).exp_()
-                d_logits = probabilities.mul_(-slope[tile]).scatter_add_(1, targets[tile], slope[tile])
-                if d_logits.dtype != part.dtype:
-                    part.copy_(d_logits)
-            torch.mm(logits, head, out=d_hidden[rows])
-            if d_weight is None:
-                d_weight = (logits.T @ hidden[rows]).to(ctx.weight_dtype)
-            elif d_weight.dtype == logits.dtype:
-                d_weight.addmm_(logits.T, hidden[rows])
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, head, bias = ctx.saved_tensors
+        gradients = HeadGradients(hidden, weight, head, bias)
+        for rows, logits in chunks(hidden, head, bias):
+            logprobs, entropy = (None if grad is None else grad[rows, None] for grad in grad_outputs)
+            ctx.statistics.differentiate_(rows, logits, logprobs, entropy)
+            gradients.add(rows, logits)
+        return *gradients.result(), None, None
+
+
+class Statistics:
+    """What is known of every token once its logits have been seen: all [T, 1].
+
+    Args:
+        hidden: [T, H], for dtype and device.
+        targets: [T].
+        inverse_temperature: [T].
+    """
+
+    def __init__(self, hidden: Tensor, targets: Tensor, inverse_temperature: Tensor) -> None:
+        accumulate = torch.promote_types(hidden.dtype, torch.float32)
+        self._inverse_temperature = inverse_temperature.to(accumulate)[:, None]
+        self._targets = targets[:, None]
+        self.logprobs, self.entropy, self._lse = (hidden.new_empty(len(hidden), 1, dtype=accumulate) for _ in range(3))
+
+    def add(self, rows: slice, logits: Tensor) -> None:
+        """Take in the logits [rows, V] of some tokens, which stay as they are."""
+        for tile in _tiles(rows, logits.shape[1]):
+            z = logits[_within(tile, rows)] * self._inverse_temperature[tile]
+            largest = z.amax(-1, keepdim=True)
+            z.sub_(largest)
+            chosen = z.gather(1, self._targets[tile])
+            weights = z.clamp_min_(LOWEST).exp()
+            total = weights.sum(-1, keepdim=True)
+            log_total = total.log()
+            self.logprobs[tile] = chosen - log_total
+            self.entropy[tile] = log_total - weights.mul_(z).sum(-1, keepdim=True) / total
+            self._lse[tile] = largest + log_total
+
+    def differentiate_(self, rows: slice, logits: Tensor, d_logprobs: Tensor | None, d_entropy: Tensor | None) -> None:
+        """Replace the logits [rows, V] by the gradients with respect to them.
+
+        Args:
+            rows: which tokens.
+            logits: as given to `add`.
+            d_logprobs: [rows, 1] gradients with respect to their logprobs, or None.
+            d_entropy: [rows, 1] gradients with respect to their entropies, or None.
+        """
+        slope = torch.zeros_like(self._lse[rows]) if d_logprobs is None else d_logprobs.to(self._lse.dtype)
+        for tile in _tiles(rows, logits.shape[1]):
+            within = _within(tile, rows)
+            part, scale = logits[within], self._inverse_temperature[tile]
+            z = part.to(scale.dtype).mul_(scale).sub_(self._lse[tile])  # in place, where the dtypes are equal
+            if d_entropy is None:
+                d_logits = z.exp_().mul_(slope[within] * -scale)
             else:
-                d_weight += logits.T @ hidden[rows]
-            if d_bias is not None:
-                d_bias += logits.sum(0)
-        return d_hidden, d_weight, d_bias, None, None
+                surprise = z.clamp_min(LOWEST).add_(self.entropy[tile]).mul_(d_entropy[within]).add_(slope[within])
+                d_logits = z.exp_().mul_(surprise).mul_(-scale)
+            d_logits.scatter_add_(1, self._targets[tile], slope[within] * scale)
+            if d_logits.dtype != part.dtype:
+                part.copy_(d_logits)
 
 
-def _chunks(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
-    """Yield the logits [rows, V] of some rows at a time, all in one buffer."""
+class HeadGradients:
+    """Gradients of the head's inputs, gathered chunk by chunk. `head` is the weight [V, H] in the dtype of hidden."""
+
+    def __init__(self, hidden: Tensor, weight: Tensor, head: Tensor, bias: Tensor | None) -> None:
+        self._hidden, self._head = hidden, head
+        self._dtype = weight.dtype
+        self._d_hidden = torch.empty_like(hidden)
+        self._d_weight: Tensor | None = None
+        self._d_bias = None if bias is None else torch.zeros_like(bias)
+
+    def add(self, rows: slice, d_logits: Tensor) -> None:
+        """Take in the gradients [rows, V] with respect to the logits of some tokens."""
+        torch.mm(d_logits, self._head, out=self._d_hidden[rows])
+        if self._d_weight is None:
+            self._d_weight = d_logits.T @ self._hidden[rows]
+            # Sums of many chunks are kept in the wider of both dtypes.
+            self._d_weight = self._d_weight.to(torch.promote_types(self._dtype, d_logits.dtype))
+        elif self._d_weight.dtype == d_logits.dtype:
+            self._d_weight.addmm_(d_logits.T, self._hidden[rows])
+        else:
+            self._d_weight += d_logits.T @ self._hidden[rows]
+        if self._d_bias is not None:
+            self._d_bias += d_logits.sum(0)
+
+    def result(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Hand over the gradients of hidden, weight (None without tokens) and bias."""
+        d_weight = None if self._d_weight is None else self._d_weight.to(self._dtype)
+        self._d_weight = None  # autograd copies a gradient that somebody else still holds
+        return self._d_hidden, d_weight, self._d_bias
+
+
+def in_head_dtype(hidden_TH: Tensor, *, fp32: bool) -> Tensor:
+    """Cast hidden states to the dtype that the head's matrix products are to run in."""
+    device = hidden_TH.device.type
+    if fp32:
+        return hidden_TH.to(torch.promote_types(hidden_TH.dtype, torch.float32))
+    return hidden_TH.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else hidden_TH
+
+
+def without_autocast(hidden: Tensor) -> torch.autocast:
+    """Keep autocast, which the caller may be in, from rounding what was chosen to be float32."""
+    return torch.autocast(hidden.device.type, enabled=False)
+
+
+def chunks(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
+    """Yield the logits [rows, V] of some rows at a time, all in one buffer that may be overwritten."""
     height = max(MIN_CHUNK_TOKENS, CHUNK_BYTES // (len(head) * head.element_size()))
     buffer = hidden.new_empty(min(height, len(hidden)), len(head))
     for start in range(0, len(hidden), height):

@@ -11,6 +11,8 @@ from learner.config import LearnerConfig
 from protocol.errors import ConfigError
 
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+STATE_BYTES = {"adamw_8bit": 1, "paged_adamw_8bit": 1, "paged_adamw_32bit": 4}
+"""Of each of AdamW's two moments, where it is not the weights' own."""
 CHUNK_BYTES = 64 << 20
 MIN_CHUNK_TOKENS = 128
 """As in logprobs.py, which needs torch."""
@@ -32,15 +34,17 @@ def memory_estimate(config: LearnerConfig) -> dict[str, int]:
     parameters = _count_parameters(directory)
     master = ITEM_BYTES[config.dtype]
     compute = 2 if "bfloat16" in (config.dtype, config.autocast) else 4
-    width = TENSORS_PER_LAYER * settings["hidden_size"] + 4 * settings["intermediate_size"]
+    layers, hidden = settings["num_hidden_layers"], settings["hidden_size"]
+    width = TENSORS_PER_LAYER * hidden + 4 * settings["intermediate_size"]  # what one layer keeps of a token
+    kept = layers * hidden + width if config.gradient_checkpointing else layers * width
     estimate = {
         "parameters": parameters,
         "weights_bytes": parameters * master,
         "gradients_bytes": parameters * master,
-        "optimizer_bytes": 2 * parameters * master,
+        "optimizer_bytes": 2 * parameters * STATE_BYTES.get(config.optim, master),
         "reference_bytes": parameters * master if config.beta else 0,
         "autocast_bytes": parameters * 2 if config.autocast == "bfloat16" else 0,
-        "activations_bytes": config.token_budget * settings["num_hidden_layers"] * width * compute,
+        "activations_bytes": config.token_budget * kept * compute,
         "logits_bytes": max(CHUNK_BYTES, MIN_CHUNK_TOKENS * settings["vocab_size"] * compute),
     }
     total = sum(value for name, value in estimate.items() if name.endswith("_bytes"))

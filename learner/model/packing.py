@@ -13,13 +13,14 @@ Shapes: P groups, G generations, N completions that train, C all their tokens, T
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
 from learner.batch import TrainGroup
+from learner.model.balance import pack
 from protocol.messages import FinishReason, Float32, Group, Int32
 
 Int64 = npt.NDArray[np.int64]
@@ -183,8 +184,10 @@ def pack_shared(step: StepTokens, token_budget: int) -> list[MicroBatch]:
     """
     members = [np.flatnonzero(step.group_N == p) for p in range(len(step.prompts))]
     cost_P = [len(prompt) + int((step.lengths_N[n] - 1).sum()) for prompt, n in zip(step.prompts, members, strict=True)]
+    training = [p for p in range(len(members)) if members[p].size]
     micro_batches: list[MicroBatch] = []
-    for groups in _next_fit([p for p in range(len(members)) if members[p].size], cost_P, token_budget):
+    for row in pack([cost_P[p] for p in training], token_budget):
+        groups = [training[place] for place in row]
         if len(groups) == 1 and cost_P[groups[0]] > token_budget:
             micro_batches.append(_split_group(step, groups[0], members[groups[0]], token_budget))
         else:
@@ -248,32 +251,17 @@ def _flat(trains_PG: Bool, groups: Sequence[TrainGroup]) -> Bool:
     return np.concatenate([row[: g.group.num_generations] for row, g in zip(trains_PG, groups, strict=True)])
 
 
-def _next_fit(items: Sequence[int], cost: Sequence[int], budget: int) -> Iterator[list[int]]:
-    """Cut `items`, in order, into lists whose costs sum to at most `budget` (an item above it is alone)."""
-    chosen: list[int] = []
-    room = budget
-    for item in items:
-        if chosen and cost[item] > room:
-            yield chosen
-            chosen, room = [], budget
-        chosen.append(item)
-        room -= cost[item]
-    if chosen:
-        yield chosen
-
-
 def _split_group(step: StepTokens, p: int, members_N: Int64, token_budget: int) -> MicroBatch:
     """Forward the prompt apart, and the completions in rows of what the budget leaves beside it."""
     prompt = step.prompts[p]
     nothing = np.zeros(0, np.int64)
     layout = Layout(prompts=buckets([prompt.size]), prompt_lengths=(prompt.size,), completions=((),))
-    ordered = members_N[np.argsort(step.lengths_N[members_N], kind="stable")]
     budget = max(1, token_budget - prompt.size)
     return MicroBatch(
         prompt=_rows(step, prompt[None], np.arange(prompt.size)[None], layout, nothing, nothing),
         rows=tuple(
-            _shared_row(step, [p], [np.array(chosen, np.int64)], prompt_apart=True)
-            for chosen in _next_fit(ordered.tolist(), (step.lengths_N - 1).tolist(), budget)
+            _shared_row(step, [p], [members_N[row]], prompt_apart=True)
+            for row in pack((step.lengths_N[members_N] - 1).tolist(), budget)
         ),
     )
 

@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from learner.model.attention import ATTENTION, Packed, Prefix
+from learner.model.attention import ATTENTION, FLEX_ATTENTION, Packed, Prefix
+from learner.model.fused_head import TokenLossFunction, fused_token_loss
 from learner.model.load import head_of
 from learner.model.logprobs import token_logprobs
 from learner.model.packing import MicroBatch, Rows, StepTokens, pack_padded, pack_shared
@@ -48,10 +49,22 @@ class Policy:
         model: loaded, on its device.
         share_prefix: forward a group's prompt once, where the model can; a notice is logged where it cannot.
         autocast: compute in bfloat16.
+        fp32_head: run the output head in float32 all the same.
+        flex_attention: completions attend to shared prompts by FlexAttention.
     """
 
-    def __init__(self, model: PreTrainedModel, *, share_prefix: bool, autocast: bool) -> None:
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        share_prefix: bool,
+        autocast: bool,
+        fp32_head: bool = False,
+        flex_attention: bool = False,
+    ) -> None:
         self.model = model
+        self._attention = FLEX_ATTENTION if flex_attention else ATTENTION
+        self._fp32_head = fp32_head
         self.device = model.device
         self.shares_prefix = False
         self._autocast = False  # while probing: what differs then is the method, not the rounding
@@ -90,14 +103,36 @@ class Policy:
             prompt: from `forward_prompt`.
 
         Returns:
-            logprobs [T] with a graph behind them (outside no_grad), and entropies [T] without.
+            logprobs [T] and entropies [T], with a graph behind them (outside no_grad).
         """
         with self._precision():
-            hidden = self._hidden(rows, prompt.prefix if prompt else None)
-            if prompt is not None:
-                hidden = torch.cat([prompt.hidden_leaf_SH, hidden])
-            predictors = hidden.index_select(0, self._tensor(rows.predictor_T))
-            return token_logprobs(predictors, *head_of(self.model), targets_T, temperature_T)
+            predictors = self._predictors(rows, prompt)
+            return token_logprobs(predictors, *head_of(self.model), targets_T, temperature_T, fp32=self._fp32_head)
+
+    def token_loss(
+        self,
+        rows: Rows,
+        targets_T: Tensor,
+        temperature_T: Tensor,
+        token_loss: TokenLossFunction,
+        prompt: ForwardedPrompt | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Compute a loss that is a sum over the tokens of `rows` that train, without running the head twice.
+
+        Args:
+            rows: what to run the model on.
+            targets_T: [T] int64, in the order of rows.index_T.
+            temperature_T: [T] float32.
+            token_loss: the loss of some of these tokens, from their logprobs.
+            prompt: from `forward_prompt`.
+
+        Returns:
+            The loss [], for one backward pass; logprobs [T] and entropies [T] without a graph.
+        """
+        with self._precision():
+            predictors = self._predictors(rows, prompt)
+            arguments = (*head_of(self.model), targets_T, temperature_T, token_loss)
+            return fused_token_loss(predictors, *arguments, fp32=self._fp32_head)
 
     def step_logprobs(self, step: StepTokens, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Compute the logprobs of all tokens of the step that train, [T], without gradient."""
@@ -120,7 +155,7 @@ class Policy:
         step = _probe(self.model.config.get_text_config().vocab_size)
         expected = self.step_logprobs(step, pack_padded(step, 64))
         try:
-            self.model.set_attn_implementation(ATTENTION)
+            self.model.set_attn_implementation(self._attention)
             difference = (self.step_logprobs(step, pack_shared(step, 64)) - expected).abs().max().item()
             if difference <= PROBE_TOLERANCE[self.model.dtype]:
                 return ""
@@ -129,6 +164,13 @@ class Policy:
             obstacle = f"{type(error).__name__}: {error}"
         self.model.set_attn_implementation(own_attention)
         return obstacle
+
+    def _predictors(self, rows: Rows, prompt: ForwardedPrompt | None) -> Tensor:
+        """Run the model without its head: [T, H], the last hidden state before each token that trains."""
+        hidden = self._hidden(rows, prompt.prefix if prompt else None)
+        if prompt is not None:
+            hidden = torch.cat([prompt.hidden_leaf_SH, hidden])
+        return hidden.index_select(0, self._tensor(rows.predictor_T))
 
     def _hidden(self, rows: Rows, prefix: Prefix | None) -> Tensor:
         """Run the model without its head: last hidden states, flat [B x L, H]."""

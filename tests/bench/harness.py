@@ -79,6 +79,9 @@ class Row:
     """Which of the figures is compared, where the sides return several."""
     contest: str = ""
     """Rows of the same contest share their runs; empty for a row of its own."""
+    rounds: int = ROUNDS
+    """Fewer for figures that hardly vary (memory), and for sides that take minutes. A contest takes the most of its
+    rows'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,7 +131,8 @@ def run_contest(rows: Sequence[Row], *, quick: bool) -> list[Result]:
     places = {side: (row, side[0]) for row in rows for side in _sides(row)}
     answers: dict[SideKey, list[Answer]] = {side: [] for side in places}
     going = list(rows)
-    for number in range(QUICK_ROUNDS if quick else ROUNDS):
+    rounds = max(row.rounds for row in rows)
+    for number in range(min(rounds, QUICK_ROUNDS) if quick else rounds):
         for side in places if number % 2 == 0 else reversed(places):
             if any(side in _sides(row) for row in going):
                 answers[side].append(_run_side(*places[side], quick=quick))

@@ -7,17 +7,15 @@
     meter.figures(tokens)    # of the last step: the first one warmed up
 
 CPU seconds, not wall clock, are what is judged: with one torch thread they are the same on an idle core, and on a
-busy one only they are the work's own. Linux only: the high-water mark of resident memory is reset through /proc, so
-that what loading needed is not in it.
+busy one only they are the work's own. What loading needed is not in the peak.
 """
 
 from __future__ import annotations
 
 import gc
 import time
-from pathlib import Path
 
-PROCESS = Path("/proc/self")
+from tests.bench.memory import peak_mib, reset_peak
 
 
 class Meter:
@@ -25,8 +23,7 @@ class Meter:
 
     def __init__(self) -> None:
         gc.collect()
-        (PROCESS / "clear_refs").write_text("5")
-        self._base_kib = resident_kib("VmRSS")
+        self._base_mib = reset_peak()
         self._laps = [(time.perf_counter(), time.process_time())]
 
     def lap(self) -> None:
@@ -45,11 +42,5 @@ class Meter:
             "tokens_per_s": num_tokens / (cpu - cpu_before),
             "cpu_s": cpu - cpu_before,
             "wall_s": wall - wall_before,
-            "peak_mib": (resident_kib("VmHWM") - self._base_kib) / 1024,
+            "peak_mib": peak_mib() - self._base_mib,
         }
-
-
-def resident_kib(field: str) -> int:
-    """Read VmRSS (resident memory now) or VmHWM (its highest value) of this process."""
-    lines = (PROCESS / "status").read_text().splitlines()
-    return int(next(line for line in lines if line.startswith(f"{field}:")).split()[1])

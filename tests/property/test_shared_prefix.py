@@ -17,11 +17,12 @@ import pytest
 import torch
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
+from torch.nn.attention import flex_attention
 from transformers import AutoModelForCausalLM
 
 from learner.batch import Batch, TrainGroup
 from learner.config import LearnerConfig
-from learner.model import attention, packing
+from learner.model import attention, flex, packing
 from learner.trainer import Trainer
 from protocol.messages import FinishReason
 from tests.factories import make_batch, make_train_group
@@ -62,6 +63,7 @@ knobs = st.fixed_dictionaries(
         "beta": st.sampled_from([0.0, 0.2]),
         "scale_rewards": st.sampled_from(["group", "none"]),
         "mask_truncated_completions": st.booleans(),
+        "loss_head": st.sampled_from(["auto", "recompute"]),
     }
 )
 
@@ -133,7 +135,10 @@ def naive_step(model: Any, reference: Any, batch: Batch, options: dict[str, Any]
 
 def naive_logprobs(model: Any, entry: TrainGroup, tokens: np.ndarray) -> torch.Tensor:
     text = torch.from_numpy(np.concatenate([entry.prompt_tokens, tokens]).astype(np.int64))
-    logits = model(input_ids=text[None]).logits[0, len(entry.prompt_tokens) - 1 : -1] / entry.group.temperature
+    logits = (
+        model(input_ids=text[None], use_cache=False).logits[0, len(entry.prompt_tokens) - 1 : -1]
+        / entry.group.temperature
+    )
     return logits.log_softmax(-1).gather(1, text[len(entry.prompt_tokens) :, None])[:, 0]
 
 
@@ -221,6 +226,21 @@ def test_shared_equals_naive(make_trainer, reference, batch, options, token_budg
 @example(batch=HARD, options=PLAIN, token_budget=60)
 def test_padded_equals_naive(make_trainer, reference, batch, options, token_budget):
     check(make_trainer(token_budget=token_budget, share_prefix=False, **options), reference, batch, options)
+
+
+@pytest.mark.filterwarnings(
+    "ignore:flex_attention called without torch.compile", "ignore:The .grad attribute of a Tensor"
+)
+@settings(FEW, max_examples=2)  # every new length is compiled
+@given(batch=batches, token_budget=st.sampled_from(BUDGETS), gradient_checkpointing=st.booleans())
+@example(batch=HARD, token_budget=16, gradient_checkpointing=True)
+def test_shared_by_flex_attention_equals_naive(make_trainer, reference, batch, token_budget, gradient_checkpointing):
+    options = {**PLAIN, "attn_implementation": "flex_attention", "gradient_checkpointing": gradient_checkpointing}
+    with pytest.MonkeyPatch.context() as patch:
+        # On CPU torch has its backward pass, but does not let it be used.
+        patch.setattr(flex, "check_device", lambda device: None)
+        patch.setattr(flex_attention, "_validate_device", lambda q, k, v: None)
+        check(make_trainer(token_budget=token_budget, **options), reference, batch, PLAIN)
 
 
 @settings(FEW, max_examples=8)

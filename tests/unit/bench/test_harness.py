@@ -47,6 +47,7 @@ ROWS = [
     row(name="cost", ratio="baseline/ours", target=0.7),
     row(name="lower", sense="lower", target=1.4),
     row(name="pid", ours=own_process, baseline=own_process, target=0.0),
+    row(name="once", rounds=1),
     row(name="skipped", baseline=skipped),
     row(name="broken", ours=broken),
     row(name="named", ours=figures, baseline=figures, figure="two", target=0.9, contest="shared"),
@@ -72,6 +73,10 @@ def test_each_side_of_each_round_is_a_process_of_its_own():
     result = result_of("pid")
     assert os.getpid() not in (result.ours, result.baseline)
     assert result.worst != 1.0
+
+
+def test_a_row_may_ask_for_fewer_rounds():
+    assert result_of("once").rounds == 1
 
 
 def test_a_side_that_cannot_run_skips_the_row_with_its_reason():

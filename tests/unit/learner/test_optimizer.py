@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from learner.config import OptimizerOptions
-from learner.optimizer import load_state, make_optimizer, save_state, scheduled_rate
+from learner.optimizer import check_library, load_state, make_optimizer, save_state, scheduled_rate
 from protocol.errors import ConfigError
 
 
@@ -102,8 +102,84 @@ def test_the_state_of_another_model_is_refused(tmp_path):
     optimizer.step()
     save_state(optimizer, named, tmp_path)
     less = {"w": named["w"]}
-    with pytest.raises(ConfigError, match=r"is of another model: it has exp_avg\.norm"):
+    with pytest.raises(ConfigError, match=r"is of another model or optim: it has exp_avg\.norm"):
         load_state(make_optimizer(less, OptimizerOptions()), less, tmp_path)
     other = {"w": torch.nn.Parameter(torch.zeros(2, 2)), "norm": named["norm"]}
-    with pytest.raises(ConfigError, match=r"w is not of shape \[2, 2\]"):
+    with pytest.raises(ConfigError, match=r"\.w is not of shape \[2, 2\]"):
         load_state(make_optimizer(other, OptimizerOptions()), other, tmp_path)
+
+
+# --- bitsandbytes
+
+OPTIMS = ("adamw_8bit", "paged_adamw_32bit", "paged_adamw_8bit")
+
+
+def large_parameters() -> dict[str, torch.nn.Parameter]:
+    torch.manual_seed(0)
+    return {"w": torch.nn.Parameter(torch.randn(96, 64)), "norm": torch.nn.Parameter(torch.randn(64))}
+
+
+def after_updates(optim: str, updates: int = 4):
+    pytest.importorskip("bitsandbytes", reason="bitsandbytes is not installed")
+    named = large_parameters()
+    optimizer = make_optimizer(named, OptimizerOptions(optim=optim, learning_rate=0.01, weight_decay=0.1))
+    for seed in range(updates):
+        give_gradients(named, seed)
+        optimizer.step()
+    return named, optimizer
+
+
+@pytest.mark.parametrize(("optim", "tolerance"), [("adamw_8bit", 0.02), ("paged_adamw_32bit", 1e-6)])
+def test_other_states_give_nearly_the_same_updates(optim, tolerance):
+    before = large_parameters()
+    plain, _ = after_updates("adamw")
+    other, _ = after_updates(optim)
+    for name in before:
+        step = (plain[name] - before[name]).norm()
+        assert (other[name] - plain[name]).norm() <= tolerance * step
+
+
+def test_matrices_have_states_of_one_byte():
+    named, optimizer = after_updates("adamw_8bit")
+    bytes_of = {
+        name: sum(x.nbytes for x in optimizer.state[p].values() if torch.is_tensor(x) and x.numel() > 256)
+        for name, p in named.items()
+    }
+    assert bytes_of["w"] == 2 * named["w"].numel()
+    assert optimizer.state[named["norm"]]["state1"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("optim", OPTIMS)
+def test_every_state_survives_a_file_bit_by_bit(tmp_path, optim):
+    first, optimizer = after_updates(optim)
+    save_state(optimizer, first, tmp_path)
+    second = large_parameters()
+    for name, parameter in second.items():
+        parameter.data.copy_(first[name].data)
+    resumed = make_optimizer(second, OptimizerOptions(optim=optim, learning_rate=0.01, weight_decay=0.1))
+    load_state(resumed, second, tmp_path)
+    for seed in (7, 8):
+        for named, adam in ((first, optimizer), (second, resumed)):
+            give_gradients(named, seed)
+            adam.step()
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("wrote", "reads"), [("adamw", "adamw_8bit"), ("adamw_8bit", "adamw")])
+def test_the_state_of_another_optimizer_is_refused(tmp_path, wrote, reads):
+    named, optimizer = after_updates(wrote)
+    save_state(optimizer, named, tmp_path)
+    with pytest.raises(ConfigError, match=r"is of another optim: it has no (state|exp|absmax)"):
+        load_state(make_optimizer(named, OptimizerOptions(optim=reads)), named, tmp_path)
+
+
+def test_a_missing_library_is_refused(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    check_library("adamw")
+    with pytest.raises(ConfigError, match=r"optim 'adamw_8bit' needs bitsandbytes, which is not installed: install it"):
+        check_library("adamw_8bit")
+
+
+def test_a_device_that_cannot_page_is_named(caplog):
+    after_updates("paged_adamw_8bit", updates=0)
+    assert "only a CUDA device pages" in caplog.text

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 
-from learner.model import attention
-from learner.model.attention import Packed, Prefix, attend_with_prefix, shared_prefix_attention
+from learner.model import attention, flex
+from learner.model.attention import Packed, Prefix, shared_prefix_attention
 from learner.model.packing import Layout, buckets
+from protocol.errors import ConfigError
+
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:flex_attention called without torch.compile", "ignore:The .grad attribute of a Tensor"
+)
 
 H, K, D = 4, 2, 8
 PROMPTS = (5, 3, 2)
@@ -19,12 +25,15 @@ NUM_PROMPT = sum(PROMPTS)
 NUM_COMPLETION = sum(map(sum, COMPLETIONS))
 
 
-@pytest.fixture(params=["cascade", "public"])
+@pytest.fixture(params=["cascade", "public", "flex"])
 def path(request, monkeypatch):
-    """Both implementations; the first must exist in the torch that the project pins."""
+    """All implementations; the first must exist in the torch that the project pins."""
     assert attention.HAS_CPU_FLASH
     if request.param == "public":
         monkeypatch.setattr(attention, "HAS_CPU_FLASH", False)
+    if request.param == "flex":
+        monkeypatch.setattr(attention, "attend_with_prefix", flex.flex_with_prefix)
+        monkeypatch.setattr(flex_attention, "_validate_device", lambda q, k, v: None)  # its eager backward works
     return request.param
 
 
@@ -83,7 +92,7 @@ def test_gradcheck(path):
     parts = [part.clone().requires_grad_() for part in parts]
 
     def attend(*tensors):
-        return attend_with_prefix(*tensors, LAYOUT, None)
+        return attention.attend_with_prefix(*tensors, LAYOUT, None)
 
     assert torch.autograd.gradcheck(attend, parts, fast_mode=True)
 
@@ -141,6 +150,12 @@ def test_what_it_cannot_do_is_refused(option):
     q, k, v = inputs()
     with pytest.raises(NotImplementedError, match=option):
         shared_prefix_attention(Layer(), q, k, v, None, packed=Packed(LAYOUT), **{option: 4})
+
+
+def test_flex_attention_is_for_cuda():
+    flex.check_device(torch.device("cuda"))
+    with pytest.raises(ConfigError, match=r"'flex_attention' trains on CUDA devices only, and device is 'cpu': use"):
+        flex.check_device(torch.device("cpu"))
 
 
 def test_masks_and_dropout_are_refused():

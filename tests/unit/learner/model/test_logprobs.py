@@ -57,9 +57,65 @@ def test_gradcheck():
     )
 
 
-def test_the_entropy_has_no_gradient():
-    _, entropy = token_logprobs(*inputs())
-    assert not entropy.requires_grad
+@pytest.mark.parametrize("together", [True, False])
+def test_the_entropy_has_a_gradient_of_its_own(together):
+    arguments = inputs()
+    losses = []
+    for logprobs_T, entropy_T in (token_logprobs(*arguments), naive(*arguments)):
+        weights = torch.linspace(-1, 1, T, dtype=torch.float64)
+        losses.append((weights * entropy_T).sum() + together * (weights.flip(0) * logprobs_T).sum())
+    ours, expected = (torch.autograd.grad(loss, arguments[:3]) for loss in losses)
+    for got, want in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_impossible_tokens_do_no_harm():
+    hidden, weight, bias, _, temperature = inputs(torch.float32)
+    with torch.no_grad():
+        bias[::2] = -torch.inf
+    targets = torch.arange(T) % (V // 2) * 2 + 1
+    logprobs_T, entropy_T = token_logprobs(hidden, weight, bias, targets, temperature)
+    kept = (hidden, weight[1::2], bias[1::2], targets // 2, temperature)
+    for got, want in zip((logprobs_T, entropy_T), naive(*kept), strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    (logprobs_T.sum() + entropy_T.sum()).backward()
+    assert all(torch.isfinite(x.grad).all() for x in (hidden, weight, bias))
+    assert not weight.grad[::2].any()
+
+
+def test_an_impossible_target_shows():
+    hidden, weight, bias, targets, temperature = inputs(torch.float32)
+    with torch.no_grad():
+        bias[targets[0]] = -torch.inf
+    assert token_logprobs(hidden, weight, bias, targets, temperature)[0][0] == -torch.inf
+
+
+def test_the_head_runs_in_float32_on_request():
+    hidden, weight, bias, targets, temperature = inputs(torch.float32)
+    expected = naive(hidden, weight, bias, targets, temperature)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded, _ = token_logprobs(hidden, weight, bias, targets, temperature)
+        got, _ = token_logprobs(hidden, weight, bias, targets, temperature, fp32=True)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+    assert (rounded - expected).abs().max() > 1e-3
+    leaves = (hidden, weight, bias)
+    for ours, want in zip(
+        torch.autograd.grad(got.sum(), leaves), torch.autograd.grad(expected.sum(), leaves), strict=True
+    ):
+        torch.testing.assert_close(ours, want, rtol=1e-5, atol=1e-4)
+
+
+def test_a_bfloat16_model_gets_gradients_summed_in_float32_from_a_float32_head():
+    hidden, weight, _, targets, temperature = (
+        x if x is None else x.detach() for x in inputs(torch.float32, bias=False)
+    )
+    hidden, weight = (x.bfloat16().requires_grad_() for x in (hidden, weight))
+    exact = [x.detach().double().requires_grad_() for x in (hidden, weight)]
+    token_logprobs(hidden, weight, None, targets, temperature, fp32=True)[0].sum().backward()
+    naive(*exact, None, targets, temperature.double())[0].sum().backward()
+    assert weight.grad.dtype == torch.bfloat16
+    for got, want in zip((hidden.grad, weight.grad), (x.grad for x in exact), strict=True):
+        torch.testing.assert_close(got.double(), want, rtol=2**-8, atol=1e-5)  # one rounding, at the end
 
 
 def test_huge_logits_stay_finite():

@@ -33,6 +33,21 @@ def test_what_the_configuration_adds(tiny_model_dir):
     assert more["activations_bytes"] == plain["activations_bytes"]  # twice the tokens in half the width
 
 
+def test_states_of_one_byte(tiny_model_dir):
+    estimate = memory_estimate(LearnerConfig(model=str(tiny_model_dir), optim="adamw_8bit"))
+    assert estimate["optimizer_bytes"] == 2 * estimate["parameters"]
+
+
+def test_checkpointing_keeps_one_tensor_per_layer_and_all_of_one_layer(tiny_model_dir):
+    settings = {"model": str(tiny_model_dir), "token_budget": 100}
+    plain, checkpointed = (
+        memory_estimate(LearnerConfig(**settings, gradient_checkpointing=on)) for on in (False, True)
+    )
+    layer = 12 * 32 + 4 * 64
+    assert plain["activations_bytes"] == 100 * 2 * layer * 4
+    assert checkpointed["activations_bytes"] == 100 * (2 * 32 + layer) * 4
+
+
 def test_the_optimizer_file_of_a_checkpoint_is_no_part_of_the_model(tiny_model_dir, tmp_path):
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((tiny_model_dir / name).read_bytes())

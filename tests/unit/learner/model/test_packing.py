@@ -105,11 +105,20 @@ def test_a_shared_row_by_hand():
     assert micro_batch.num_tokens == 11
 
 
-def test_groups_share_rows_in_order_up_to_the_budget():
+def test_groups_share_rows_up_to_the_budget():
     groups = [make_train_group(ordinal=i, prompt_tokens=[3] * 4, rewards=(1.0, 0.0), lengths=[4, 4]) for i in range(5)]
     micro_batches = pack_shared(keep(groups), 25)  # 4 + 3 + 3 = 10 tokens a group
-    assert [m.num_tokens for m in micro_batches] == [20, 20, 10]
+    assert sorted(m.num_tokens for m in micro_batches) == [10, 20, 20]
     assert all(m.prompt is None and len(m.rows) == 1 for m in micro_batches)
+
+
+def test_a_small_group_fills_the_row_of_an_earlier_one():
+    lengths = [[9, 9], [10, 10], [2, 2]]
+    groups = [
+        make_train_group(ordinal=i, prompt_tokens=[3], rewards=(1.0, 0.0), lengths=n) for i, n in enumerate(lengths)
+    ]
+    micro_batches = pack_shared(keep(groups), 20)  # 17, 19 and 3 tokens
+    assert [m.num_tokens for m in micro_batches] == [20, 19]
 
 
 def test_a_group_above_the_budget_has_its_prompt_apart():
