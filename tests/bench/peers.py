@@ -78,6 +78,8 @@ PEERS = {
 """What is left of the last one's difference is everything around attention and head, and that a head which returns
 logprobs must run twice where ours computes the loss itself."""
 SHARING_TARGET = 0.9
+ROUNDS = 3
+"""A round of all sides takes two to six minutes."""
 
 
 @dataclass(frozen=True)
@@ -135,6 +137,7 @@ def rows_of(shape: Shape) -> list[Row]:
             unit="tokens/CPU s",
             figure="saved_tokens_per_s",
             contest=f"step_{suffix}",
+            rounds=ROUNDS,
         )
     ]
     for name, peer in PEERS.items():
@@ -152,6 +155,7 @@ def rows_of(shape: Shape) -> list[Row]:
                 unit="tokens/CPU s",
                 figure="tokens_per_s",
                 contest=f"step_{suffix}",
+                rounds=ROUNDS,
             ),
             Row(
                 name=f"memory_{name}_{suffix}",
@@ -164,6 +168,7 @@ def rows_of(shape: Shape) -> list[Row]:
                 unit="MiB over base",
                 figure="peak_mib",
                 contest=f"step_{suffix}",
+                rounds=ROUNDS,
             ),
         ]
     return rows
