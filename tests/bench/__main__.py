@@ -19,7 +19,7 @@ MACHINERY = (
     "__main__", "harness", "memory", "meter", "peers_groups", "peers_own", "peers_trl", "side", "sleeping_learner",
 )  # fmt: skip
 HEADINGS = ("row", "control", "median", "worst", "target", "verdict")
-LAYOUT = "{:<26} {:<34} {:>9} {:>9} {:>9}  {}"
+LAYOUT = "{:<28} {:<38} {:>9} {:>9} {:>9}  {}"
 
 
 def discover() -> list[Row]:
