@@ -29,7 +29,7 @@ def checkpoint_layers(model: PreTrainedModel) -> None:
             " use gradient_checkpointing = false and a smaller token_budget"
         )
     for layer in layers:
-        layer.forward = functools.partial(  # type: ignore[method-assign]
+        layer.forward = functools.partial(
             checkpoint,
             layer.forward,
             use_reentrant=False,  # the other way loses gradients of tensors that are not arguments, as a prompt's keys

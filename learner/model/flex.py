@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import torch
@@ -49,8 +50,9 @@ def flex_with_prefix(
     """
     keys, values = torch.cat([k_prompt, k]), torch.cat([v_prompt, v])
     queries, keys, values = (x.transpose(0, 1)[None] for x in (q, keys, values))
-    attend, mask = _compiled() if q.is_cuda else flex_attention, _block_mask(layout, q.device)
-    out: Tensor = attend(queries, keys, values, block_mask=mask, scale=scaling, enable_gqa=q.shape[1] != k.shape[1])
+    attend: Any = _compiled() if q.is_cuda else flex_attention
+    mask, grouped = _block_mask(layout, q.device), q.shape[1] != k.shape[1]
+    out: Tensor = attend(queries, keys, values, block_mask=mask, scale=scaling, enable_gqa=grouped)
     return out[0].transpose(0, 1)
 
 

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 CHUNK_BYTES = 64 << 20
-MIN_CHUNK_TOKENS = 128
+MIN_CHUNK_TOKENS = 256
 """Logits held at a time, and at least so many rows of them: fewer rows make slow matrix products, many more are no
 faster (measured on CPU)."""
 TILE_ELEMENTS = 1 << 17

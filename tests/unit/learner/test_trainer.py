@@ -134,6 +134,39 @@ def test_a_mean_of_tokens_is_not_a_mean_of_completions(make):
     assert losses["dapo"] != pytest.approx(losses["grpo"], rel=1e-3)
 
 
+@pytest.mark.parametrize("autocast", ["none", "bfloat16"])
+def test_both_heads_give_the_same_gradients_and_metrics(make, autocast):
+    options = {"beta": 0.1, "anchor": "proximal", "autocast": autocast}
+    auto, fused, recompute = (make(loss_head=head, **options) for head in ("auto", "fused", "recompute"))
+    results = [trainer.forward_backward(batch_of()) for trainer in (auto, fused, recompute)]
+    assert results[0].metrics == results[1].metrics == results[2].metrics
+    for name, parameter in auto._parameters.items():
+        assert torch.equal(parameter.grad, fused._parameters[name].grad)
+        assert torch.equal(parameter.grad, recompute._parameters[name].grad)
+
+
+@pytest.mark.parametrize("loss_head", ["fused", "recompute"])
+def test_the_head_runs_in_float32_on_request(make, loss_head):
+    """Under autocast: what is left is the rounding of the layers."""
+
+    def distance(**options: Any) -> float:
+        trainer = make(loss_head=loss_head, autocast="bfloat16", **options)
+        return trainer.forward_backward(on_policy(make(), batch_of())).metrics["policy_kl"]
+
+    assert 0 < distance(cast_lm_head_to_fp32=True) < 0.95 * distance()
+
+
+def test_a_missing_optimizer_library_is_named_before_the_model_is_loaded(make, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match=r"optim 'adamw_8bit' needs bitsandbytes"):
+        make(model="/nowhere", optim="adamw_8bit")
+
+
+def test_flex_attention_is_refused_without_a_gpu(make):
+    with pytest.raises(ConfigError, match=r"attn_implementation 'flex_attention' trains on CUDA devices only"):
+        make(attn_implementation="flex_attention", device="cpu")
+
+
 @pytest.mark.parametrize("share_prefix", [True, False])
 def test_the_token_budget_never_changes_the_result(make, share_prefix):
     norms, gradients = [], []
