@@ -36,7 +36,8 @@ class Peer:
     make: Callable[..., Any]
     options: dict[str, bool]
     batches: dict[tuple[int, int], int]
-    """Its fastest per_device_train_batch_size, by the probe below, on two cores."""
+    """Its fastest per_device_train_batch_size, for G 16 and a prompt of 64 by the probe below, on two cores. The others
+    are taken over from there, larger where a long prompt or a large group makes repeating the prompt cost more."""
     speed: dict[tuple[int, int], float]
     memory: float
 
