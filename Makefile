@@ -3,6 +3,7 @@
 PYTHON ?= python3
 VENV := .venv
 STAMP := $(VENV)/.installed
+PEERS_STAMP := $(VENV)/.peers-installed
 TASK ?= add
 ENGINE ?= auto
 ARGS ?=
@@ -62,7 +63,11 @@ test-gpu: $(if $(filter $(GPU_VENV)/%,$(GPU_PYTHON)),$(GPU_STAMP)) \
 		$(if $(filter $(SGLANG_VENV)/%,$(GPU_PYTHON)),$(SGLANG_STAMP))
 	@$(GPU_PYTHON) -m pytest tests/gpu -m gpu -s $(ARGS)
 
-bench: $(STAMP)
+# Other learners to compare with. Without them (no network) their rows are skipped, and say so.
+$(PEERS_STAMP): $(STAMP)
+	@$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[peers]' && touch $@ || echo "no peers to compare with"
+
+bench: $(STAMP) $(PEERS_STAMP)
 	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.bench $(ARGS)
 
 # Runs are results, not products of the build: they stay.

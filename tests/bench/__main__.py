@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import itertools
 import os
 import pkgutil
 import sys
 from pathlib import Path
 
-from tests.bench.harness import Result, Row, run_row, to_json
+from tests.bench.harness import Result, Row, run_contest, to_json
 
-MACHINERY = ("__main__", "harness", "memory", "side", "sleeping_learner")
+MACHINERY = (
+    "__main__", "harness", "memory", "meter", "peers_groups", "peers_own", "peers_trl", "side", "sleeping_learner",
+)  # fmt: skip
 HEADINGS = ("row", "control", "median", "worst", "target", "verdict")
-LAYOUT = "{:<26} {:<34} {:>9} {:>9} {:>9}  {}"
+LAYOUT = "{:<28} {:<38} {:>9} {:>9} {:>9}  {}"
 
 
 def discover() -> list[Row]:
@@ -34,8 +37,9 @@ def print_result(result: Result) -> None:
         print(f"    {result.reason}")
     elif result.ours is not None:
         print(
-            f"    ours {result.ours:.4g}, control {result.baseline:.4g} {result.unit}; CPU ours/control"
-            f" {result.cpu_ratio:.3g}; {result.rounds} rounds, loadavg {result.loadavg:.1f}",
+            f"    ours {result.ours:.4g}, control {result.baseline:.4g} {result.unit}; CPU s"
+            f" {result.ours_cpu_s:.3g} / {result.baseline_cpu_s:.3g}; {result.rounds} rounds,"
+            f" loadavg {result.loadavg:.1f}",
             flush=True,
         )
 
@@ -53,10 +57,11 @@ def main(arguments: list[str]) -> int:
     print(f"{os.cpu_count()} cores, loadavg {os.getloadavg()[0]:.1f}; each side in a fresh process, in turning order")
     print(LAYOUT.format(*HEADINGS))
     results = []
-    for row in rows:
-        if not options.only or row.name in options.only:
-            results.append(run_row(row, quick=options.quick))
-            print_result(results[-1])
+    chosen = [row for row in rows if not options.only or row.name in options.only]
+    for _, contest in itertools.groupby(chosen, lambda row: row.contest or row.name):
+        for result in run_contest(list(contest), quick=options.quick):
+            results.append(result)
+            print_result(result)
     if options.json:
         options.json.write_text(to_json(results))
     return int(any(result.verdict == "miss" for result in results))

@@ -21,10 +21,14 @@ into tests/bench/ that exports `ROWS`; there is nothing to register:
         ),
     ]
 
+Rows of the same `contest` run together: a function that several of them name runs once a round, and all of them
+take their ratios from the same runs. A side may then return several figures by name, of which a row names its own;
+one called "cpu_s" is what the side itself counted of CPU seconds, without its start-up.
+
 A side that raises Skip("reason") skips the row; any other exception (a failed assert is a good one: that decoded
 arrays are views, that no bound was broken) is a miss, with its last line as the reason. Sides are module-level
-functions of the module that lists the row. `quick` asks for less work of the same kind. A side that measures CPU
-seconds rather than wall seconds (`cpu_clock()`, children included) says so in `unit`.
+functions of the module that lists the row, or instances of its classes. `quick` asks for less work of the same kind.
+A side that measures CPU seconds rather than wall seconds (`cpu_clock()`, children included) says so in `unit`.
 """
 
 from __future__ import annotations
@@ -35,7 +39,7 @@ import resource
 import statistics
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -44,6 +48,14 @@ ROUNDS = 5
 QUICK_ROUNDS = 3
 SIDE_TIMEOUT_S = 300.0
 ROOT = Path(__file__).parents[2]
+
+
+Figures = dict[str, float]
+Side = Callable[[bool], float | Figures]
+Answer = dict[str, Any]
+"""Of a side's process: {"figure": its figures, "cpu_s"}, {"skip": why} or {"failed": why}."""
+SideKey = tuple[str, int]
+"""Which side of a row, and the function's identity."""
 
 
 class Skip(Exception):
@@ -56,15 +68,20 @@ class Row:
 
     name: str
     control: str
-    ours: Callable[[bool], float]
-    baseline: Callable[[bool], float]
+    ours: Side
+    baseline: Side
     ratio: Literal["ours/baseline", "baseline/ours"]
     target: float
     sense: Literal["higher", "lower"] = "higher"
     unit: str = ""
     """Of both sides' figures, for the reader."""
+    figure: str = "figure"
+    """Which of the figures is compared, where the sides return several."""
+    contest: str = ""
+    """Rows of the same contest share their runs; empty for a row of its own."""
     rounds: int = ROUNDS
-    """Fewer for figures that hardly vary (memory), and for sides that take minutes."""
+    """Fewer for figures that hardly vary (memory), and for sides that take minutes. A contest takes the most of its
+    rows'."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -85,7 +102,11 @@ class Result:
     baseline: float | None = None
     unit: str = ""
     cpu_ratio: float | None = None
-    """Median of our side's CPU seconds / the control's, for the whole process, start-up included."""
+    """Median of our side's CPU seconds / the control's: of the whole process, start-up included, unless the sides
+    count themselves."""
+    ours_cpu_s: float | None = None
+    """Median of our side's CPU seconds."""
+    baseline_cpu_s: float | None = None
     rounds: int = 0
     loadavg: float = 0.0
 
@@ -98,18 +119,38 @@ def cpu_clock() -> float:
 
 def run_row(row: Row, *, quick: bool) -> Result:
     """Run all rounds of a row and judge it."""
-    rounds = min(row.rounds, QUICK_ROUNDS) if quick else row.rounds
-    ours: list[dict[str, Any]] = []
-    baseline: list[dict[str, Any]] = []
-    for number in range(rounds):
-        sides = [("ours", ours), ("baseline", baseline)]
-        for side, figures in sides if number % 2 == 0 else reversed(sides):
-            answer = _run_side(row, side, quick=quick)
-            if "figure" not in answer:
-                return _without_figures(row, answer)
-            figures.append(answer)
+    return run_contest([row], quick=quick)[0]
+
+
+def run_contest(rows: Sequence[Row], *, quick: bool) -> list[Result]:
+    """Run all rounds of rows that share sides, each side once a round, and judge every row.
+
+    The sides of a round take turns; every other round takes them backwards. A side that fails or skips ends the rows
+    that name it; the others go on.
+    """
+    places = {side: (row, side[0]) for row in rows for side in _sides(row)}
+    answers: dict[SideKey, list[Answer]] = {side: [] for side in places}
+    going = list(rows)
+    rounds = max(row.rounds for row in rows)
+    for number in range(min(rounds, QUICK_ROUNDS) if quick else rounds):
+        for side in places if number % 2 == 0 else reversed(places):
+            if any(side in _sides(row) for row in going):
+                answers[side].append(_run_side(*places[side], quick=quick))
+                if "figure" not in answers[side][-1]:
+                    going = [row for row in going if side not in _sides(row)]
+    return [_judge(row, *(answers[side] for side in _sides(row))) for row in rows]
+
+
+def _sides(row: Row) -> tuple[SideKey, SideKey]:
+    return ("ours", id(row.ours)), ("baseline", id(row.baseline))
+
+
+def _judge(row: Row, ours: list[Answer], baseline: list[Answer]) -> Result:
+    for last in (*ours[-1:], *baseline[-1:]):
+        if "figure" not in last:
+            return _without_figures(row, last)
     pairs = list(zip(ours, baseline, strict=True))
-    ratios = [_ratio(row, a["figure"], b["figure"]) for a, b in pairs]
+    ratios = [_ratio(row, a["figure"][row.figure], b["figure"][row.figure]) for a, b in pairs]
     median = statistics.median(ratios)
     passed = median >= row.target if row.sense == "higher" else median <= row.target
     return Result(
@@ -120,11 +161,13 @@ def run_row(row: Row, *, quick: bool) -> Result:
         target=row.target,
         sense=row.sense,
         verdict="pass" if passed else "miss",
-        ours=statistics.median(a["figure"] for a in ours),
-        baseline=statistics.median(b["figure"] for b in baseline),
+        ours=statistics.median(a["figure"][row.figure] for a in ours),
+        baseline=statistics.median(b["figure"][row.figure] for b in baseline),
         unit=row.unit,
         cpu_ratio=statistics.median(a["cpu_s"] / b["cpu_s"] for a, b in pairs),
-        rounds=rounds,
+        ours_cpu_s=statistics.median(a["cpu_s"] for a in ours),
+        baseline_cpu_s=statistics.median(b["cpu_s"] for b in baseline),
+        rounds=len(pairs),
         loadavg=os.getloadavg()[0],
     )
 
@@ -133,7 +176,7 @@ def _ratio(row: Row, ours: float, baseline: float) -> float:
     return ours / baseline if row.ratio == "ours/baseline" else baseline / ours
 
 
-def _without_figures(row: Row, answer: dict[str, Any]) -> Result:
+def _without_figures(row: Row, answer: Answer) -> Result:
     return Result(
         name=row.name,
         control=row.control,
@@ -148,8 +191,8 @@ def _without_figures(row: Row, answer: dict[str, Any]) -> Result:
     )
 
 
-def _run_side(row: Row, side: str, *, quick: bool) -> dict[str, Any]:
-    """Run one side in a fresh process: {"figure", "cpu_s"}, {"skip"} or {"failed"}."""
+def _run_side(row: Row, side: str, *, quick: bool) -> Answer:
+    """Run one side in a fresh process."""
     module = row.ours.__module__
     command = [sys.executable, "-m", "tests.bench.side", module, row.name, side, *(["--quick"] if quick else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
@@ -162,7 +205,7 @@ def _run_side(row: Row, side: str, *, quick: bool) -> dict[str, Any]:
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return {"failed": f"{side}: {lines[-1]}"}
-    answer: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
+    answer: Answer = json.loads(done.stdout.splitlines()[-1])
     return answer
 
 

@@ -45,8 +45,9 @@ def test_each_side_installs_alone_and_make_installs_all(project: dict[str, Any])
     extras = project["optional-dependencies"]
     assert not [need for need in project["dependencies"] if need.startswith(("torch", "transformers"))]
     makefile = (ROOT / "Makefile").read_text()
-    light = [name for name in extras if name not in ("server", "bench")]
-    assert f"-e '.[{','.join(light)}]'" in makefile, "all but SGLang (it has an environment of its own) and controls"
+    light = [name for name in extras if name not in ("server", "peers")]
+    assert f"-e '.[{','.join(light)}]'" in makefile, "all but SGLang, which has an environment of its own"
+    assert "-e '.[peers]'" in makefile.partition("\nbench:")[0], "and the peers, which only `make bench` wants"
     assert [name for name, needs in extras.items() if "sglang" in " ".join(needs)] == ["server"]
     assert set(extras["server-cpu"]) < set(extras["server"])
 

@@ -5,8 +5,9 @@ import os
 
 import pytest
 
+from tests.bench import harness
 from tests.bench.__main__ import discover, main
-from tests.bench.harness import Row, Skip, run_row, to_json
+from tests.bench.harness import Result, Row, Skip, run_contest, run_row, to_json
 
 
 def two(quick: bool) -> float:
@@ -19,6 +20,10 @@ def three(quick: bool) -> float:
 
 def own_process(quick: bool) -> float:
     return float(os.getpid())
+
+
+def figures(quick: bool) -> dict[str, float]:
+    return {"pid": float(os.getpid()), "two": 2.0, "cpu_s": 7.0}
 
 
 def skipped(quick: bool) -> float:
@@ -45,6 +50,9 @@ ROWS = [
     row(name="once", rounds=1),
     row(name="skipped", baseline=skipped),
     row(name="broken", ours=broken),
+    row(name="named", ours=figures, baseline=figures, figure="two", target=0.9, contest="shared"),
+    row(name="pid of named", ours=figures, baseline=figures, figure="pid", contest="shared"),
+    row(name="broken beside named", ours=figures, baseline=broken, figure="two", contest="shared"),
 ]
 
 
@@ -79,6 +87,30 @@ def test_a_side_that_cannot_run_skips_the_row_with_its_reason():
 def test_a_side_that_fails_is_a_miss_with_its_reason():
     result = result_of("broken")
     assert (result.verdict, result.reason) == ("miss", "ours: AssertionError: decoded arrays must be views")
+
+
+def contest() -> list[Result]:
+    return run_contest([row for row in ROWS if row.contest], quick=True)
+
+
+def test_a_side_may_name_several_figures_and_count_its_own_cpu_seconds():
+    named, *_ = contest()
+    assert (named.ratio, named.verdict, named.cpu_ratio) == (1.0, "pass", 1.0)
+    assert named.ours_cpu_s == named.baseline_cpu_s == 7.0
+
+
+def test_rows_of_a_contest_share_their_runs(monkeypatch):
+    ran = []
+    monkeypatch.setattr(harness, "_run_side", lambda row, side, *, quick: ran.append(side) or {"failed": side})
+    results = contest()
+    assert ran == ["ours"]
+    assert [result.reason for result in results] == ["ours"] * 3
+
+
+def test_a_side_that_fails_ends_its_own_rows_only():
+    named, of_pid, broken = contest()
+    assert (broken.verdict, broken.rounds, broken.reason[:9]) == ("miss", 0, "baseline:")
+    assert named.rounds == of_pid.rounds == 3
 
 
 def test_the_json_has_what_was_promised():
