@@ -33,6 +33,7 @@ from learner.model.load import load_model, load_tokenizer, resolve_device
 from learner.model.packing import MicroBatch, StepTokens, collect, whole_sequences
 from learner.model.policy import Policy
 from learner.optimizer import load_state, make_optimizer, save_state, scheduled_rate
+from learner.optimizer_shards import has_shards, load_shards
 from learner.reference import Reference
 from protocol.errors import ConfigError
 from protocol.identity import tokenizer_digest
@@ -61,6 +62,8 @@ class StepRecord:
     """What diagnostics need of a step, gathered row by row (detached)."""
 
     loss: float = 0.0
+    num_micro_batches: int = 0
+    tokens_forwarded: int = 0
     index: list[Tensor] = field(default_factory=list)
     policy_logprobs: list[Tensor] = field(default_factory=list)
     entropy: list[Tensor] = field(default_factory=list)
@@ -103,7 +106,7 @@ class Trainer:
         self._reference = (
             Reference(config, device=self._device, share_prefix=self._policy.shares_prefix) if config.beta else None
         )
-        self._parameters = dict(self._model.named_parameters())
+        self._parameters = self._place_parameters()
         self._optimizer = make_optimizer(self._parameters, config)
         self._gradient_norm: Tensor | None = None
         self.policy_version = 0
@@ -150,15 +153,18 @@ class Trainer:
         step = collect(batch.groups, mask_truncated_completions=self._config.mask_truncated_completions)
         if not step.completion_T.size:
             return StepResult(finite=False, reason="no completion of the batch trains")
-        micro_batches = self._policy.pack(step, self._config.token_budget)
+        micro_batches = self._pack(step)
         tensors = self._prepare(step, micro_batches)
         record = StepRecord()
         for micro_batch in micro_batches:
             self._accumulate(micro_batch, tensors, record)
             if not math.isfinite(record.loss):
-                self._drop_gradients()
-                return StepResult(finite=False, reason=f"loss is {record.loss}", loss_tokens=step.completion_T.size)
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
+                break
+        self._combine(record, step.completion_T.size)
+        if not math.isfinite(record.loss):
+            self._drop_gradients()
+            return StepResult(finite=False, reason=f"loss is {record.loss}", loss_tokens=step.completion_T.size)
+        norm = self._total_norm()
         if not torch.isfinite(norm):
             self._drop_gradients()
             reason = f"gradient norm is {norm.item()}"
@@ -166,8 +172,8 @@ class Trainer:
         self._gradient_norm = norm
         metrics = self._metrics(record, tensors) | {
             "grad_norm": norm.item(),
-            "num_micro_batches": float(len(micro_batches)),
-            "tokens_forwarded": float(sum(micro_batch.num_tokens for micro_batch in micro_batches)),
+            "num_micro_batches": float(record.num_micro_batches),
+            "tokens_forwarded": float(record.tokens_forwarded),
             "completion_tokens": float(step.lengths_N.sum()),
         }
         advantages = tuple(map(tuple, tensors.advantages_PG.tolist()))
@@ -223,6 +229,37 @@ class Trainer:
         directory.mkdir(parents=True, exist_ok=True)
         export.save_pretrained(self._model, self.tokenizer, directory)
         save_state(self._optimizer, self._parameters, directory)
+        self._save_progress(directory)
+
+    # What several ranks do otherwise: learner/ranks/trainer.py.
+
+    def _place_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Return the parameters to optimize, by name."""
+        return dict(self._model.named_parameters())
+
+    def _pack(self, step: StepTokens) -> list[MicroBatch]:
+        """Lay out what is to be forwarded here."""
+        return self._policy.pack(step, self._config.token_budget)
+
+    def _whole(self, logprobs_T: Tensor) -> Tensor:
+        """Complete logprobs that were computed for the tokens forwarded here, [T]."""
+        return logprobs_T
+
+    def _combine(self, record: StepRecord, num_tokens: int) -> None:
+        """Complete gradients and record, once all micro-batches are done."""
+
+    def _total_norm(self) -> Tensor:
+        """Compute the norm of all gradients, []."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
+
+    def _load_optimizer(self, checkpoint: Path) -> None:
+        """Read the optimizer's state, saved by however many ranks."""
+        if has_shards(checkpoint):
+            load_shards(self._optimizer, self._parameters, checkpoint)
+        else:
+            load_state(self._optimizer, self._parameters, checkpoint)
+
+    def _save_progress(self, directory: Path) -> None:
         state = {
             "policy_version": self.policy_version,
             "torch_rng_state": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
@@ -230,7 +267,7 @@ class Trainer:
         (directory / STATE_FILE).write_text(json.dumps(state))
 
     def _resume(self, checkpoint: Path) -> None:
-        load_state(self._optimizer, self._parameters, checkpoint)
+        self._load_optimizer(checkpoint)
         try:
             state = json.loads((checkpoint / STATE_FILE).read_text())
             self.policy_version = int(state["policy_version"])
@@ -255,11 +292,13 @@ class Trainer:
             advantages_PG=advantages_PG,
             advantages_T=advantages_PG[trains_PG][completion_T].to(self._device),
             weights_T=weights_T.to(self._device),
-            reference_logprobs_T=None if reference is None else reference.logprobs(step, micro_batches),
+            reference_logprobs_T=None if reference is None else self._whole(reference.logprobs(step, micro_batches)),
         )
 
     def _accumulate(self, micro_batch: MicroBatch, tensors: StepTensors, record: StepRecord) -> None:
         """Add the gradients of a micro-batch to those that are there."""
+        record.num_micro_batches += 1
+        record.tokens_forwarded += micro_batch.num_tokens
         prompt = self._policy.forward_prompt(micro_batch)
         for rows in micro_batch.rows:
             index = torch.from_numpy(rows.index_T).to(self._device)
