@@ -8,7 +8,6 @@ from pathlib import Path
 
 from learner.config import LearnerConfig
 from learner.ranks.place import place_of
-from protocol.command import EXIT_CONFIG
 from protocol.errors import ConfigError
 from protocol.settings import load_settings
 
@@ -43,7 +42,7 @@ def train(argv: Sequence[str], *, prog: str) -> int:
         from learner.ranks.launch import report_error
 
         report_error(place, error)
-        return EXIT_CONFIG
+        return 0
     if command.dry_run:
         from learner.dry_run import describe
 

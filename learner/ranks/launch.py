@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import logging
+from importlib.metadata import version
 from pathlib import Path
 
 import blake3
 import torch
-import transformers
 
 import learner
 import protocol
@@ -19,9 +19,8 @@ from learner.ranks.follower import follow
 from learner.ranks.place import Place
 from learner.ranks.trainer import LeadingTrainer
 from learner.ranks.world import RankLost, World
-from protocol.command import EXIT_FAILED
 from protocol.errors import ConfigError
-from protocol.logs import configure_logging
+from protocol.logs import configure_logging, event
 
 log = logging.getLogger(__name__)
 
@@ -43,11 +42,13 @@ def train_on_ranks(config: LearnerConfig, place: Place) -> int:
         world.agree("start", statement(config))
         world.open()
         return follow(config, world)
-    except RankLost as error:
+    except (RankLost, ConfigError) as error:
         if place.leads:
             raise
-        log.error("event=lost_the_others reason=%r", str(error))
-        return EXIT_FAILED
+        # Rank 0 knows, or finds out, and ends with an error. It must have the time: torchrun ends all ranks as soon
+        # as one has failed.
+        event(log, "rank_ended", level=logging.ERROR, reason=error)
+        return 0
     finally:
         world.close()
 
@@ -75,7 +76,10 @@ def lead(config: LearnerConfig, world: World) -> int:
         say(Stay())
 
     try:
-        return run(config, make_trainer, keep_alive=keep_alive)
+        code = run(config, make_trainer, keep_alive=keep_alive)
+        if world.failure is not None:  # a signal of torchrun's, for the rank that was lost, came before the error
+            raise world.failure
+        return code
     finally:
         if world.can_talk:  # else they wait in a collective that fails, and end with it
             say(Stop())
@@ -114,8 +118,8 @@ def statement(config: LearnerConfig) -> dict[str, str]:
     keys = {key: str(value) for key, value in config.model_dump(mode="json").items()}
     return keys | {
         "code (blake3 of learner/ and protocol/)": code_digest(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "torch": version("torch"),
+        "transformers": version("transformers"),
     }
 
 

@@ -44,6 +44,8 @@ class World:
         self._timeout_s = timeout_s
         self._busy = False
         """A collective is under way, or has failed: no other may begin."""
+        self.failure: RankLost | None = None
+        """Why no collective will ever work again."""
 
     @classmethod
     def join(cls, place: Place, device: torch.device, timeout_s: float) -> Self:
@@ -68,7 +70,7 @@ class World:
             RankLost: on rank 0: a rank says nothing; on the others: rank 0 has found a disagreement, or is gone.
         """
         place = self.place
-        self._store.set(f"{topic}/{place.rank}", msgspec.json.encode(dict(statement)))
+        self._store.set(f"{topic}/{place.rank}", msgspec.json.encode(dict(statement)).decode())
         if place.leads:
             difference = ""
             for rank in range(1, place.world_size):
@@ -115,9 +117,11 @@ class World:
         """Give what is raised inside to the other ranks, and say which of them was lost.
 
         Raises:
-            RankLost: a collective has failed.
+            RankLost: a collective has failed, now or before.
         """
-        assert not self._busy, f"{what}: another collective is under way, or has failed"
+        if self.failure is not None:
+            raise self.failure
+        assert not self._busy, f"{what}: another collective is under way"
         self._busy = True
         try:
             yield
@@ -128,7 +132,8 @@ class World:
             self._leave_word("" if lost else f"{type(error).__name__}: {_first_line(error)}")
             if not lost:
                 raise
-            raise RankLost(f"{self._who_was_lost()} (during {what}: {_first_line(error)})") from error
+            self.failure = RankLost(f"{self._who_was_lost()} (during {what}: {_first_line(error)})")
+            raise self.failure from error
         self._busy = False
 
     @property
