@@ -10,6 +10,7 @@ A checkpoint of one rank (`learner/optimizer.py`) is of the same format, in one 
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 
 import torch
@@ -72,6 +73,8 @@ def load_shards(
     if strange:
         raise ConfigError(f"{directory} is of another model: it has {min(strange)}")
     flat = {f"{key}.{name}": tensor for name, state in states.items() for key, tensor in state.items()}
-    dcp.load(flat, storage_reader=reader, no_dist=not is_initialized())
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one rank: that is meant
+        dcp.load(flat, storage_reader=reader, no_dist=not is_initialized())
     for name, state in states.items():
         optimizer.state[named_parameters[name]] = state | {"step": state["step"].reshape(())}

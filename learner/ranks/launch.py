@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from importlib.metadata import version
 from pathlib import Path
@@ -39,7 +40,7 @@ def train_on_ranks(config: LearnerConfig, place: Place) -> int:
     try:
         if place.leads:
             return lead(config, world)
-        world.agree("start", statement(config))
+        world.agree(statement(config))
         world.open()
         return follow(config, world)
     except (RankLost, ConfigError) as error:
@@ -56,13 +57,14 @@ def train_on_ranks(config: LearnerConfig, place: Place) -> int:
 def report_error(place: Place, error: ConfigError) -> None:
     """Let rank 0 say what is wrong with this rank's configuration."""
     timeout_s = LearnerConfig.model_fields["collective_timeout_s"].default
-    World.join(place, torch.device("cpu"), timeout_s).agree("start", {"error": str(error)})
+    with contextlib.suppress(RankLost):  # rank 0 disagrees, of course
+        World.join(place, torch.device("cpu"), timeout_s).agree({"error": str(error)})
 
 
 def lead(config: LearnerConfig, world: World) -> int:
     """Run rank 0: the learner as it always is, with a trainer that tells the others."""
     check_ranks(config)
-    world.agree("start", statement(config))
+    world.agree(statement(config))
     world.open()
 
     def make_trainer(config: LearnerConfig, *, checkpoint: Path | None) -> LeadingTrainer:

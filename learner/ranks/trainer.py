@@ -57,7 +57,7 @@ class RankTrainer(Trainer):
 
     def _place_parameters(self) -> dict[str, torch.nn.Parameter]:
         layout = "shared prefixes" if self._policy.shares_prefix else "padded rows"
-        self._world.agree("model", {"model": weights_digest(self._model), "layout of rows": layout})
+        self._world.agree({"model": weights_digest(self._model), "layout of rows": layout})
         self._cost = token_cost(self._model)
         autocast = self._config.autocast == "bfloat16"
         self._sharded = ShardedModel(self._policy, self._world.mesh(), autocast=autocast)

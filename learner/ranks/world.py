@@ -42,6 +42,7 @@ class World:
         self.device = device
         self._store = store
         self._timeout_s = timeout_s
+        self._agreements = 0
         self._busy = False
         """A collective is under way, or has failed: no other may begin."""
         self.failure: RankLost | None = None
@@ -62,14 +63,15 @@ class World:
         store.set_timeout(timeout)
         return cls(place, device, dist.PrefixStore("headway", store), timeout_s)
 
-    def agree(self, topic: str, statement: Mapping[str, str]) -> None:
+    def agree(self, statement: Mapping[str, str]) -> None:
         """Check that all ranks say the same. Every rank must call it; costs no collective.
 
         Raises:
             ConfigError: on rank 0: which rank says what.
             RankLost: on rank 0: a rank says nothing; on the others: rank 0 has found a disagreement, or is gone.
         """
-        place = self.place
+        place, topic = self.place, f"agreement {self._agreements}"
+        self._agreements += 1
         self._store.set(f"{topic}/{place.rank}", msgspec.json.encode(dict(statement)).decode())
         if place.leads:
             difference = ""
