@@ -14,10 +14,11 @@ import warnings
 from pathlib import Path
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed import is_initialized
-from torch.distributed.checkpoint import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from learner.optimizer import MOMENTS
 from protocol.errors import ConfigError
@@ -43,7 +44,7 @@ def save_shards(
             # A number per parameter; one row, since DCP reads no tensors without dimensions back.
             tensors[f"{key}.{name}"] = value if key in MOMENTS else value.reshape(1)
     writer = HuggingFaceStorageWriter(str(checkpoint / DIRECTORY), save_distributed=True)
-    dcp.save(tensors, storage_writer=writer)
+    save(tensors, storage_writer=writer)
 
 
 def load_shards(
@@ -75,6 +76,6 @@ def load_shards(
     flat = {f"{key}.{name}": tensor for name, state in states.items() for key, tensor in state.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one rank: that is meant
-        dcp.load(flat, storage_reader=reader, no_dist=not is_initialized())
+        load(flat, storage_reader=reader, no_dist=not is_initialized())
     for name, state in states.items():
         optimizer.state[named_parameters[name]] = state | {"step": state["step"].reshape(())}

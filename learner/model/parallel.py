@@ -135,5 +135,5 @@ def weights_digest(model: PreTrainedModel) -> str:
     digest = xxhash.xxh3_128()
     for name, tensor in unique_tensors(model).items():
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()

@@ -63,7 +63,8 @@ def divide(step: StepTokens, cost: TokenCost, num_ranks: int) -> Int64:
     first_N = np.flatnonzero(np.diff(step.group_N, prepend=-1))
     completion_N[first_N] += prompt_P[step.group_N[first_N]]
     middle_N = completion_N.cumsum() - completion_N / 2
-    return np.minimum(middle_N * num_ranks // completion_N.sum(), num_ranks - 1).astype(np.int64)
+    rank_N: Int64 = np.minimum(middle_N * num_ranks // completion_N.sum(), num_ranks - 1).astype(np.int64)
+    return rank_N
 
 
 def restrict(step: StepTokens, mine_N: Bool) -> tuple[StepTokens, Int64]:

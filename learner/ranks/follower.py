@@ -8,6 +8,7 @@ others   follow(): receive a command -----> RankTrainer.forward_backward(batch) 
 from __future__ import annotations
 
 import logging
+import os
 import signal
 from pathlib import Path
 
@@ -37,7 +38,7 @@ def follow(config: LearnerConfig, world: World) -> int:
         configure_logging("learner", Path(start.logs_dir) / f"rank-{world.place.rank}.log", stderr=False)
         checkpoint = Path(start.checkpoint) if start.checkpoint else None
         trainer = RankTrainer(config, world, checkpoint=checkpoint)
-    event(log, "following", rank=world.place.rank, policy_version=trainer.policy_version)
+    event(log, "following", rank=world.place.rank, pid=os.getpid(), policy_version=trainer.policy_version)
     while True:
         with world.watched("a command"):
             command, frames = from_bytes(world.broadcast())

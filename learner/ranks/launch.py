@@ -96,7 +96,7 @@ def rank_device(config: LearnerConfig, place: Place) -> torch.device:
     device = resolve_device(config.device)
     if device.type != "cuda":
         return device
-    if device.index is not None:
+    if ":" in config.device:
         raise ConfigError(f"device {config.device!r} on {place.world_size} ranks: use cuda, each rank takes its own")
     torch.cuda.set_device(place.local_rank)
     return torch.device("cuda", place.local_rank)

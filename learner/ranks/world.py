@@ -18,6 +18,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from learner.ranks.place import Place
@@ -37,7 +38,7 @@ class RankLost(HeadwayError, ConnectionError):
 class World:
     """This process among the ranks. Collectives: every rank calls the same ones in the same order, from one thread."""
 
-    def __init__(self, place: Place, device: torch.device, store: dist.Store, timeout_s: float) -> None:
+    def __init__(self, place: Place, device: torch.device, store: Store, timeout_s: float) -> None:
         self.place = place
         self.device = device
         self._store = store
@@ -61,7 +62,7 @@ class World:
         except (dist.DistError, ValueError) as error:
             raise RankLost(f"rank {place.rank} cannot join the others: {_first_line(error)}") from error
         store.set_timeout(timeout)
-        return cls(place, device, dist.PrefixStore("headway", store), timeout_s)
+        return cls(place, device, PrefixStore("headway", store), timeout_s)
 
     def agree(self, statement: Mapping[str, str]) -> None:
         """Check that all ranks say the same. Every rank must call it; costs no collective.

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,7 @@ from learner.trainer import Trainer
 from tests.models import build_tiny_model
 from tests.rank_worker import batch_of
 from tests.spawned_ranks import Ended, run_ranks
+from tests.system.harness import END_S, RUN_S, START_S, read_events
 
 pytestmark = pytest.mark.system
 
@@ -189,3 +192,23 @@ def test_ranks_that_disagree_are_refused_before_anything_loads(tiny_model_dir, t
     assert "ranks disagree on learning_rate: 1e-06 on rank 0, 1e-05 on rank 1" in error
     assert follower.errors == []
     assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.timeout(240)
+def test_a_run_under_torchrun_ends_with_one_error_and_goes_on_on_one_rank(lab):
+    server = lab.server()
+    learner = lab.learner(ranks=2, max_steps=500, save_steps=2)
+    lab.wait_step(3, alive=[learner, server])
+    (begun,) = read_events(lab.run.path / "logs" / "rank-1.log", "following")
+    os.kill(int(begun["pid"]), signal.SIGKILL)
+    assert learner.wait_exit(END_S) == 1
+    errors = [line for line in learner.text().splitlines() if "headway-learner: error:" in line]
+    assert len(errors) == 1, learner.tail()
+    assert "rank 1 ended without a word" in errors[0]
+    saved = max(lab.run.checkpoints())
+    assert (lab.run.path / "checkpoints" / saved / "optimizer").is_dir()
+    steps = int(saved.rpartition("-")[2]) + 3
+    alone = lab.learner(max_steps=steps)
+    assert alone.wait_exit(START_S + RUN_S) == 0, alone.tail()
+    assert f"resuming from step {steps - 3}" in alone.text()
+    assert lab.run.summary()["steps"] == steps
