@@ -241,10 +241,6 @@ class Trainer:
         """Lay out what is to be forwarded here."""
         return self._policy.pack(step, self._config.token_budget)
 
-    def _whole(self, logprobs_T: Tensor) -> Tensor:
-        """Complete logprobs that were computed for the tokens forwarded here, [T]."""
-        return logprobs_T
-
     def _combine(self, record: StepRecord, num_tokens: int) -> None:
         """Complete gradients and record, once all micro-batches are done."""
 
@@ -292,7 +288,7 @@ class Trainer:
             advantages_PG=advantages_PG,
             advantages_T=advantages_PG[trains_PG][completion_T].to(self._device),
             weights_T=weights_T.to(self._device),
-            reference_logprobs_T=None if reference is None else self._whole(reference.logprobs(step, micro_batches)),
+            reference_logprobs_T=None if reference is None else reference.logprobs(step, micro_batches),
         )
 
     def _accumulate(self, micro_batch: MicroBatch, tensors: StepTensors, record: StepRecord) -> None:

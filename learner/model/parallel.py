@@ -38,7 +38,7 @@ from protocol.errors import ConfigError
 
 
 class ShardedModel:
-    """The policy's model, sharded in place; gathered from the start.
+    """A policy's model, or a reference's, sharded in place; gathered from the start.
 
     Args:
         policy: probed and ready, its weights the same on every rank.
@@ -85,6 +85,11 @@ class ShardedModel:
         for module in self._modules:
             module.reshard()
             module.unshard()
+
+    def release(self) -> None:
+        """Keep nothing but the shards, until the next `gather`."""
+        for module in self._modules:
+            module.reshard()
 
     def _reduce_in_backward(self, reduce: bool) -> None:
         self._root.set_requires_gradient_sync(reduce)

@@ -7,6 +7,7 @@ has; those of a rank with none are the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from learner.model.shares import divide, of_whole_step, restrict
 from learner.optimizer_shards import load_shards, save_shards
 from learner.ranks.commands import Save, Start, Update, to_bytes, train_command
 from learner.ranks.world import World
+from learner.reference import Reference
 from learner.trainer import StepRecord, Trainer
 
 PER_TOKEN = ("policy_logprobs", "entropy", "ratio", "behavior_weight", "kl")
@@ -61,6 +63,8 @@ class RankTrainer(Trainer):
         self._cost = token_cost(self._model)
         autocast = self._config.autocast == "bfloat16"
         self._sharded = ShardedModel(self._policy, self._world.mesh(), autocast=autocast)
+        if self._reference is not None:
+            self._reference = RankReference(self._reference, self._world, autocast=autocast)
         return self._sharded.parameters
 
     def _pack(self, step: StepTokens) -> list[MicroBatch]:
@@ -68,9 +72,6 @@ class RankTrainer(Trainer):
         part, index_T = restrict(step, divide(step, self._cost, place.world_size) == place.rank)
         micro_batches = self._policy.pack(part, self._config.token_budget)
         return [of_whole_step(micro_batch, index_T) for micro_batch in micro_batches]
-
-    def _whole(self, logprobs_T: Tensor) -> Tensor:
-        return self._world.sum(logprobs_T)
 
     def _combine(self, record: StepRecord, num_tokens: int) -> None:
         """Sum the gradients, and make the record that of all tokens: every rank has the metrics of the whole step."""
@@ -95,6 +96,23 @@ class RankTrainer(Trainer):
 
     def _load_optimizer(self, checkpoint: Path) -> None:
         load_shards(self._optimizer, self._parameters, checkpoint)
+
+
+class RankReference(Reference):
+    """The reference in shards: gathered only while it runs, when the step has no gradients yet."""
+
+    def __init__(self, reference: Reference, world: World, *, autocast: bool) -> None:
+        self._policy = reference._policy
+        self._world = world
+        self._sharded = ShardedModel(self._policy, world.mesh(), autocast=autocast)
+        self._sharded.release()
+
+    def logprobs(self, step: StepTokens, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """Compute reference_logprobs [T] of all tokens of the step, each on the rank that trains it."""
+        self._sharded.gather()
+        logprobs_T = super().logprobs(step, micro_batches)
+        self._sharded.release()
+        return self._world.sum(logprobs_T)
 
 
 class LeadingTrainer(RankTrainer):
