@@ -17,7 +17,7 @@ from learner.config import LearnerConfig
 from learner.model.export import unique_tensors
 from learner.trainer import Trainer
 from tests.models import build_tiny_model
-from tests.rank_worker import batch_of
+from tests.rank_worker import batch_of, perform
 from tests.spawned_ranks import Ended, run_ranks
 from tests.system.harness import END_S, RUN_S, START_S, read_events
 
@@ -95,10 +95,12 @@ class World:
         return {**RECIPE, **shape, "model": self.models[shape.get("model", "tied")]}
 
 
-def run_plan(directory: Path, runs: list[dict[str, Any]], **faults: int) -> list[Ended]:
+def run_plan(
+    directory: Path, runs: list[dict[str, Any]], *, num_ranks: int = 2, raise_at: int | None = None
+) -> list[Ended]:
     plan = directory / "plan.json"
-    plan.write_text(json.dumps({"answer": str(directory / "answer.json"), "faults": faults, "runs": runs}))
-    return run_ranks([["tests.rank_worker", str(plan)]] * 2, directory)
+    plan.write_text(json.dumps({"answer": str(directory / "answer.json"), "raise_at": raise_at, "runs": runs}))
+    return run_ranks([["tests.rank_worker", str(plan)]] * num_ranks, directory)
 
 
 @pytest.fixture(scope="module")
@@ -159,26 +161,22 @@ def test_mixed_precision_stays_near_autocast(world):
 # --- faults
 
 
-def one_run(model: Path) -> list[dict[str, Any]]:
-    operations = [["train", 1], ["train", 2], ["train", 3]]
-    return [{"options": {"model": str(model)}, "checkpoint": None, "operations": operations}]
-
-
-def test_a_rank_that_is_killed_ends_the_run_with_one_error(tiny_model_dir, tmp_path):
-    leader, follower = run_plan(tmp_path, one_run(tiny_model_dir), kill_at=2)
-    assert follower.code == -9, "the fault happened"
+def test_a_rank_without_work_joins_in_and_one_that_fails_says_why_through_rank_0(tiny_model_dir, tmp_path):
+    """Two runs of the same three ranks."""
+    options = {**RECIPE, "model": str(tiny_model_dir), "token_budget": 12}
+    pairs = [["train pair", 1], ["train pair", 2]]
+    runs = [
+        {"options": options, "checkpoint": None, "operations": pairs},
+        {"options": options, "checkpoint": None, "operations": [["train", 1], ["train", 5]]},
+    ]
+    leader, *followers = run_plan(tmp_path, runs, num_ranks=3, raise_at=5)
+    (rows,) = json.loads((tmp_path / "answer.json").read_text())
+    assert [row["num_micro_batches"] for row in rows] == [2.0, 2.0], "of three ranks, two had work"
+    assert_equal_rows(rows, perform(Trainer(LearnerConfig(**options)), pairs))
+    assert all("no more memory for this test" in follower.output for follower in followers), "the fault happened"
     assert leader.code == 1
     (error,) = leader.errors
-    assert "rank 1 ended without a word (killed, out of memory, or its host is gone)" in error
-    assert "during forward_backward" in error
-
-
-def test_a_rank_that_fails_says_why_through_rank_0(tiny_model_dir, tmp_path):
-    leader, follower = run_plan(tmp_path, one_run(tiny_model_dir), raise_at=2)
-    assert "no more memory for this test" in follower.output, "the fault happened"
-    assert leader.code == 1
-    (error,) = leader.errors
-    assert "rank 1 ended: MemoryError: no more memory for this test" in error
+    assert "rank 1 ended: MemoryError: no more memory for this test (during forward_backward" in error
 
 
 def test_ranks_that_disagree_are_refused_before_anything_loads(tiny_model_dir, tmp_path):
