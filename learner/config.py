@@ -219,8 +219,8 @@ class RankOptions(Section):
     """Several learner processes under torchrun."""
 
     collective_timeout_s: float = Field(600.0, gt=0)
-    """A rank that is not heard of for so long while others wait for it ends the run. One that dies is noticed at once.
-    transformers calls it ddp_timeout."""
+    """A rank that is not heard of for so long while others wait for it ends the run; longer than rank 0 takes to hash a
+    checkpoint. One that dies is noticed at once. transformers calls it ddp_timeout."""
 
 
 class LearnerConfig(

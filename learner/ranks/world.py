@@ -135,7 +135,10 @@ class World:
             self._leave_word("" if lost else f"{type(error).__name__}: {_first_line(error)}")
             if not lost:
                 raise
-            self.failure = RankLost(f"{self._who_was_lost()} (during {what}: {_first_line(error)})")
+            self.failure = RankLost(
+                f"{self._who_was_lost()}; during {what}: {_first_line(error)}. The same command goes on from the last"
+                " checkpoint, on any number of ranks"
+            )
             raise self.failure from error
         self._busy = False
 
@@ -175,7 +178,7 @@ class World:
                 return f"rank {rank} ended: {words}"
         if not silent:
             return "the ranks have lost each other"
-        return f"rank {', '.join(silent)} ended without a word (killed, out of memory, or its host is gone)"
+        return f"rank {', '.join(silent)} ended or hangs, without a word (killed, out of memory, or its host is gone)"
 
 
 def disagreement(ours: Mapping[str, str], theirs: Mapping[str, str], rank: int) -> str:

@@ -176,7 +176,7 @@ def test_a_rank_without_work_joins_in_and_one_that_fails_says_why_through_rank_0
     assert all("no more memory for this test" in follower.output for follower in followers), "the fault happened"
     assert leader.code == 1
     (error,) = leader.errors
-    assert "rank 1 ended: MemoryError: no more memory for this test (during forward_backward" in error
+    assert "rank 1 ended: MemoryError: no more memory for this test; during forward_backward: " in error
 
 
 def test_ranks_that_disagree_are_refused_before_anything_loads(tiny_model_dir, tmp_path):
@@ -202,7 +202,7 @@ def test_a_run_under_torchrun_ends_with_one_error_and_goes_on_on_one_rank(lab):
     assert learner.wait_exit(END_S) == 1
     errors = [line for line in learner.text().splitlines() if "headway-learner: error:" in line]
     assert len(errors) == 1, learner.tail()
-    assert "rank 1 ended without a word" in errors[0]
+    assert "rank 1 ended or hangs, without a word" in errors[0]
     saved = max(lab.run.checkpoints())
     assert (lab.run.path / "checkpoints" / saved / "optimizer").is_dir()
     steps = int(saved.rpartition("-")[2]) + 3

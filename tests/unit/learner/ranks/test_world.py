@@ -117,7 +117,7 @@ def test_an_error_of_ours_is_left_for_rank_0_and_no_collective_follows():
     with pytest.raises(ValueError, match="our own"), follower.watched("forward_backward"):
         raise ValueError("our own\nand its details")
     assert not follower.can_talk
-    with pytest.raises(RankLost, match=r"rank 1 ended: ValueError: our own \(during save: Connection closed by peer"):
+    with pytest.raises(RankLost, match=r"rank 1 ended: ValueError: our own; during save: Connection closed by peer"):
         with leader.watched("save"):
             raise RuntimeError("Connection closed by peer [127.0.0.1]:5")
     assert not leader.can_talk
