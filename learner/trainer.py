@@ -181,12 +181,7 @@ class Trainer:
 
     def optimizer_step(self) -> int:
         """Clip the gradients to max_grad_norm, update the weights, and return the new policy_version."""
-        assert self._gradient_norm is not None, "optimizer_step follows a finite forward_backward"
-        torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._config.max_grad_norm, self._gradient_norm)
-        for group in self._optimizer.param_groups:
-            group["lr"] = self.learning_rate
-        self._optimizer.step()
-        self._drop_gradients()
+        self._apply()
         self.policy_version += 1
         return self.policy_version
 
@@ -341,6 +336,15 @@ class Trainer:
         if record.behavior_weight:
             metrics["importance_weight/mean"] = torch.cat(record.behavior_weight).mean().item()
         return metrics
+
+    def _apply(self) -> None:
+        """Clip the gradients to max_grad_norm and update the weights."""
+        assert self._gradient_norm is not None, "optimizer_step follows a finite forward_backward"
+        torch.nn.utils.clip_grads_with_norm_(self._parameters.values(), self._config.max_grad_norm, self._gradient_norm)
+        for group in self._optimizer.param_groups:
+            group["lr"] = self.learning_rate
+        self._optimizer.step()
+        self._drop_gradients()
 
     def _drop_gradients(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)

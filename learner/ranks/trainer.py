@@ -39,12 +39,6 @@ class RankTrainer(Trainer):
         self._world = world
         super().__init__(config, checkpoint=checkpoint)
 
-    def optimizer_step(self) -> int:
-        """Update the shards, then gather the new weights."""
-        policy_version = super().optimizer_step()
-        self._sharded.gather()
-        return policy_version
-
     def save(self, directory: Path) -> None:
         """Write the weights parameter by parameter (rank 0), each rank's shard of the optimizer, and the rest."""
         tensors = ((name, whole(parameter.detach())) for name, parameter in self._parameters.items())
@@ -90,6 +84,11 @@ class RankTrainer(Trainer):
         for values_T, name in zip(self._world.sum(values_FT), names, strict=True):
             setattr(record, name, [values_T])
         record.index = [torch.arange(num_tokens, device=self._device)]
+
+    def _apply(self) -> None:
+        """Update the shards, then gather the new weights."""
+        super()._apply()
+        self._sharded.gather()
 
     def _total_norm(self) -> Tensor:
         return whole(super()._total_norm())
