@@ -73,6 +73,10 @@ class TrainerLike(Protocol):
     def optimizer_step(self) -> int:
         """Apply them and return the new policy_version."""
 
+    @property
+    def step_metrics(self) -> dict[str, float]:
+        """Of all updates of the step that optimizer_step has just made."""
+
     def canary_logprobs(self, tokens: Int32) -> Float32:
         """Logprobs [N, L - 1] of tokens[:, 1:] under the weights as they are, tokens being [N, L]."""
 
@@ -324,6 +328,7 @@ async def apply_step(
         )
     with timer.measure("optimizer_s"):
         policy_version = await compute(trainer.optimizer_step)
+    result = dataclasses.replace(result, metrics=trainer.step_metrics)
     coordinator.trained(batch, policy_version)
     last = policy_version == coordinator.config.max_steps
     if policy_version % coordinator.config.weight_sync_steps == 0 or last:

@@ -8,80 +8,59 @@ weights be written before `optimizer_step` changes them:
     if result.finite:
         policy_version = trainer.optimizer_step()
 
+A step may make several optimizer updates: `optimizer_step` then makes them all, and one policy_version comes of them.
+
 Keeps the promise that nothing but finite numbers reaches the weights: a loss or gradient that is not finite drops all
-gradients of the step. Knows no loop, no socket, no ledger; staleness was checked before (I4).
+gradients of its update. What is optimized is objective.py's business. Knows no loop, no socket, no ledger; staleness
+was checked before (I4).
 """
 
 from __future__ import annotations
 
 import base64
 import json
+import logging
 import math
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from learner.batch import Batch, StepResult
 from learner.config import LearnerConfig
-from learner.grpo.advantages import group_advantages
-from learner.grpo.diagnostics import clip_metrics, policy_kl
-from learner.grpo.loss import TokenLoss, grpo_loss, token_weights
 from learner.model import export
 from learner.model.load import load_model, load_tokenizer, resolve_device
-from learner.model.packing import MicroBatch, StepTokens, collect, whole_sequences
+from learner.model.packing import MicroBatch, StepTokens, collect, mini_batches, whole_sequences
 from learner.model.policy import Policy
+from learner.objective import Objective, StepTensors, UpdateRecord
 from learner.optimizer import load_state, make_optimizer, save_state, scheduled_rate
 from learner.optimizer_shards import has_shards, load_shards
 from learner.reference import Reference
 from protocol.errors import ConfigError
 from protocol.identity import tokenizer_digest
+from protocol.logs import event
 from protocol.messages import Float32, Int32
 from protocol.weights.manifest import TensorSpec, schema_digest
+
+log = logging.getLogger(__name__)
 
 STATE_FILE = "trainer.json"
 
 
+class NotFinite(Exception):
+    """A loss or a gradient is not: which, and what it is. No gradient is left."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StepTensors:
-    """What the loss needs of a step, [T] each where nothing else is said: every token that trains, in order."""
+class Update:
+    """What one optimizer update trains."""
 
-    targets_T: Tensor
-    temperature_T: Tensor
-    behavior_logprobs_T: Tensor
-    advantages_PG: Tensor
-    """[P, G], not flat: for samples/."""
-    advantages_T: Tensor
-    weights_T: Tensor
-    reference_logprobs_T: Tensor | None
-
-
-@dataclass(slots=True)
-class StepRecord:
-    """What diagnostics need of a step, gathered row by row (detached)."""
-
-    loss: float = 0.0
-    num_micro_batches: int = 0
-    tokens_forwarded: int = 0
-    index: list[Tensor] = field(default_factory=list)
-    policy_logprobs: list[Tensor] = field(default_factory=list)
-    entropy: list[Tensor] = field(default_factory=list)
-    ratio: list[Tensor] = field(default_factory=list)
-    behavior_weight: list[Tensor] = field(default_factory=list)
-    kl: list[Tensor] = field(default_factory=list)
-
-    def add(self, index: Tensor, policy_logprobs_T: Tensor, entropy_T: Tensor, loss: TokenLoss) -> None:
-        """Take in one row's tokens."""
-        self.loss += loss.loss.item()
-        self.index.append(index)
-        self.policy_logprobs.append(policy_logprobs_T.detach())
-        self.entropy.append(entropy_T)
-        self.ratio.append(loss.ratio_T.detach())
-        if loss.behavior_weight_T is not None:
-            self.behavior_weight.append(loss.behavior_weight_T)
-        if loss.kl_T is not None:
-            self.kl.append(loss.kl_T.detach())
+    micro_batches: list[MicroBatch]
+    tensors: StepTensors
 
 
 class Trainer:
@@ -98,6 +77,7 @@ class Trainer:
     def __init__(self, config: LearnerConfig, *, checkpoint: Path | None = None) -> None:
         self._config = config
         self._device = resolve_device(config.device)
+        self._objective = Objective(config, self._device)
         torch.manual_seed(config.seed)
         source = config.model if checkpoint is None else checkpoint
         self._model = load_model(source, dtype=config.dtype, device=self._device)
@@ -109,6 +89,11 @@ class Trainer:
         self._parameters = self._place_parameters()
         self._optimizer = make_optimizer(self._parameters, config)
         self._gradient_norm: Tensor | None = None
+        self._updates: list[Update] = []
+        """Of the step under way, whose gradients are still to be computed."""
+        self._metrics: list[dict[str, float]] = []
+        """Of the step's updates so far."""
+        self._num_completions = 0
         self.policy_version = 0
         if checkpoint is not None:
             self._resume(checkpoint)
@@ -141,9 +126,9 @@ class Trainer:
         return scheduled_rate(self._config, self.policy_version)
 
     def forward_backward(self, batch: Batch) -> StepResult:
-        """Compute the gradients of the batch's loss; the weights stay as they are.
+        """Compute the gradients of the batch's loss (of its first update's); the weights stay as they are.
 
-        Micro-batches only bound the memory: all share the step's denominators, so their number never changes the
+        Micro-batches only bound the memory: all share the update's denominators, so their number never changes the
         result beyond rounding. The same batch and weights give the same bits (CPU).
 
         Returns:
@@ -151,39 +136,56 @@ class Trainer:
         """
         self._drop_gradients()
         step = collect(batch.groups, mask_truncated_completions=self._config.mask_truncated_completions)
-        if not step.completion_T.size:
+        loss_tokens = step.completion_T.size
+        if not loss_tokens:
             return StepResult(finite=False, reason="no completion of the batch trains")
-        micro_batches = self._pack(step)
-        tensors = self._prepare(step, micro_batches)
-        record = StepRecord()
-        for micro_batch in micro_batches:
-            self._accumulate(micro_batch, tensors, record)
-            if not math.isfinite(record.loss):
-                break
-        self._combine(record, step.completion_T.size)
-        if not math.isfinite(record.loss):
-            self._drop_gradients()
-            return StepResult(finite=False, reason=f"loss is {record.loss}", loss_tokens=step.completion_T.size)
-        norm = self._total_norm()
-        if not torch.isfinite(norm):
-            self._drop_gradients()
-            reason = f"gradient norm is {norm.item()}"
-            return StepResult(finite=False, reason=reason, loss_tokens=step.completion_T.size)
-        self._gradient_norm = norm
-        metrics = self._metrics(record, tensors) | {
-            "grad_norm": norm.item(),
-            "num_micro_batches": float(record.num_micro_batches),
-            "tokens_forwarded": float(record.tokens_forwarded),
+        first, *self._updates = updates = self._plan(step)
+        try:
+            self._metrics = [self._gradients(first)]
+        except NotFinite as error:
+            return StepResult(finite=False, reason=str(error), loss_tokens=loss_tokens)
+        self._num_completions = step.lengths_N.size
+        micro_batches = [micro_batch for update in updates for micro_batch in update.micro_batches]
+        tokens_forwarded = sum(micro_batch.num_tokens for micro_batch in micro_batches)
+        num_micro_batches, tokens_forwarded = self._totals(len(micro_batches), tokens_forwarded)
+        self._metrics[0] |= {
+            "num_micro_batches": float(num_micro_batches),
+            "tokens_forwarded": float(tokens_forwarded),
             "completion_tokens": float(step.lengths_N.sum()),
         }
-        advantages = tuple(map(tuple, tensors.advantages_PG.tolist()))
-        return StepResult(finite=True, loss_tokens=step.completion_T.size, metrics=metrics, advantages=advantages)
+        advantages = tuple(map(tuple, first.tensors.advantages_PG.tolist()))
+        return StepResult(finite=True, loss_tokens=loss_tokens, metrics=self.step_metrics, advantages=advantages)
 
     def optimizer_step(self) -> int:
-        """Clip the gradients to max_grad_norm, update the weights, and return the new policy_version."""
+        """Make the step's updates and return the new policy_version.
+
+        The first one's gradients are there; where a step has several (num_iterations, num_mini_batches), the others'
+        are computed here, each after the update before it. One that is not finite is left out.
+        """
         self._apply()
+        for update in self._updates:
+            try:
+                self._metrics.append(self._gradients(update))
+            except NotFinite as error:
+                event(log, "update_left_out", level=logging.WARNING, step=self.policy_version + 1, reason=str(error))
+            else:
+                self._apply()
+        self._updates = []
         self.policy_version += 1
+        if self._reference is not None:
+            self._reference.follow(self._model, self.policy_version)
+            self._objective.adapt(self.step_metrics["kl"], self._num_completions)
         return self.policy_version
+
+    @property
+    def step_metrics(self) -> dict[str, float]:
+        """Of the step's updates so far: means (maxima of `/max`), and where there are several how many were made."""
+        values: dict[str, list[float]] = {}
+        for metrics in self._metrics:
+            for key, value in metrics.items():
+                values.setdefault(key, []).append(value)
+        counts = {"num_updates": float(len(self._metrics))} if self._config.updates_per_step > 1 else {}
+        return {key: (max if key.endswith("/max") else fmean)(of) for key, of in values.items()} | counts
 
     def canary_logprobs(self, tokens: Int32) -> Float32:
         """Compute the logprobs of tokens[:, 1:] at temperature 1, without gradient.
@@ -215,9 +217,9 @@ class Trainer:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """What `save` writes, about: the weights and AdamW's two moments of each."""
+        """What `save` writes, about: the weights, AdamW's two moments of each, and a reference that follows."""
         sizes: list[int] = [p.numel() * p.element_size() for p in self._parameters.values()]
-        return 3 * sum(sizes)
+        return 3 * sum(sizes) + (self._reference.checkpoint_bytes if self._reference is not None else 0)
 
     def save(self, directory: Path) -> None:
         """Write model and tokenizer as a plain Hugging Face directory, and beside them what `checkpoint` needs."""
@@ -225,6 +227,8 @@ class Trainer:
         export.save_pretrained(self._model, self.tokenizer, directory)
         save_state(self._optimizer, self._parameters, directory)
         self._save_progress(directory)
+        if self._reference is not None:
+            self._reference.save(directory)
 
     # What several ranks do otherwise: learner/ranks/trainer.py.
 
@@ -236,7 +240,15 @@ class Trainer:
         """Lay out what is to be forwarded here."""
         return self._policy.pack(step, self._config.token_budget)
 
-    def _combine(self, record: StepRecord, num_tokens: int) -> None:
+    def _whole(self, logprobs_T: Tensor) -> Tensor:
+        """Complete logprobs that were computed of the tokens forwarded here, [T]."""
+        return logprobs_T
+
+    def _totals(self, *counts: int) -> list[int]:
+        """Add up what was counted."""
+        return list(counts)
+
+    def _combine(self, record: UpdateRecord, num_tokens: int) -> None:
         """Complete gradients and record, once all micro-batches are done."""
 
     def _total_norm(self) -> Tensor:
@@ -251,10 +263,12 @@ class Trainer:
             load_state(self._optimizer, self._parameters, checkpoint)
 
     def _save_progress(self, directory: Path) -> None:
-        state = {
+        state: dict[str, Any] = {
             "policy_version": self.policy_version,
             "torch_rng_state": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
         }
+        if self._config.kl_target is not None:
+            state["beta"] = self._objective.beta
         (directory / STATE_FILE).write_text(json.dumps(state))
 
     def _resume(self, checkpoint: Path) -> None:
@@ -262,80 +276,71 @@ class Trainer:
         try:
             state = json.loads((checkpoint / STATE_FILE).read_text())
             self.policy_version = int(state["policy_version"])
+            self._objective.beta = float(state.get("beta", self._objective.beta))
             random_state = bytearray(base64.b64decode(state["torch_rng_state"], validate=True))
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"checkpoint {checkpoint} has no usable {STATE_FILE}: {error}") from error
         torch.set_rng_state(torch.frombuffer(random_state, dtype=torch.uint8))
+        if self._reference is not None:
+            self._reference.load(checkpoint)
 
-    def _prepare(self, step: StepTokens, micro_batches: list[MicroBatch]) -> StepTensors:
-        """Compute everything that the loss needs and that does not depend on the weights being trained."""
-        trains_PG = torch.from_numpy(step.trains_PG)
-        advantages_PG = group_advantages(
-            torch.from_numpy(step.rewards_PG), trains_PG, scale_rewards=self._config.scale_rewards
-        )
-        completion_T = torch.from_numpy(step.completion_T)
-        weights_T = token_weights(self._config.loss_type, completion_T, torch.from_numpy(step.group_N))
-        reference = self._reference
-        return StepTensors(
-            targets_T=torch.from_numpy(step.targets_T).to(self._device),
-            temperature_T=torch.from_numpy(step.temperature_T).to(self._device),
-            behavior_logprobs_T=torch.from_numpy(step.behavior_logprobs_T).to(self._device),
-            advantages_PG=advantages_PG,
-            advantages_T=advantages_PG[trains_PG][completion_T].to(self._device),
-            weights_T=weights_T.to(self._device),
-            reference_logprobs_T=None if reference is None else reference.logprobs(step, micro_batches),
-        )
+    def _plan(self, step: StepTokens) -> list[Update]:
+        """Cut the step into its updates, with everything that does not depend on the weights being trained."""
+        config, objective, reference = self._config, self._objective, self._reference
+        parts = mini_batches(step, config.num_mini_batches)
+        packed = [self._pack(part) for part in parts]
 
-    def _accumulate(self, micro_batch: MicroBatch, tensors: StepTensors, record: StepRecord) -> None:
+        def forward(logprobs: Callable[[StepTokens, list[MicroBatch]], Tensor]) -> Tensor:
+            return torch.cat([logprobs(part, micro_batches) for part, micro_batches in zip(parts, packed, strict=True)])
+
+        tensors = objective.prepare(
+            step,
+            parts,
+            policy_version=self.policy_version,
+            proximal_logprobs_T=self._whole(forward(self._policy.step_logprobs)) if objective.needs_proximal else None,
+            reference_logprobs_T=None if reference is None else forward(reference.logprobs),
+        )
+        updates = list(zip(packed, tensors, strict=True)) * config.num_iterations
+        return [
+            Update(micro_batches=micro_batches, tensors=replace(tensors, progress=done / len(updates)))
+            for done, (micro_batches, tensors) in enumerate(updates)
+        ]
+
+    def _gradients(self, update: Update) -> dict[str, float]:
+        """Compute the gradients of an update, and its metrics.
+
+        Raises:
+            NotFinite: and no gradient is left.
+        """
+        record = UpdateRecord()
+        for micro_batch in update.micro_batches:
+            self._accumulate(micro_batch, update.tensors, record)
+            if not math.isfinite(record.loss):
+                break
+        self._combine(record, update.tensors.weights_T.numel())
+        if not math.isfinite(record.loss):
+            self._drop_gradients()
+            raise NotFinite(f"loss is {record.loss}")
+        norm = self._total_norm()
+        if not torch.isfinite(norm):
+            self._drop_gradients()
+            raise NotFinite(f"gradient norm is {norm.item()}")
+        self._gradient_norm = norm
+        return self._objective.metrics(record, update.tensors) | {"grad_norm": norm.item()}
+
+    def _accumulate(self, micro_batch: MicroBatch, tensors: StepTensors, record: UpdateRecord) -> None:
         """Add the gradients of a micro-batch to those that are there."""
-        record.num_micro_batches += 1
-        record.tokens_forwarded += micro_batch.num_tokens
         prompt = self._policy.forward_prompt(micro_batch)
         for rows in micro_batch.rows:
             index = torch.from_numpy(rows.index_T).to(self._device)
             policy_logprobs_T, entropy_T = self._policy.logprobs(
                 rows, tensors.targets_T[index], tensors.temperature_T[index], prompt
             )
-            loss = self._loss(policy_logprobs_T, index, tensors)
+            loss = self._objective.loss(policy_logprobs_T, entropy_T, index, tensors)
             loss.loss.backward()
             record.add(index, policy_logprobs_T, entropy_T, loss)
         if prompt is not None:
             prompt.backward()
-
-    def _loss(self, policy_logprobs_T: Tensor, index: Tensor, tensors: StepTensors) -> TokenLoss:
-        config = self._config
-        # One update per step: the policy at its start is the policy, and needs no forward pass of its own.
-        proximal = policy_logprobs_T.detach() if config.anchor == "proximal" else None
-        truncate = config.importance_sampling_mode == "token_truncate"
-        reference = tensors.reference_logprobs_T
-        return grpo_loss(
-            policy_logprobs_T,
-            tensors.behavior_logprobs_T[index],
-            tensors.advantages_T[index],
-            tensors.weights_T[index],
-            epsilon=config.epsilon,
-            epsilon_high=config.clip_high,
-            proximal_logprobs_T=proximal,
-            importance_sampling_clip_max=config.importance_sampling_clip_max if truncate else None,
-            reference_logprobs_T=None if reference is None else reference[index],
-            beta=config.beta,
-        )
-
-    def _metrics(self, record: StepRecord, tensors: StepTensors) -> dict[str, float]:
-        index = torch.cat(record.index)
-        metrics = {"loss": record.loss, "entropy": torch.cat(record.entropy).mean().item()}
-        metrics |= clip_metrics(
-            torch.cat(record.ratio),
-            tensors.advantages_T[index],
-            epsilon=self._config.epsilon,
-            epsilon_high=self._config.clip_high,
-        )
-        metrics["policy_kl"] = policy_kl(torch.cat(record.policy_logprobs), tensors.behavior_logprobs_T[index])
-        if record.kl:
-            metrics["kl"] = torch.cat(record.kl).mean().item()
-        if record.behavior_weight:
-            metrics["importance_weight/mean"] = torch.cat(record.behavior_weight).mean().item()
-        return metrics
 
     def _apply(self) -> None:
         """Clip the gradients to max_grad_norm and update the weights."""

@@ -287,6 +287,10 @@ class FakeTrainer:
         self.story.append(f"optimizer_step {self.policy_version}")
         return self.policy_version
 
+    @property
+    def step_metrics(self) -> dict[str, float]:
+        return {"loss": 0.5}
+
     def canary_logprobs(self, tokens: Int32) -> Float32:
         self.story.append(f"canaries {self.policy_version}")
         return np.full((len(tokens), tokens.shape[1] - 1), -float(self.policy_version), np.float32)

@@ -120,6 +120,10 @@ class SimTrainer:
         self._batch = None
         return self.policy_version
 
+    @property
+    def step_metrics(self) -> dict[str, float]:
+        return {}
+
     def canary_logprobs(self, tokens: Int32) -> Float32:
         return np.full((len(tokens), tokens.shape[1] - 1), -float(self.policy_version), np.float32)
 

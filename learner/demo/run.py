@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from pydantic import Field
 
-from learner.config import Section
+from learner.config.section import Section
 from learner.demo.pair import free_port_pair, run_pair
 from learner.demo.recipes import SGLANG_MEMORY, Recipe, recipes, to_toml, write_jsonl
 from protocol.errors import ConfigError

@@ -7,7 +7,7 @@ so `lm_head.weight` is absent where it is the embedding; every loader ties again
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -94,16 +94,27 @@ def save_gathered(
         tensors: every parameter once, by the name it has in `unique_tensors`.
         directory: exists.
     """
-    with MappedWeights.create(directory / "model.safetensors", Layout(specs_of(model, dtype))) as mapped:
-        parameters = dict(model.named_parameters())
-        buffers = [(name, tensor) for name, tensor in unique_tensors(model).items() if name not in parameters]
-        for name, tensor in itertools.chain(buffers, tensors):
-            _place(mapped, name, tensor, dtype)
+    parameters = dict(model.named_parameters())
+    buffers = [(name, tensor) for name, tensor in unique_tensors(model).items() if name not in parameters]
+    write_tensors(directory / "model.safetensors", specs_of(model, dtype), itertools.chain(buffers, tensors))
     model.config.dtype = DTYPES[dtype]
     model.config.save_pretrained(directory)
     if model.generation_config is not None:
         model.generation_config.save_pretrained(directory)
     tokenizer.save_pretrained(directory)
+
+
+def specs_of_parameters(parameters: Mapping[str, Tensor], dtype: str) -> list[TensorSpec]:
+    """Describe tensors that are not all here: shards, of which the shapes are those of the whole."""
+    return [TensorSpec(name, SAFETENSORS_DTYPES[dtype], tuple(tensor.shape)) for name, tensor in parameters.items()]
+
+
+def write_tensors(path: Path, specs: list[TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a safetensors file of float32 or bfloat16 tensors that come one by one."""
+    dtypes = {published: dtype for dtype, published in SAFETENSORS_DTYPES.items()}
+    with MappedWeights.create(path, Layout(specs)) as mapped:
+        for name, tensor in tensors:
+            _place(mapped, name, tensor, dtypes[specs[0].dtype])  # type: ignore[index]
 
 
 def _place(mapped: WritableWeights, name: str, tensor: Tensor, dtype: str) -> None:

@@ -6,6 +6,7 @@ backward pass instead of keeping anything of size V: one matrix product more (4 
 
     z = h W' / T,   logprob = z[token] - logsumexp(z),   entropy = logsumexp(z) - sum_v softmax(z)_v z_v
     d logprob / d z = onehot(token) - softmax(z)
+    d entropy / d z_v = - softmax(z)_v (log softmax(z)_v + entropy)
 
 Matrix products are in the model's (or autocast's) dtype; everything after them in float32 at least.
 Shapes: T tokens that are predicted, H hidden size, V vocabulary.
@@ -40,8 +41,7 @@ def token_logprobs(
         temperature_T: [T] > 0.
 
     Returns:
-        logprobs [T], differentiable, and entropies [T] in nats, not differentiable; both float32 (float64 for a
-        float64 model).
+        logprobs [T] and entropies [T] in nats, both differentiable and float32 (float64 for a float64 model).
     """
     device = hidden_TH.device.type
     if torch.is_autocast_enabled(device):
@@ -74,17 +74,18 @@ class _TokenLogprobs(torch.autograd.Function):
                 logprobs[tile] = z.gather(1, targets[tile]) - log_total
                 entropy[tile] = log_total - weights.mul_(z).sum(-1, keepdim=True) / total
                 lse[tile] = largest + log_total
-        ctx.save_for_backward(hidden, head, bias, targets, inverse_temperature, lse)
+        ctx.save_for_backward(hidden, head, bias, targets, inverse_temperature, lse, entropy)
         ctx.weight_dtype = weight.dtype
-        entropy = entropy.squeeze(1)
-        ctx.mark_non_differentiable(entropy)
-        return logprobs.squeeze(1), entropy
+        ctx.set_materialize_grads(False)  # None where nothing depends on the entropies, which is most runs
+        return logprobs.squeeze(1), entropy.squeeze(1)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, head, bias, targets, inverse_temperature, lse = ctx.saved_tensors
-        slope = grad_outputs[0][:, None] * inverse_temperature
+    def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, head, bias, targets, inverse_temperature, lse, entropy = ctx.saved_tensors
+        d_logprobs, d_entropy = grad_outputs
+        slope = lse.new_zeros(len(lse), 1) if d_logprobs is None else d_logprobs[:, None] * inverse_temperature
+        entropy_slope = None if d_entropy is None else d_entropy[:, None] * inverse_temperature
         d_hidden = torch.empty_like(hidden)
         d_weight: Tensor | None = None
         d_bias = None if bias is None else torch.zeros_like(bias)
@@ -92,8 +93,13 @@ class _TokenLogprobs(torch.autograd.Function):
             for tile in _tiles(rows, logits.shape[1]):
                 part = logits[_within(tile, rows)]
                 z = part.to(lse.dtype).mul_(inverse_temperature[tile])  # part itself, where that is its dtype
-                probabilities = z.sub_(lse[tile]).exp_()
-                d_logits = probabilities.mul_(-slope[tile]).scatter_add_(1, targets[tile], slope[tile])
+                z.sub_(lse[tile])
+                if entropy_slope is None:
+                    d_logits = z.exp_().mul_(-slope[tile])
+                else:
+                    surprise = (z + entropy[tile]).mul_(entropy_slope[tile]).add_(slope[tile])
+                    d_logits = z.exp_().mul_(surprise).neg_()
+                d_logits = d_logits.scatter_add_(1, targets[tile], slope[tile])
                 if d_logits.dtype != part.dtype:
                     part.copy_(d_logits)
             torch.mm(logits, head, out=d_hidden[rows])

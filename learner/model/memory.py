@@ -62,7 +62,7 @@ def _read_config(directory: Path) -> dict[str, Any]:
 def _count_parameters(directory: Path) -> int:
     """Sum the shapes in the headers of all safetensors files; the tensors themselves are not read."""
     files = sorted(directory.glob("*.safetensors"))
-    files = [file for file in files if file.name != "optimizer.safetensors"]
+    files = [file for file in files if file.name not in ("optimizer.safetensors", "reference.safetensors")]
     if not files:
         raise ConfigError(f"model {str(directory)!r} has no *.safetensors file")
     return sum(_count_in_header(file) for file in files)

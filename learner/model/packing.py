@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
@@ -52,6 +53,8 @@ class StepTokens:
     behavior_logprobs_T: Float32
     temperature_T: Float32
     """Of the softmax that its logprobs are of."""
+    policy_version_T: Int64
+    """Of the weights that sampled the token."""
 
 
 class Bucket:
@@ -123,7 +126,7 @@ def collect(groups: Sequence[TrainGroup], *, mask_truncated_completions: bool) -
     num_generations = max(group.group.num_generations for group in groups)
     rewards_PG = np.zeros((len(groups), num_generations), np.float32)
     trains_PG = np.zeros((len(groups), num_generations), np.bool_)
-    tokens, trained, logprobs, temperatures = [], [], [], []
+    tokens, trained, logprobs, temperatures, versions = [], [], [], [], []
     for p, group in enumerate(entry.group for entry in groups):
         trains_G = _completions_that_train(group, mask_truncated_completions)
         trains_PG[p, : trains_G.size] = trains_G
@@ -135,6 +138,7 @@ def collect(groups: Sequence[TrainGroup], *, mask_truncated_completions: bool) -
         logprobs.append(group.behavior_logprobs[kept & mask])
         # Greedy groups carry temperature 0; their logprobs are those of temperature 1 (messages.Sampling).
         temperatures.append(np.full(logprobs[-1].size, group.temperature or 1.0, np.float32))
+        versions.append(np.repeat(group.span_versions[:, 1], group.span_lengths)[kept & mask])
     lengths_N = np.concatenate([g.group.completion_lengths for g in groups])[_flat(trains_PG, groups)].astype(np.int64)
     tokens_C, trained_C = np.concatenate(tokens).astype(np.int64), np.concatenate(trained)
     return StepTokens(
@@ -149,6 +153,7 @@ def collect(groups: Sequence[TrainGroup], *, mask_truncated_completions: bool) -
         targets_T=tokens_C[trained_C],
         behavior_logprobs_T=np.concatenate(logprobs),
         temperature_T=np.concatenate(temperatures),
+        policy_version_T=np.concatenate(versions).astype(np.int64),
     )
 
 
@@ -172,7 +177,19 @@ def whole_sequences(tokens_NL: Int32) -> StepTokens:
         targets_T=predicted,
         behavior_logprobs_T=np.zeros(predicted.size, np.float32),
         temperature_T=np.ones(predicted.size, np.float32),
+        policy_version_T=np.zeros(predicted.size, np.int64),
     )
+
+
+def mini_batches(step: StepTokens, num_mini_batches: int) -> list[StepTokens]:
+    """Cut a step into consecutive parts of about as many groups that train; fewer parts where there are fewer groups.
+
+    Together they hold every group, completion and token of the step, in its order; each has a token that trains.
+    """
+    trained = np.unique(step.group_N[step.completion_T])
+    parts = np.array_split(trained, min(num_mini_batches, trained.size))
+    bounds = [0, *(int(part[0]) for part in parts[1:]), len(step.prompts)]
+    return [step] if len(parts) == 1 else [_groups(step, first, last) for first, last in pairwise(bounds)]
 
 
 def pack_shared(step: StepTokens, token_budget: int) -> list[MicroBatch]:
@@ -241,6 +258,27 @@ def _completions_that_train(group: Group, mask_truncated_completions: bool) -> B
         trains_G &= group.finish_reasons != FinishReason.LENGTH
     # One reward compares with nothing: no advantage, nothing to train (and outside all denominators).
     return trains_G if trains_G.sum() >= 2 else np.zeros_like(trains_G)
+
+
+def _groups(step: StepTokens, first: int, last: int) -> StepTokens:
+    """The groups first <= p < last of a step, as a step of their own."""
+    n0, n1 = np.searchsorted(step.group_N, [first, last]).tolist()
+    c0, c1 = int(step.lengths_N[:n0].sum()), int(step.lengths_N[:n1].sum())
+    t0, t1 = np.searchsorted(step.completion_T, [n0, n1]).tolist()
+    return StepTokens(
+        prompts=step.prompts[first:last],
+        rewards_PG=step.rewards_PG[first:last],
+        trains_PG=step.trains_PG[first:last],
+        group_N=step.group_N[n0:n1] - first,
+        lengths_N=step.lengths_N[n0:n1],
+        tokens_C=step.tokens_C[c0:c1],
+        trained_C=step.trained_C[c0:c1],
+        completion_T=step.completion_T[t0:t1] - n0,
+        targets_T=step.targets_T[t0:t1],
+        behavior_logprobs_T=step.behavior_logprobs_T[t0:t1],
+        temperature_T=step.temperature_T[t0:t1],
+        policy_version_T=step.policy_version_T[t0:t1],
+    )
 
 
 def _flat(trains_PG: Bool, groups: Sequence[TrainGroup]) -> Bool:

@@ -110,6 +110,11 @@ def whole(tensor: Tensor) -> Tensor:
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
+def local(tensor: Tensor) -> Tensor:
+    """Return this rank's rows of a shard."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
 def layers_of(model: PreTrainedModel) -> torch.nn.ModuleList:
     """Find the decoder layers: the model's only list of config.num_hidden_layers modules.
 

@@ -90,7 +90,7 @@ class Policy:
             prompt: from `forward_prompt`.
 
         Returns:
-            logprobs [T] with a graph behind them (outside no_grad), and entropies [T] without.
+            logprobs [T] and entropies [T], both with a graph behind them (outside no_grad).
         """
         with self._precision():
             hidden = self._hidden(rows, prompt.prefix if prompt else None)
@@ -182,4 +182,5 @@ def _probe(vocabulary: int) -> StepTokens:
         targets_T=tokens[8:],
         behavior_logprobs_T=np.zeros(10, np.float32),
         temperature_T=np.ones(10, np.float32),
+        policy_version_T=np.zeros(10, np.int64),
     )

@@ -12,21 +12,24 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
+from transformers import PreTrainedModel
 
 from learner.batch import Batch, StepResult
 from learner.config import LearnerConfig
 from learner.model import export
 from learner.model.packing import MicroBatch, StepTokens
-from learner.model.parallel import ShardedModel, token_cost, weights_digest, whole
+from learner.model.parallel import ShardedModel, local, token_cost, weights_digest, whole
 from learner.model.shares import divide, of_whole_step, restrict
+from learner.objective import UpdateRecord
 from learner.optimizer_shards import load_shards, save_shards
 from learner.ranks.commands import Save, Start, Update, to_bytes, train_command
 from learner.ranks.world import World
-from learner.reference import Reference
-from learner.trainer import StepRecord, Trainer
+from learner.reference import REFERENCE_FILE, Reference
+from learner.trainer import Trainer
 
 PER_TOKEN = ("policy_logprobs", "entropy", "ratio", "behavior_weight", "kl")
-"""Of a StepRecord."""
+"""Of an UpdateRecord."""
 
 
 class RankTrainer(Trainer):
@@ -50,6 +53,8 @@ class RankTrainer(Trainer):
             for _ in tensors:  # rank 0 asks for each
                 pass
         save_shards(self._optimizer, self._parameters, directory)
+        if self._reference is not None:
+            self._reference.save(directory)
 
     def _place_parameters(self) -> dict[str, torch.nn.Parameter]:
         layout = "shared prefixes" if self._policy.shares_prefix else "padded rows"
@@ -58,7 +63,7 @@ class RankTrainer(Trainer):
         autocast = self._config.autocast == "bfloat16"
         self._sharded = ShardedModel(self._policy, self._world.mesh(), autocast=autocast)
         if self._reference is not None:
-            self._reference = RankReference(self._reference, self._world, autocast=autocast)
+            self._reference = RankReference(self._reference, self._world, self._sharded.parameters, autocast=autocast)
         return self._sharded.parameters
 
     def _pack(self, step: StepTokens) -> list[MicroBatch]:
@@ -67,14 +72,18 @@ class RankTrainer(Trainer):
         micro_batches = self._policy.pack(part, self._config.token_budget)
         return [of_whole_step(micro_batch, index_T) for micro_batch in micro_batches]
 
-    def _combine(self, record: StepRecord, num_tokens: int) -> None:
+    def _whole(self, logprobs_T: Tensor) -> Tensor:
+        return self._world.sum(logprobs_T)
+
+    def _totals(self, *counts: int) -> list[int]:
+        totals: list[int] = self._world.sum(torch.tensor(counts)).tolist()
+        return totals
+
+    def _combine(self, record: UpdateRecord, num_tokens: int) -> None:
         """Sum the gradients, and make the record that of all tokens: every rank has the metrics of the whole step."""
         self._sharded.reduce_gradients()
-        filled = [float(bool(getattr(record, name))) for name in PER_TOKEN]
-        numbers = [record.loss, record.num_micro_batches, record.tokens_forwarded, *filled]
-        sums = self._world.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
-        record.loss, num_micro_batches, tokens_forwarded, *filled = sums
-        record.num_micro_batches, record.tokens_forwarded = int(num_micro_batches), int(tokens_forwarded)
+        numbers = [record.loss, *(float(bool(getattr(record, name))) for name in PER_TOKEN)]
+        record.loss, *filled = self._world.sum(torch.tensor(numbers, dtype=torch.float64)).tolist()
         names = [name for name, count in zip(PER_TOKEN, filled, strict=True) if count]
         values_FT = torch.zeros(len(names), num_tokens, device=self._device)
         if record.index:
@@ -100,9 +109,13 @@ class RankTrainer(Trainer):
 class RankReference(Reference):
     """The reference in shards: gathered only while it runs, when the step has no gradients yet."""
 
-    def __init__(self, reference: Reference, world: World, *, autocast: bool) -> None:
+    def __init__(
+        self, reference: Reference, world: World, policy: dict[str, torch.nn.Parameter], *, autocast: bool
+    ) -> None:
+        self._config = reference._config
         self._policy = reference._policy
         self._world = world
+        self._followed = policy
         self._sharded = ShardedModel(self._policy, world.mesh(), autocast=autocast)
         self._sharded.release()
 
@@ -112,6 +125,37 @@ class RankReference(Reference):
         logprobs_T = super().logprobs(step, micro_batches)
         self._sharded.release()
         return self._world.sum(logprobs_T)
+
+    def follow(self, model: PreTrainedModel, policy_version: int) -> None:
+        """As on one rank, shard by shard."""
+        if self.is_due(policy_version):
+            for name, parameter in self._sharded.parameters.items():
+                policy = local(self._followed[name].detach())
+                local(parameter.detach()).lerp_(policy, self._config.ref_model_mixup_alpha)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """What `save` writes, about."""
+        sizes: list[int] = [p.numel() * p.element_size() for p in self._sharded.parameters.values()]
+        return sum(sizes) if self._config.sync_ref_model else 0
+
+    def save(self, directory: Path) -> None:
+        """Write the weights, parameter by parameter (rank 0)."""
+        if not self._config.sync_ref_model:
+            return
+        specs = export.specs_of_parameters(self._sharded.parameters, self._config.dtype)
+        tensors = ((name, whole(parameter.detach())) for name, parameter in self._sharded.parameters.items())
+        if self._world.place.leads:
+            export.write_tensors(directory / REFERENCE_FILE, specs, tensors)
+        else:
+            for _ in tensors:
+                pass
+
+    def _set(self, saved: dict[str, Tensor]) -> None:
+        for name, parameter in self._sharded.parameters.items():
+            assert isinstance(parameter, DTensor)
+            shard = distribute_tensor(saved[name].to(self._world.device), parameter.device_mesh, parameter.placements)
+            local(parameter.detach()).copy_(local(shard))
 
 
 class LeadingTrainer(RankTrainer):

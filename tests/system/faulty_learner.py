@@ -75,10 +75,11 @@ def damage_chunks(corrupt: int, truncate: int, witness: Witness) -> None:
 
 def poison(loss_calls: list[int], gradient_calls: list[int], witness: Witness) -> None:
     """Make the loss, or only the gradient, of some calls not finite."""
+    import learner.objective as objective
     import learner.trainer as trainer
 
     calls = 0
-    forward_backward, grpo_loss = trainer.Trainer.forward_backward, trainer.grpo_loss
+    forward_backward, grpo_loss = trainer.Trainer.forward_backward, objective.grpo_loss
 
     def counted(self: trainer.Trainer, batch: Any) -> Any:
         nonlocal calls
@@ -96,7 +97,7 @@ def poison(loss_calls: list[int], gradient_calls: list[int], witness: Witness) -
         return result
 
     trainer.Trainer.forward_backward = counted  # type: ignore[method-assign]
-    trainer.grpo_loss = poisoned
+    objective.grpo_loss = poisoned
 
 
 def die_at(moment: str, number: str, failpoint: str = "", *, witness: Witness) -> None:

@@ -30,6 +30,9 @@ SHAPES: dict[str, dict[str, Any]] = {
     "whole groups": {"token_budget": 512, "loss_type": "grpo"},
     "padded": {"token_budget": 24, "share_prefix": False},
     "untied": {"token_budget": 12, "model": "untied"},
+    "several updates": {"token_budget": 24, "num_iterations": 2, "num_mini_batches": 2, "anchor": "proximal"},
+    "all tokens first": {"token_budget": 24, "kl_in": "reward", "importance_sampling_level": "sequence"},
+    "following": {"token_budget": 24, "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
 }
 """Each trained on one rank and on two."""
 EXACT = ("num_micro_batches", "tokens_forwarded")
@@ -82,11 +85,14 @@ class World:
             options = self.options(SHAPES["prompts apart"])
             runs.append({"options": options, "checkpoint": str(directory / checkpoint), "operations": resumed})
             resumed = resumed[:2]
+        self.rows["following on"] = train(self.controls["following"], range(4, 6))
+        following = {"options": self.options(SHAPES["following"]), "checkpoint": str(directory / "two following")}
+        runs.append({**following, "operations": [["train", 4], ["train", 5]]})
         options = self.options({"token_budget": 12, "autocast": "bfloat16"})
         runs.append({"options": options, "checkpoint": None, "operations": [["train", 1], ["train", 2]]})
         bfloat16 = Trainer(LearnerConfig(**options))
         self.rows["bfloat16"] = train(bfloat16, range(1, 3))
-        names = [*SHAPES, "from one rank", "from two ranks", "bfloat16"]
+        names = [*SHAPES, "from one rank", "from two ranks", "following on", "bfloat16"]
         self.ranks = run_plan(directory, runs)
         answers = json.loads((directory / "answer.json").read_text()) if self.ranks[0].code == 0 else []
         self.answers = dict(zip(names, answers, strict=False))
@@ -113,7 +119,7 @@ def world(tmp_path_factory, tiny_model_dir) -> World:
 @pytest.mark.parametrize("name", SHAPES)
 def test_two_ranks_train_what_one_rank_trains(world, name):
     assert_equal_rows(world.answers[name], world.rows[name])
-    if name != "prompts apart":  # that control has gone on
+    if name not in ("prompts apart", "following"):  # those controls have gone on
         assert_equal_weights(world.directory / f"two {name}", world.controls[name])
 
 
@@ -141,6 +147,13 @@ def test_one_rank_goes_on_from_the_checkpoint_of_two(world):
     assert trainer.policy_version == 3
     assert_equal_rows(train(trainer, range(4, 6)), world.rows["resumed"])
     assert_equal_weights(world.directory / "two resumed", trainer)
+
+
+def test_a_reference_that_follows_goes_on_where_it_was(world):
+    assert_equal_rows(world.answers["following on"], world.rows["following on"])
+    options = world.options(SHAPES["following"])
+    alone = Trainer(LearnerConfig(**options), checkpoint=world.directory / "two following")
+    assert_equal_rows(train(alone, range(4, 6)), world.rows["following on"])
 
 
 def test_a_checkpoint_of_two_ranks_has_no_pickle_and_both_halves(world):

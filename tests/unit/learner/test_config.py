@@ -91,6 +91,88 @@ def test_refused_pairs(options, says):
         make(**options)
 
 
+PROXIMAL, GSPO, PENALTY = {"anchor": "proximal"}, {"importance_sampling_level": "sequence"}, {"beta": 0.1}
+TIS = {"importance_sampling_mode": "token_truncate"}
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"loss_type": "cispo"}, "cispo truncates the ratio at epsilon_high itself: set it"),
+        ({"loss_type": "sapo", "delta": 2.0}, "delta bounds a clipped loss .*, and loss_type sapo has no clip"),
+        ({"delta": 1.2, "epsilon_high": 0.28}, "delta 1.2 must be above 1 . epsilon_high, 1.28"),
+        ({"loss_function": "m:f", "loss_type": "sapo"}, "loss_type is only how tokens are averaged"),
+        ({"loss_function": "m:f", **GSPO}, "importance_sampling_level have no meaning"),
+        ({"loss_function": "m.f"}, "loss_function 'm.f' must be module:function"),
+        ({"advantage_function": "m:f", "scale_rewards": "none"}, "leave those out"),
+        ({"proximal_logprobs": "loglinear", **PROXIMAL}, "loglinear saves a forward pass that only .* several updates"),
+        ({"proximal_logprobs": "loglinear", "num_iterations": 2}, "only anchor proximal"),
+        ({"advantage_estimator": "rloo", "scale_rewards": "group"}, "rloo: it is defined with none"),
+        ({**GSPO, **PROXIMAL, **TIS}, "completion's ratio cannot be corrected token by token; use sequence_truncate"),
+        ({**GSPO, "importance_sampling_mode": "token_mask"}, "cannot be corrected token by token"),
+        (TIS, "token_truncate with anchor behavior: .* use anchor proximal, a mask"),
+        ({"importance_sampling_clip_min": 2.0}, "clip_min 2.0 must be below importance_sampling_clip_max 2.0"),
+        ({**PENALTY, "kl_in": "reward", "kl_estimator": "k3"}, "kl_estimator k3 with kl_in reward: only k1"),
+        ({**PENALTY, "kl_in": "reward", "use_bias_correction_kl": True}, "is for the KL in the loss"),
+        ({"kl_in": "reward"}, "kl_in reward with beta 0 takes nothing off"),
+        ({"sync_ref_model": True}, "sync_ref_model without a reference policy: set beta above 0"),
+        ({"kl_target": 0.1}, "kl_target without a reference policy"),
+        ({"num_mini_batches": 9}, "num_mini_batches 9 of prompts_per_step 8 groups"),
+        ({"soft_punish_cache": 9, "max_completion_length": 8}, "soft_punish_cache 9 must be at most max_compl"),
+        (
+            {
+                "importance_sampling_mode": "second_moment",
+                "proximal_logprobs": "loglinear",
+                "num_iterations": 2,
+                **PROXIMAL,
+            },
+            "second_moment needs all logprobs first",
+        ),
+        (
+            {"kl_in": "reward", "proximal_logprobs": "loglinear", "num_iterations": 2, **PROXIMAL, **PENALTY},
+            "kl_in reward needs all logprobs first",
+        ),
+    ],
+)
+def test_refused_objectives(options, says):
+    with pytest.raises(ValidationError, match=says):
+        make(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "correction"),
+    [
+        ({}, "none"),
+        (GSPO, "none"),
+        (PROXIMAL, "token_truncate"),
+        ({**GSPO, **PROXIMAL}, "sequence_truncate"),
+        ({"importance_sampling_mode": "second_moment"}, "second_moment"),
+        ({**PROXIMAL, "importance_sampling_mode": "none"}, "none"),
+    ],
+)
+def test_the_correction_goes_with_anchor_and_level(options, correction):
+    assert make(**options).correction == correction
+
+
+def test_what_an_estimator_divides_by_is_its_own_unless_given():
+    assert make().reward_scale == "group"
+    assert make(advantage_estimator="rloo").reward_scale == "none"
+    assert make(advantage_estimator="reinforce_plus_plus_baseline").reward_scale == "batch"
+    assert make(scale_rewards="batch").reward_scale == "batch"
+
+
+def test_the_estimator_of_the_kl_goes_with_its_place():
+    assert make().kl_kind == "k3"
+    assert make(beta=0.1, kl_in="reward").kl_kind == "k1"
+    assert make(beta=0.1, kl_estimator="k2").kl_kind == "k2"
+
+
+def test_the_resolved_configuration_is_a_configuration():
+    for options in ({}, {"advantage_estimator": "rloo"}, {**GSPO, **PROXIMAL}, {"beta": 0.1, "kl_in": "reward"}):
+        config = make(**options)
+        assert LearnerConfig(**config.model_dump()) == config
+
+
 @pytest.mark.parametrize(
     ("key", "value"),
     [

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 import pytest
 
@@ -22,6 +22,7 @@ class SlowTrainer:
 
     policy_version = 0
     learning_rate = 0.5
+    step_metrics: ClassVar[dict[str, float]] = {}
 
     def __init__(self) -> None:
         self.stepping, self.go_on = threading.Event(), threading.Event()

@@ -27,7 +27,8 @@ from tests.models import VOCAB_SIZE, build_tiny_model
 
 ALWAYS = {
     "loss", "entropy", "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "ratio/mean",
-    "ratio/max", "policy_kl", "grad_norm", "num_micro_batches", "tokens_forwarded", "completion_tokens",
+    "ratio/max", "policy_kl", "effective_sample_size", "grad_norm", "num_micro_batches",
+    "tokens_forwarded", "completion_tokens",
 }  # fmt: skip
 
 

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from learner.grpo.diagnostics import clip_metrics, policy_kl
+from learner.grpo.diagnostics import cispo_metrics, clip_metrics, effective_sample_size, policy_kl, ratio_metrics
 
 
 def test_only_a_clip_that_cuts_the_gradient_counts():
@@ -18,8 +18,20 @@ def test_only_a_clip_that_cuts_the_gradient_counts():
     assert metrics["clip_ratio/low_mean"] == 1 / 8
     assert metrics["clip_ratio/high_mean"] == 2 / 8
     assert metrics["clip_ratio/region_mean"] == 3 / 8
-    assert metrics["ratio/mean"] == pytest.approx(ratio.mean().item())
-    assert metrics["ratio/max"] == 1.5
+    assert ratio_metrics(ratio) == {"ratio/mean": pytest.approx(ratio.mean().item()), "ratio/max": 1.5}
+
+
+def test_cispo_counts_truncated_weights():
+    ratio, advantages = torch.tensor([6.0, 6.0, 4.0, 1.0]), torch.tensor([1.0, -1.0, 1.0, 1.0])
+    assert cispo_metrics(ratio, advantages, epsilon_high=5.0) == {"cispo_clip_ratio": 1 / 4}
+
+
+def test_effective_sample_size_by_hand():
+    behavior = torch.zeros(4)
+    assert effective_sample_size(behavior, behavior) == 1.0
+    # weights 1, 1, 1, 3: 36 / (4 x 12)
+    assert effective_sample_size(torch.tensor([0.0, 0.0, 0.0, math.log(3)]), behavior) == pytest.approx(0.75)
+    assert effective_sample_size(torch.tensor([900.0, 0.0, 0.0, 0.0]), behavior) == 0.25, "nothing overflows"
 
 
 def test_policy_kl_is_of_the_behavior_policy():

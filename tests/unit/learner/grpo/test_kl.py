@@ -1,4 +1,4 @@
-"""The k3 estimator against hand-worked values, an exact divergence and finite differences."""
+"""The estimators against hand-worked values, an exact divergence and finite differences."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from learner.grpo.kl import kl_k3
+from learner.grpo.kl import adapted_beta, kl_in_reward, kl_k1, kl_k2, kl_k3
 
 
 def test_by_hand():
@@ -37,3 +37,37 @@ def test_gradients():
     q = torch.randn(6, dtype=torch.float64, requires_grad=True)
     p = torch.randn(6, dtype=torch.float64, requires_grad=True)
     assert torch.autograd.gradcheck(kl_k3, (q, p))
+
+
+def test_k1_and_k2_by_hand():
+    q, p = torch.tensor([0.25, 0.5], dtype=torch.float64).log(), torch.tensor([0.5, 0.5], dtype=torch.float64).log()
+    assert kl_k1(q, p).tolist() == pytest.approx([-math.log(2), 0.0])
+    assert kl_k2(q, p).tolist() == pytest.approx([math.log(2) ** 2 / 2, 0.0])
+
+
+def test_k1_is_unbiased_and_k2_has_the_gradient_of_the_divergence():
+    torch.manual_seed(0)
+    logits, p = torch.randn(2, 50, dtype=torch.float64)
+    logits.requires_grad_()
+    p = p.log_softmax(-1)
+    q = logits.log_softmax(-1)
+    exact = (q.exp() * (q - p)).sum()
+    torch.testing.assert_close((q.exp() * kl_k1(q, p)).sum(), exact)
+    (expected,) = torch.autograd.grad(exact, logits, retain_graph=True)
+    (got,) = torch.autograd.grad((q.exp().detach() * kl_k2(q, p)).sum(), logits, retain_graph=True)
+    torch.testing.assert_close(got, expected)
+    (nothing,) = torch.autograd.grad((q.exp().detach() * kl_k1(q, p)).sum(), logits)
+    torch.testing.assert_close(nothing, torch.zeros(50, dtype=torch.float64), atol=1e-12, rtol=0)
+
+
+def test_what_a_reward_loses_is_the_sum_over_its_completion():
+    kl = torch.tensor([0.1, 0.2, -0.5])
+    assert kl_in_reward(kl, torch.tensor([0, 0, 2]), 3).tolist() == pytest.approx([0.3, 0.0, -0.5])
+
+
+@pytest.mark.parametrize(
+    ("kl", "beta"), [(0.1, 0.01), (0.11, 0.01 * 1.001), (1e9, 0.01 * 1.002), (0.0, 0.01 * 0.998), (-3.0, 0.01 * 0.998)]
+)
+def test_the_coefficient_follows_the_divergence_by_bounded_steps(kl, beta):
+    # n/horizon = 1/100, and at most 20 percent of that
+    assert adapted_beta(0.01, kl, target=0.1, horizon=6400, num_completions=64) == pytest.approx(beta, rel=1e-12)

@@ -9,7 +9,10 @@ import pytest
 import torch
 
 from learner.grpo.advantages import group_advantages
-from learner.grpo.loss import clipped_surrogate, grpo_loss, token_weights
+from learner.grpo.aggregation import token_weights
+from learner.grpo.corrections import importance_ratio, truncated
+from learner.grpo.loss import LossTokens, TokenLoss, grpo_loss
+from learner.grpo.surrogates import clipped_surrogate
 
 LOG2 = math.log(2)
 WIDE = {"epsilon": 0.2, "epsilon_high": 0.28}
@@ -19,53 +22,32 @@ def f64(*values: float) -> torch.Tensor:
     return torch.tensor(values, dtype=torch.float64)
 
 
-# --- weights
+def wide_clip(ratio_T: torch.Tensor, tokens: LossTokens) -> torch.Tensor:
+    return clipped_surrogate(ratio_T, tokens.advantages_T, **WIDE)
 
 
-def test_grpo_weights_by_hand():
-    # group 0: completions of 1 and 3 tokens; group 1: one of 2 tokens. 1/2 (groups) x 1/2 or 1/1 x 1/|o|
-    completion = torch.tensor([0, 1, 1, 1, 2, 2])
-    weights = token_weights("grpo", completion, torch.tensor([0, 0, 1]))
-    assert weights.tolist() == pytest.approx([1 / 4, 1 / 12, 1 / 12, 1 / 12, 1 / 4, 1 / 4])
-
-
-def test_dapo_weights_are_equal():
-    assert token_weights("dapo", torch.tensor([0, 1, 1, 2]), torch.tensor([0, 0, 1])).tolist() == [0.25] * 4
-
-
-def test_completions_and_groups_without_a_trained_token_are_in_no_denominator():
-    # completion 1 has no token (loss_mask all 0), and group 1 only completion 2, which has none either
-    weights = token_weights("grpo", torch.tensor([0, 0, 3]), torch.tensor([0, 0, 1, 2]))
-    assert weights.tolist() == pytest.approx([1 / 4, 1 / 4, 1 / 2])
-
-
-@pytest.mark.parametrize("loss_type", ["grpo", "dapo"])
-def test_the_weights_of_a_step_sum_to_one(loss_type):
-    completion = torch.repeat_interleave(torch.arange(6), torch.tensor([3, 1, 7, 2, 2, 9]))
-    weights = token_weights(loss_type, completion, torch.tensor([0, 0, 1, 3, 3, 3]))
-    assert weights.sum().item() == pytest.approx(1.0, rel=1e-6)
-
-
-# --- clipped surrogate
-
-
-@pytest.mark.parametrize(
-    ("ratio", "advantage", "expected", "slope"),
-    [
-        (1.0, 2.0, 2.0, 2.0),
-        (1.5, 2.0, 2.56, 0.0),  # clipped above: 1.28 x 2
-        (0.5, 2.0, 1.0, 2.0),  # moved the wrong way: pulls back at full strength
-        (0.5, -2.0, -1.6, 0.0),  # clipped below: 0.8 x -2
-        (1.5, -2.0, -3.0, -2.0),  # moved the wrong way
-        (1.25, 2.0, 2.5, 2.0),  # inside the wider upper range
-    ],
-)
-def test_surrogate_by_hand(ratio, advantage, expected, slope):
-    rho = f64(ratio).requires_grad_()
-    objective = clipped_surrogate(rho, f64(advantage), **WIDE)
-    objective.backward()
-    assert objective.item() == pytest.approx(expected)
-    assert rho.grad.item() == slope
+def clipped_loss(
+    policy, behavior, advantages, weights, *, proximal=None, clip_max=None, reference=None, beta=0.0, **more
+) -> TokenLoss:
+    """The loss with TIS where there is a proximal policy, as the configuration's defaults put it together."""
+    completion = torch.zeros(len(policy), dtype=torch.int64)
+    weight = None
+    if clip_max is not None:
+        weight = truncated(
+            importance_ratio(proximal, behavior, completion, level="token"), clip_min=None, clip_max=clip_max
+        )
+    tokens = LossTokens(
+        policy_logprobs_T=policy,
+        entropy_T=torch.zeros_like(policy),
+        anchor_logprobs_T=behavior if proximal is None else proximal,
+        behavior_logprobs_T=behavior,
+        advantages_T=advantages,
+        weights_T=weights,
+        completion_T=completion,
+        behavior_weight_T=weight,
+        reference_logprobs_T=reference,
+    )
+    return grpo_loss(tokens, wide_clip, beta=beta, **more)
 
 
 # --- the whole
@@ -85,9 +67,7 @@ def test_golden_behavior_anchor_with_kl():
     policy = f64(0.5, 0.5, 0.25).log().requires_grad_()
     behavior = f64(0.5, 0.25, 0.5).log()
     reference = f64(0.5, 0.25, 0.5).log()
-    loss = grpo_loss(
-        policy, behavior, f64(1, 1, -1), f64(0.5, 0.25, 0.25), **WIDE, reference_logprobs_T=reference, beta=0.1
-    )
+    loss = clipped_loss(policy, behavior, f64(1, 1, -1), f64(0.5, 0.25, 0.25), reference=reference, beta=0.1)
     expected = -(0.5 * 1 + 0.25 * (1.28 - 0.1 * (LOG2 - 0.5)) + 0.25 * (-0.8 - 0.1 * (1 - LOG2)))
     assert loss.loss.item() == pytest.approx(expected, rel=1e-14)
     assert loss.ratio_T.tolist() == pytest.approx([1, 2, 0.5])
@@ -102,10 +82,7 @@ def test_golden_proximal_anchor():
     """With one update the ratio is 1 and the gradient is -w min(pi/behavior, 2) A."""
     policy = f64(0.5, 0.9, 0.1).log().requires_grad_()
     behavior = f64(0.5, 0.1, 0.4).log()
-    loss = grpo_loss(
-        policy, behavior, f64(1, 1, -2), f64(0.25, 0.25, 0.5), **WIDE,
-        proximal_logprobs_T=policy.detach(), importance_sampling_clip_max=2.0,
-    )  # fmt: skip
+    loss = clipped_loss(policy, behavior, f64(1, 1, -2), f64(0.25, 0.25, 0.5), proximal=policy.detach(), clip_max=2.0)
     assert loss.ratio_T.tolist() == [1.0, 1.0, 1.0]
     assert loss.behavior_weight_T is not None
     assert loss.behavior_weight_T.tolist() == pytest.approx([1.0, 2.0, 0.25])
@@ -116,7 +93,7 @@ def test_golden_proximal_anchor():
 
 def test_proximal_without_weights_is_the_plain_policy_gradient():
     policy = f64(-1.0, -2.0).requires_grad_()
-    loss = grpo_loss(policy, f64(-3.0, -0.5), f64(1, -1), f64(0.5, 0.5), **WIDE, proximal_logprobs_T=policy.detach())
+    loss = clipped_loss(policy, f64(-3.0, -0.5), f64(1, -1), f64(0.5, 0.5), proximal=policy.detach())
     loss.loss.backward()
     assert loss.behavior_weight_T is None
     assert policy.grad.tolist() == [-0.5, 0.5]
@@ -174,10 +151,10 @@ def test_equals_the_naive_reference_in_value_and_gradient(loss_type, anchor, bet
     completion = torch.repeat_interleave(torch.arange(5), torch.tensor([*lengths[0], *lengths[1]]))
     advantages = group_advantages(rewards_PG, scored_PG)[scored_PG][completion]
     weights = token_weights(loss_type, completion, torch.tensor([0, 0, 0, 1, 1])).double()
-    loss = grpo_loss(
-        policy, behavior, advantages, weights, **WIDE,
-        proximal_logprobs_T=policy.detach() if anchor == "proximal" else None,
-        importance_sampling_clip_max=1.3, reference_logprobs_T=reference if beta else None, beta=beta,
+    loss = clipped_loss(
+        policy, behavior, advantages, weights,
+        proximal=policy.detach() if anchor == "proximal" else None,
+        clip_max=1.3 if anchor == "proximal" else None, reference=reference if beta else None, beta=beta,
     )  # fmt: skip
     (gradient,) = torch.autograd.grad(loss.loss, policy)
     torch.testing.assert_close(loss.loss, naive.squeeze(), rtol=1e-6, atol=1e-9)  # weights are made in float32
@@ -191,10 +168,9 @@ def test_gradcheck_with_all_parts():
     weights = torch.full((8,), 0.125, dtype=torch.float64)
 
     def loss(policy):
-        return grpo_loss(
-            policy, behavior, advantages, weights, **WIDE, proximal_logprobs_T=proximal,
-            importance_sampling_clip_max=1.1, reference_logprobs_T=reference, beta=0.2,
-        ).loss  # fmt: skip
+        return clipped_loss(
+            policy, behavior, advantages, weights, proximal=proximal, clip_max=1.1, reference=reference, beta=0.2
+        ).loss
 
     assert torch.autograd.gradcheck(loss, (torch.full((8,), -0.4, dtype=torch.float64, requires_grad=True),))
 
@@ -203,9 +179,48 @@ def test_parts_of_a_step_add_up_to_the_step():
     torch.manual_seed(5)
     policy, behavior = -torch.rand(2, 9, dtype=torch.float64)
     advantages, weights = torch.randn(2, 9, dtype=torch.float64)
-    whole = grpo_loss(policy, behavior, advantages, weights, **WIDE).loss
+    whole = clipped_loss(policy, behavior, advantages, weights).loss
     parts = [
-        grpo_loss(policy[s], behavior[s], advantages[s], weights[s], **WIDE).loss
+        clipped_loss(policy[s], behavior[s], advantages[s], weights[s]).loss
         for s in (slice(0, 2), slice(2, 3), slice(3, 9))
     ]
     torch.testing.assert_close(sum(parts), whole)
+
+
+def test_golden_bias_corrected_kl():
+    """rho 2 weighs k3(r = 1/2) = ln2 - 1/2; the gradient is rho (k3 + 1 - r) = rho log(pi / ref)."""
+    policy = f64(0.5).log().requires_grad_()
+    loss = clipped_loss(
+        policy, f64(0.25).log(), f64(0.0), f64(1.0), reference=f64(0.25).log(), beta=0.1, use_bias_correction_kl=True
+    )
+    assert loss.loss.item() == pytest.approx(0.1 * 2 * (LOG2 - 0.5))
+    loss.loss.backward()
+    assert policy.grad.item() == pytest.approx(0.1 * 2 * LOG2)
+
+
+def test_golden_entropy_bonus():
+    policy, entropy = f64(-1.0, -1.0), f64(0.5, 1.5).requires_grad_()
+    tokens = LossTokens(
+        policy_logprobs_T=policy, entropy_T=entropy, anchor_logprobs_T=policy, behavior_logprobs_T=policy,
+        advantages_T=f64(1, 1), weights_T=f64(0.9, 0.1), completion_T=torch.tensor([0, 1]),
+    )  # fmt: skip
+    loss = grpo_loss(tokens, wide_clip, entropy_weight=0.01 / 2)
+    assert loss.loss.item() == pytest.approx(-1.0 - 0.01 * 1.0), "the mean entropy, whatever the weights of tokens are"
+    loss.loss.backward()
+    assert entropy.grad.tolist() == pytest.approx([-0.005, -0.005])
+
+
+def test_what_is_masked_may_be_infinite():
+    """A mask is there for just such tokens; times 0 an overflown ratio would be NaN, in value and gradient."""
+    policy = f64(-1.0, -1.0).requires_grad_()
+    behavior = f64(-2000.0, -1.0)
+    tokens = LossTokens(
+        policy_logprobs_T=policy, entropy_T=policy, anchor_logprobs_T=behavior, behavior_logprobs_T=behavior,
+        advantages_T=f64(-1, -1), weights_T=f64(0.5, 0.5), completion_T=torch.tensor([0, 0]),
+        behavior_weight_T=f64(0, 1),
+    )  # fmt: skip
+    loss = grpo_loss(tokens, wide_clip)
+    assert loss.loss.item() == 0.5
+    assert loss.ratio_T.tolist() == [1, 1]
+    loss.loss.backward()
+    assert policy.grad.tolist() == [0.0, 0.5]

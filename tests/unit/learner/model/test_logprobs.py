@@ -57,9 +57,25 @@ def test_gradcheck():
     )
 
 
-def test_the_entropy_has_no_gradient():
-    _, entropy = token_logprobs(*inputs())
-    assert not entropy.requires_grad
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("alone", [True, False])
+def test_the_entropy_has_a_gradient(bias, alone):
+    arguments = inputs(bias=bias)
+    leaves = [x for x in arguments[:3] if x is not None]
+    slopes = torch.randn(2, T, dtype=torch.float64)
+    ours, want = (
+        torch.autograd.grad(entropy if alone else slopes[0] * logprobs + slopes[1] * entropy, leaves, torch.ones(T))
+        for logprobs, entropy in (token_logprobs(*arguments), naive(*arguments))
+    )
+    for got, expected in zip(ours, want, strict=True):
+        torch.testing.assert_close(got, expected)
+
+
+def test_gradcheck_of_both():
+    hidden, weight, bias, targets, temperature = inputs()
+    assert torch.autograd.gradcheck(
+        lambda *leaves: token_logprobs(*leaves, targets, temperature), (hidden, weight, bias), fast_mode=True
+    )
 
 
 def test_huge_logits_stay_finite():

@@ -10,15 +10,11 @@ import math
 from pathlib import Path
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
+from learner.config.algorithm import AlgorithmOptions
+from learner.config.section import Section
 from learner.staleness import Bounds, derive_bounds
-
-
-class Section(BaseModel):
-    """Frozen, and every key must be known."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class ModelOptions(Section):
@@ -77,37 +73,6 @@ class GenerationOptions(Section):
     """Above 0 is refused for training, as top_p."""
     stop: list[str] = Field(default_factory=list)
     """Texts that end a completion, each a single token of the vocabulary. The model's end-of-sequence always does."""
-
-
-class AlgorithmOptions(Section):
-    """GRPO."""
-
-    loss_type: Literal["dapo", "grpo"] = "dapo"
-    """dapo: one global token count per step as denominator. grpo: mean per completion, then over completions."""
-    beta: float = Field(0.0, ge=0)
-    """Coefficient of the KL (k3) to the frozen initial policy. 0 does without a reference model."""
-    epsilon: float = Field(0.2, gt=0, lt=1)
-    """Lower clip range: ratios below 1 - epsilon are clipped."""
-    epsilon_high: float | None = Field(None, gt=0)
-    """Upper clip range; default is epsilon. DAPO: 0.28."""
-    scale_rewards: Literal["group", "none"] = "group"
-    """group: advantages are divided by the group's standard deviation. none: mean-centered only."""
-    anchor: Literal["behavior", "proximal"] = "behavior"
-    """What the clipped ratio is taken against: the policy that sampled, or the policy at the start of the step
-    (decoupled PPO), then corrected by importance weights."""
-    importance_sampling_mode: Literal["token_truncate", "none"] = "token_truncate"
-    """With the proximal anchor: weight tokens by exp(proximal - behavior), truncated; or not at all."""
-    importance_sampling_clip_max: float = Field(2.0, gt=0)
-    """Truncation of those weights."""
-    filter_zero_std: bool = True
-    """Do not train groups whose rewards are all equal (they have no gradient); others are leased in their place."""
-    max_refill_ratio: int = Field(4, ge=0)
-    """Filtered groups per trained one that are replaced in a step; beyond it the step trains what it has, or is
-    skipped."""
-    mask_truncated_completions: bool = False
-    """Leave completions that hit max_completion_length out of the loss."""
-    max_skipped_steps: int = Field(5, ge=1)
-    """Skipped steps in a row (non-finite loss, nothing left after filtering) that stop the run."""
 
 
 class AsynchronyOptions(Section):
@@ -238,6 +203,16 @@ class LearnerConfig(
             )
         if self.liveness_s < 2 * self.heartbeat_s:
             raise ValueError(f"liveness_s {self.liveness_s} must be at least twice heartbeat_s {self.heartbeat_s}")
+        if self.num_mini_batches > self.prompts_per_step:
+            raise ValueError(
+                f"num_mini_batches {self.num_mini_batches} of prompts_per_step {self.prompts_per_step} groups: a"
+                " mini-batch holds at least one group"
+            )
+        if self.soft_punish_cache > self.max_completion_length:
+            raise ValueError(
+                f"soft_punish_cache {self.soft_punish_cache} must be at most max_completion_length"
+                f" {self.max_completion_length}"
+            )
         _ = self.granted_bounds  # refuses what cannot progress
         return self
 
@@ -251,11 +226,6 @@ class LearnerConfig(
     def run_dir(self) -> Path:
         """Where everything the run writes is."""
         return self.output_dir / self.name
-
-    @property
-    def clip_high(self) -> float:
-        """epsilon_high, or epsilon."""
-        return self.epsilon if self.epsilon_high is None else self.epsilon_high
 
     @property
     def published_dtype(self) -> str:
