@@ -57,12 +57,18 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
-def run(config: LearnerConfig, make_trainer: Callable[..., Trainer] | None = None) -> int:
+def run(
+    config: LearnerConfig,
+    make_trainer: Callable[..., Trainer] | None = None,
+    *,
+    keep_alive: Callable[[], None] | None = None,
+) -> int:
     """Train to the end of the run, or until a signal; return the exit code.
 
     Args:
         config: complete and checked.
         make_trainer: called with (config, checkpoint=...) on the compute thread; by default the Trainer.
+        keep_alive: called on the compute thread every few seconds; ends the run by what it raises.
 
     Raises:
         ConfigError: something in the configuration cannot work.
@@ -73,7 +79,7 @@ def run(config: LearnerConfig, make_trainer: Callable[..., Trainer] | None = Non
     try:
         with Screen() as screen:
             configure_logging("learner", directory.logs_dir / "learner.log", stderr=False)
-            return run_loop(lambda: Learner(config, directory, screen, make_trainer).main())
+            return run_loop(lambda: Learner(config, directory, screen, make_trainer, keep_alive).main())
     finally:
         directory.close()
 
@@ -99,11 +105,13 @@ class Learner:
         directory: RunDirectory,
         screen: Screen,
         make_trainer: Callable[..., Trainer] | None = None,
+        keep_alive: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
         self.directory = directory
         self.screen = screen
         self.make_trainer = make_trainer or load_trainer
+        self.keep_alive = keep_alive
         self.waits = Waits()
         self.lag = LoopLag()
         self.compute = Compute()
@@ -207,7 +215,7 @@ class Learner:
         return Run(
             config=config, trainer=trainer, coordinator=coordinator, arrivals=arrivals, buffer=buffer, journal=journal,
             publisher=publisher, recorder=recorder, monitor=monitor, waits=self.waits, lag=self.lag,
-            compute=self.compute, screen=self.screen,
+            compute=self.compute, screen=self.screen, keep_alive=self.keep_alive,
         )  # fmt: skip
 
     def _conclude(self, run: Run, finished: bool) -> int:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from learner.config import LearnerConfig
+from learner.ranks.place import place_of
 from protocol.errors import ConfigError
 from protocol.settings import load_settings
 
@@ -29,14 +31,28 @@ def train(argv: Sequence[str], *, prog: str) -> int:
     Raises:
         ConfigError: The configuration is wrong or incomplete.
     """
-    command = load_settings(TrainCommand, argv, prog=prog)
-    config = command.config
-    check_complete(config)
+    place = place_of(os.environ)
+    try:
+        command = load_settings(TrainCommand, argv, prog=prog)
+        config = command.config
+        check_complete(config)
+    except ConfigError as error:
+        if place is None or place.leads:
+            raise
+        from learner.ranks.launch import report_error
+
+        report_error(place, error)
+        return 0
     if command.dry_run:
         from learner.dry_run import describe
 
-        print(describe(config))
+        if place is None or place.leads:
+            print(describe(config))
         return 0
+    if place is not None:
+        from learner.ranks.launch import train_on_ranks
+
+        return train_on_ranks(config, place)
     from learner.app import run
 
     return run(config)

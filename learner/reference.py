@@ -53,12 +53,15 @@ class Reference:
 
         reference = alpha x policy + (1 - alpha) x reference   (TR-DPO, arXiv 2404.09656)
         """
-        config = self._config
-        if not config.sync_ref_model or policy_version % config.ref_model_sync_steps:
+        if not self.is_due(policy_version):
             return
         policy = unique_tensors(model)
         for name, tensor in unique_tensors(self._model).items():
-            tensor.lerp_(policy[name], config.ref_model_mixup_alpha)
+            tensor.lerp_(policy[name], self._config.ref_model_mixup_alpha)
+
+    def is_due(self, policy_version: int) -> bool:
+        """Tell whether it follows the policy after the step that made `policy_version`."""
+        return self._config.sync_ref_model and policy_version % self._config.ref_model_sync_steps == 0
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -81,8 +84,10 @@ class Reference:
         if not self._config.sync_ref_model or not path.exists():
             return
         try:
-            saved = load_file(path)
-            for name, tensor in unique_tensors(self._model).items():
-                tensor.copy_(saved[name])
+            self._set(load_file(path))
         except (OSError, SafetensorError, KeyError, RuntimeError) as error:
             raise ConfigError(f"{path} is no reference of this model: {error}") from error
+
+    def _set(self, saved: dict[str, Tensor]) -> None:
+        for name, tensor in unique_tensors(self._model).items():
+            tensor.copy_(saved[name])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ from learner.loops import (
 )
 from learner.monitor import Monitor
 from learner.publish import Publisher
+from learner.ranks.keep_alive import keep_alive_loop
 from learner.recorder import Recorder
 from protocol.logs import event
 from protocol.loop_lag import LoopLag, loop_lag_gauge
@@ -57,6 +59,8 @@ class Run:
     lag: LoopLag
     compute: Compute
     screen: Screen
+    keep_alive: Callable[[], None] | None = None
+    """For other ranks."""
     batches: asyncio.Queue[Batch] = field(default_factory=lambda: asyncio.Queue(maxsize=1))
     interrupted: str = ""
     _training: asyncio.Task[None] | None = None
@@ -75,6 +79,8 @@ class Run:
             "screen_loop": screen_loop(self.monitor.view, self.screen),
             "loop_lag": loop_lag_gauge(self.lag),
         }
+        if self.keep_alive is not None:
+            loops["keep_alive_loop"] = keep_alive_loop(self.keep_alive, self.compute)
         return [tasks.create_task(loop, name=name) for name, loop in loops.items()]
 
     async def train(self, tasks: asyncio.TaskGroup) -> bool:

@@ -39,6 +39,7 @@ from learner.model.packing import MicroBatch, Rows, StepTokens, collect, mini_ba
 from learner.model.policy import ForwardedPrompt, Policy
 from learner.objective import Objective, StepTensors, UpdateRecord
 from learner.optimizer import check_library, load_state, make_optimizer, save_state, scheduled_rate
+from learner.optimizer_shards import has_shards, load_shards
 from learner.reference import Reference
 from protocol.errors import ConfigError
 from protocol.identity import tokenizer_digest
@@ -97,7 +98,7 @@ class Trainer:
         self._reference = (
             Reference(config, device=self._device, share_prefix=self._policy.shares_prefix) if config.beta else None
         )
-        self._parameters = dict(self._model.named_parameters())
+        self._parameters = self._place_parameters()
         self._optimizer = make_optimizer(self._parameters, config)
         self._gradient_norm: Tensor | None = None
         self._fused_head = config.loss_head != "recompute" and config.token_level
@@ -158,9 +159,11 @@ class Trainer:
             return StepResult(finite=False, reason=str(error), loss_tokens=loss_tokens)
         self._num_completions = step.lengths_N.size
         micro_batches = [micro_batch for update in updates for micro_batch in update.micro_batches]
+        tokens_forwarded = sum(micro_batch.num_tokens for micro_batch in micro_batches)
+        num_micro_batches, tokens_forwarded = self._totals(len(micro_batches), tokens_forwarded)
         self._metrics[0] |= {
-            "num_micro_batches": float(len(micro_batches)),
-            "tokens_forwarded": float(sum(micro_batch.num_tokens for micro_batch in micro_batches)),
+            "num_micro_batches": float(num_micro_batches),
+            "tokens_forwarded": float(tokens_forwarded),
             "completion_tokens": float(step.lengths_N.sum()),
         }
         advantages = tuple(map(tuple, first.tensors.advantages_PG.tolist()))
@@ -236,6 +239,43 @@ class Trainer:
         directory.mkdir(parents=True, exist_ok=True)
         export.save_pretrained(self._model, self.tokenizer, directory)
         save_state(self._optimizer, self._parameters, directory)
+        self._save_progress(directory)
+        if self._reference is not None:
+            self._reference.save(directory)
+
+    # What several ranks do otherwise: learner/ranks/trainer.py.
+
+    def _place_parameters(self) -> dict[str, torch.nn.Parameter]:
+        """Return the parameters to optimize, by name."""
+        return dict(self._model.named_parameters())
+
+    def _pack(self, step: StepTokens) -> list[MicroBatch]:
+        """Lay out what is to be forwarded here."""
+        return self._policy.pack(step, self._config.token_budget)
+
+    def _whole(self, logprobs_T: Tensor) -> Tensor:
+        """Complete logprobs that were computed of the tokens forwarded here, [T]."""
+        return logprobs_T
+
+    def _totals(self, *counts: int) -> list[int]:
+        """Add up what was counted."""
+        return list(counts)
+
+    def _combine(self, record: UpdateRecord, num_tokens: int) -> None:
+        """Complete gradients and record, once all micro-batches are done."""
+
+    def _total_norm(self) -> Tensor:
+        """Compute the norm of all gradients, []."""
+        return torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
+
+    def _load_optimizer(self, checkpoint: Path) -> None:
+        """Read the optimizer's state, saved by however many ranks."""
+        if has_shards(checkpoint):
+            load_shards(self._optimizer, self._parameters, checkpoint)
+        else:
+            load_state(self._optimizer, self._parameters, checkpoint)
+
+    def _save_progress(self, directory: Path) -> None:
         state: dict[str, Any] = {
             "policy_version": self.policy_version,
             "torch_rng_state": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
@@ -243,11 +283,9 @@ class Trainer:
         if self._config.kl_target is not None:
             state["beta"] = self._objective.beta
         (directory / STATE_FILE).write_text(json.dumps(state))
-        if self._reference is not None:
-            self._reference.save(directory)
 
     def _resume(self, checkpoint: Path) -> None:
-        load_state(self._optimizer, self._parameters, checkpoint)
+        self._load_optimizer(checkpoint)
         try:
             state = json.loads((checkpoint / STATE_FILE).read_text())
             self.policy_version = int(state["policy_version"])
@@ -263,7 +301,7 @@ class Trainer:
         """Cut the step into its updates, with everything that does not depend on the weights being trained."""
         config, objective, reference = self._config, self._objective, self._reference
         parts = mini_batches(step, config.num_mini_batches)
-        packed = [self._policy.pack(part, config.token_budget) for part in parts]
+        packed = [self._pack(part) for part in parts]
 
         def forward(logprobs: Callable[[StepTokens, list[MicroBatch]], Tensor]) -> Tensor:
             return torch.cat([logprobs(part, micro_batches) for part, micro_batches in zip(parts, packed, strict=True)])
@@ -272,7 +310,7 @@ class Trainer:
             step,
             parts,
             policy_version=self.policy_version,
-            proximal_logprobs_T=forward(self._policy.step_logprobs) if config.needs_proximal else None,
+            proximal_logprobs_T=self._whole(forward(self._policy.step_logprobs)) if config.needs_proximal else None,
             reference_logprobs_T=None if reference is None else forward(reference.logprobs),
         )
         updates = list(zip(packed, tensors, strict=True)) * config.num_iterations
@@ -291,9 +329,12 @@ class Trainer:
         for micro_batch in update.micro_batches:
             self._accumulate(micro_batch, update.tensors, record)
             if not math.isfinite(record.loss):
-                self._drop_gradients()
-                raise NotFinite(f"loss is {record.loss}")
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
+                break
+        self._combine(record, update.tensors.weights_T.numel())
+        if not math.isfinite(record.loss):
+            self._drop_gradients()
+            raise NotFinite(f"loss is {record.loss}")
+        norm = self._total_norm()
         if not torch.isfinite(norm):
             self._drop_gradients()
             raise NotFinite(f"gradient norm is {norm.item()}")

@@ -194,9 +194,17 @@ class NetworkOptions(Section):
     """Stop when no server has been connected for so long; 0 waits for ever, saying so."""
 
 
+class RankOptions(Section):
+    """Several learner processes under torchrun."""
+
+    collective_timeout_s: float = Field(600.0, gt=0)
+    """A rank that is not heard of for so long while others wait for it ends the run; longer than rank 0 takes to hash a
+    checkpoint. One that dies is noticed at once. transformers calls it ddp_timeout."""
+
+
 class LearnerConfig(
     ModelOptions, DataOptions, GenerationOptions, AlgorithmOptions, AsynchronyOptions, OptimizerOptions,
-    EvaluationOptions, RunOptions, NetworkOptions,
+    EvaluationOptions, RunOptions, NetworkOptions, RankOptions,
 ):  # fmt: skip
     """Train a language model with GRPO on groups that rollout servers stream in."""
 

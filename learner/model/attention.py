@@ -24,7 +24,6 @@ from __future__ import annotations
 import functools
 import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -46,14 +45,17 @@ HAS_CPU_FLASH = hasattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for
 )
 
 
-@dataclass(slots=True)
 class Prefix:
-    """Keys and values of a prompt that was forwarded apart, by layer."""
+    """Keys and values of a prompt that was forwarded apart, by layer.
 
-    computed: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """[S, K, D] each, with the prompt's graph behind them."""
-    leaves: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
-    """The same values cut off from that graph: they collect the gradients of all completions."""
+    No dataclass, as Packed is none: FSDP replaces those that it finds among a layer's arguments by copies.
+    """
+
+    def __init__(self) -> None:
+        self.computed: dict[int, tuple[Tensor, Tensor]] = {}
+        """[S, K, D] each, with the prompt's graph behind them."""
+        self.leaves: dict[int, tuple[Tensor, Tensor]] = {}
+        """The same values cut off from that graph: they collect the gradients of all completions."""
 
     def keep(self, layer: int, keys: Tensor, values: Tensor) -> None:
         """Remember a layer's keys and values. A checkpointed layer that runs again has them here already."""
@@ -76,13 +78,13 @@ class Prefix:
         return [computed for computed, _ in pairs], [gradient for _, gradient in pairs]
 
 
-@dataclass(frozen=True, slots=True)
 class Packed:
     """What the model hands through to every attention layer of one call."""
 
-    layout: Layout
-    prefix: Prefix | None = None
-    """To be filled where the row is a prompt alone, to be read where the row has no prompt."""
+    def __init__(self, layout: Layout, prefix: Prefix | None = None) -> None:
+        self.layout = layout
+        self.prefix = prefix
+        """To be filled where the row is a prompt alone, to be read where the row has no prompt."""
 
 
 def shared_prefix_attention(

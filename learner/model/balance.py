@@ -11,7 +11,6 @@ from __future__ import annotations
 import bisect
 import heapq
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -19,34 +18,6 @@ import numpy.typing as npt
 BALANCED = 1e-3
 """Heaviest over mean rank, less 1: better than that is not looked for, timings spread more."""
 MAX_EXCHANGES = 64
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class CostModel:
-    """Floating-point operations of a forward pass; a backward pass costs twice as many of each."""
-
-    linear: float
-    """Per token that is forwarded: twice the parameters of all layers."""
-    head: float
-    """Per token that is predicted: twice the hidden size times the vocabulary."""
-    attention: float
-    """Per pair of tokens that see each other: four times layers x query heads x head size."""
-
-    def group(self, prompt_length: int, completion_lengths: Sequence[int]) -> float:
-        """Cost of a group whose prompt is forwarded once: [G] completion lengths in tokens, each at least 1.
-
-        The last token of a completion is not forwarded, the others see the prompt and those before them.
-        """
-        forwarded = [length - 1 for length in completion_lengths]
-        seen = triangle(prompt_length) + sum(prompt_length * n + triangle(n) for n in forwarded)
-        return (
-            self.linear * (prompt_length + sum(forwarded)) + self.head * sum(completion_lengths) + self.attention * seen
-        )
-
-
-def triangle(length: int) -> int:
-    """Pairs of tokens of a causal sequence, each token with itself included."""
-    return length * (length + 1) // 2
 
 
 def pack(lengths: Sequence[int], token_budget: int) -> list[list[int]]:

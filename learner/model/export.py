@@ -6,6 +6,8 @@ so `lm_head.weight` is absent where it is the embedding; every loader ties again
 
 from __future__ import annotations
 
+import itertools
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -15,6 +17,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from learner.model.load import DTYPES
 from protocol.errors import WeightsError
+from protocol.weights.layout import Layout, MappedWeights
 from protocol.weights.manifest import TensorSpec
 
 SAFETENSORS_DTYPES: dict[str, Literal["F32", "BF16"]] = {"float32": "F32", "bfloat16": "BF16"}
@@ -28,15 +31,24 @@ class WritableWeights(Protocol):
 
 
 def unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Return every tensor of the state dict once, under its first name, detached."""
+    """Return every tensor of the state dict once, under its first name, detached.
+
+    Not by `state_dict()`: asked for that, a sharded model gives up the weights it has gathered.
+    """
     unique: dict[str, Tensor] = {}
     seen: set[tuple[int, torch.Size]] = set()
-    for name, tensor in model.state_dict().items():
-        identity = (tensor.data_ptr(), tensor.shape)
-        if identity not in seen:
-            seen.add(identity)
-            unique[name] = tensor
+    for prefix, module in model.named_modules():
+        buffers = [pair for pair in module.named_buffers(recurse=False) if _is_persistent(module, pair[0])]
+        for name, tensor in (*module.named_parameters(recurse=False), *buffers):
+            identity = (tensor.data_ptr(), tensor.shape)
+            if identity not in seen:
+                seen.add(identity)
+                unique[f"{prefix}.{name}" if prefix else name] = tensor.detach()
     return unique
+
+
+def _is_persistent(module: torch.nn.Module, name: str) -> bool:
+    return name not in module._non_persistent_buffers_set
 
 
 def specs_of(model: PreTrainedModel, dtype: str) -> list[TensorSpec]:
@@ -57,11 +69,54 @@ def write_weights(model: PreTrainedModel, dtype: str, mapped: WritableWeights) -
         # The extremes are NaN if any element is; four times cheaper than isfinite, and no temporary.
         if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
             raise WeightsError(f"tensor {name} is not finite: this version cannot be published")
-        target = torch.frombuffer(mapped.view(name), dtype=DTYPES[dtype])
-        target.view(tensor.shape).copy_(tensor)
+        _place(mapped, name, tensor, dtype)
 
 
 def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:
     """Write a directory that plain `AutoModelForCausalLM.from_pretrained(directory)` loads, in the master dtype."""
     model.save_pretrained(directory, max_shard_size="1TB")
     tokenizer.save_pretrained(directory)
+
+
+def save_gathered(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    dtype: str,
+    tensors: Iterable[tuple[str, Tensor]],
+    directory: Path,
+) -> None:
+    """Write what `save_pretrained` writes, of tensors that come one by one: none outlives its place in the file.
+
+    Args:
+        model: for its configuration, names and shapes; its own weights are not read.
+        tokenizer: goes beside it.
+        dtype: of the tensors, float32 or bfloat16.
+        tensors: every parameter once, by the name it has in `unique_tensors`.
+        directory: exists.
+    """
+    parameters = dict(model.named_parameters())
+    buffers = [(name, tensor) for name, tensor in unique_tensors(model).items() if name not in parameters]
+    write_tensors(directory / "model.safetensors", specs_of(model, dtype), itertools.chain(buffers, tensors))
+    model.config.dtype = DTYPES[dtype]
+    model.config.save_pretrained(directory)
+    if model.generation_config is not None:
+        model.generation_config.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def specs_of_parameters(parameters: Mapping[str, Tensor], dtype: str) -> list[TensorSpec]:
+    """Describe tensors that are not all here: shards, of which the shapes are those of the whole."""
+    return [TensorSpec(name, SAFETENSORS_DTYPES[dtype], tuple(tensor.shape)) for name, tensor in parameters.items()]
+
+
+def write_tensors(path: Path, specs: list[TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> None:
+    """Write a safetensors file of float32 or bfloat16 tensors that come one by one."""
+    dtypes = {published: dtype for dtype, published in SAFETENSORS_DTYPES.items()}
+    with MappedWeights.create(path, Layout(specs)) as mapped:
+        for name, tensor in tensors:
+            _place(mapped, name, tensor, dtypes[specs[0].dtype])  # type: ignore[index]
+
+
+def _place(mapped: WritableWeights, name: str, tensor: Tensor, dtype: str) -> None:
+    target = torch.frombuffer(mapped.view(name), dtype=DTYPES[dtype])
+    target.view(tensor.shape).copy_(tensor)

@@ -135,9 +135,12 @@ class Policy:
             return fused_token_loss(predictors, *arguments, fp32=self._fp32_head)
 
     def step_logprobs(self, step: StepTokens, micro_batches: Sequence[MicroBatch]) -> Tensor:
-        """Compute the logprobs of all tokens of the step that train, [T], without gradient."""
+        """Compute the logprobs of all tokens of the step that train, [T], without gradient.
+
+        Tokens that none of the micro-batches has (they are another rank's) get 0.
+        """
         targets_T, temperature_T = self._tensor(step.targets_T), self._tensor(step.temperature_T)
-        logprobs_T = torch.empty_like(temperature_T)
+        logprobs_T = torch.zeros_like(temperature_T)
         with torch.no_grad():
             for micro_batch in micro_batches:
                 prompt = self.forward_prompt(micro_batch)

@@ -11,7 +11,7 @@ into tests/bench/ that exports `ROWS`; there is nothing to register:
 
     ROWS = [
         Row(
-            name="learner_step",               # unique; what --only takes
+            name="weights_round",              # unique; what --only takes
             control="padded path",             # what the ratio is against, in words
             ours=ours,
             baseline=padded,                   # same signature; may return a computed ideal

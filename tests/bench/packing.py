@@ -1,6 +1,6 @@
 """Rows that are full and ranks that are alike, for 4096 sequences of lengths as rollouts have them.
 
-Lengths are lognormal(400, 1.0), 16 to 4096 tokens, rows hold 8192; a sequence costs what CostModel says of a 1.7B
+Lengths are lognormal(400, 1.0), 16 to 4096 tokens, rows hold 8192; a sequence costs what TokenCost says of a 1.7B
 Qwen3. What is asserted in every round: fill >= 0.97, heaviest over mean rank <= 1.01, and both within 5 ms of CPU.
 """
 
@@ -24,10 +24,13 @@ def sequence_lengths() -> list[int]:
 
 
 def sequence_costs() -> list[float]:
-    from learner.model.balance import CostModel
+    import numpy as np
 
-    model = CostModel(linear=2 * 1.4e9, head=2 * 2048 * 151_936, attention=4 * 28 * 16 * 128)
-    return [model.group(256, [length]) for length in sequence_lengths()]
+    from learner.model.shares import TokenCost
+
+    cost = TokenCost(layers=2 * 1.4e9, head=2 * 2048 * 151_936, attention=4 * 28 * 16 * 128)
+    prompt_N, length_N = np.full(NUM_SEQUENCES, 256), np.array(sequence_lengths())
+    return (cost.prompts(prompt_N) + cost.completions(prompt_N, length_N)).tolist()
 
 
 def fill(rows: list[list[int]]) -> float:

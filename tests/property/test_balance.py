@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import heapq
 import itertools
-import math
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from learner.model.balance import CostModel, balance, pack
+from learner.model.balance import balance, pack
+from learner.model.shares import TokenCost
 
 lengths = st.lists(st.integers(0, 120), max_size=40)
 costs = st.lists(st.floats(0.01, 100.0), max_size=40)
@@ -83,13 +84,9 @@ def test_the_same_costs_give_the_same_ranks():
     assert balance(costs, 4) == balance(list(costs), 4)
 
 
-@given(prompt=st.integers(1, 20), completions=st.lists(st.integers(1, 12), min_size=1, max_size=5))
-def test_the_cost_counts_who_sees_whom(prompt, completions):
-    attended = sum(i + 1 for i in range(prompt)) + sum(prompt + i + 1 for n in completions for i in range(n - 1))
-    forwarded = prompt + sum(n - 1 for n in completions)
-    expected = 2.0 * forwarded + 30.0 * sum(completions) + 0.5 * attended
-    assert CostModel(linear=2.0, head=30.0, attention=0.5).group(prompt, completions) == pytest.approx(expected)
-
-
-def test_a_lone_prompt_costs_no_more_than_its_layers():
-    assert math.isclose(CostModel(linear=1.0, head=9.0, attention=1.0).group(3, []), 3 + 6)
+@given(prompt=st.integers(1, 20), length=st.integers(1, 12))
+def test_the_cost_counts_who_sees_whom(prompt, length):
+    cost = TokenCost(layers=2.0, attention=0.5, head=30.0)
+    own = 2.0 * (length - 1) + 30.0 * length + 0.5 * sum(prompt + i + 1 for i in range(length - 1))
+    assert cost.completions(np.array([prompt]), np.array([length])).tolist() == pytest.approx([own])
+    assert cost.prompts(np.array([prompt])).tolist() == pytest.approx([2.0 * prompt + 0.5 * sum(range(1, prompt + 1))])

@@ -167,8 +167,10 @@ class Lab:
         """The data set."""
         return self.directory / "data.jsonl"
 
-    def learner(self, *, faults: Mapping[str, Any] | None = None, name: str = "learner", **changes: Any) -> Process:
-        """Start a learner; with `faults`, through faulty_learner.py."""
+    def learner(
+        self, *, faults: Mapping[str, Any] | None = None, name: str = "learner", ranks: int = 1, **changes: Any
+    ) -> Process:
+        """Start a learner; with `faults`, through faulty_learner.py; of several ranks, through torchrun."""
         config = {
             "bind": self.address, "model": str(self.model), "dataset": str(self.data()),
             "output_dir": str(self.directory / "runs"), "run_name": "run", "num_generations": 4,
@@ -178,6 +180,8 @@ class Lab:
         module = ["learner"]
         if faults is not None:
             module = ["tests.system.faulty_learner", str(self._write(f"{name}-faults.json", json.dumps(faults)))]
+        if ranks > 1:
+            module = ["torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), "-m", *module]
         log_file = Path(config["output_dir"]) / config["run_name"] / "logs" / "learner.log"
         return self.start(name, [*module, "train"], self.write_config(name, config), log_file)
 
