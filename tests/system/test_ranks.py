@@ -33,6 +33,8 @@ SHAPES: dict[str, dict[str, Any]] = {
     "several updates": {"token_budget": 24, "num_iterations": 2, "num_mini_batches": 2, "anchor": "proximal"},
     "all tokens first": {"token_budget": 24, "kl_in": "reward", "importance_sampling_level": "sequence"},
     "following": {"token_budget": 24, "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
+    "checkpointed": {"token_budget": 12, "gradient_checkpointing": True},
+    "recompute head": {"token_budget": 12, "loss_head": "recompute"},
 }
 """Each trained on one rank and on two."""
 EXACT = ("num_micro_batches", "tokens_forwarded")
