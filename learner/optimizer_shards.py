@@ -20,10 +20,10 @@ from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, Hu
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
 
-from learner.optimizer import MOMENTS
 from protocol.errors import ConfigError
 
 DIRECTORY = "optimizer"
+MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def has_shards(checkpoint: Path) -> bool:
@@ -32,7 +32,7 @@ def has_shards(checkpoint: Path) -> bool:
 
 
 def save_shards(
-    optimizer: torch.optim.AdamW, named_parameters: dict[str, torch.nn.Parameter], checkpoint: Path
+    optimizer: torch.optim.Optimizer, named_parameters: dict[str, torch.nn.Parameter], checkpoint: Path
 ) -> None:
     """Write this rank's shards. Every rank must call it, with the directory on a file system that all see.
 
@@ -48,7 +48,7 @@ def save_shards(
 
 
 def load_shards(
-    optimizer: torch.optim.AdamW, named_parameters: dict[str, torch.nn.Parameter], checkpoint: Path
+    optimizer: torch.optim.Optimizer, named_parameters: dict[str, torch.nn.Parameter], checkpoint: Path
 ) -> None:
     """Read the state of these parameters, whole ones or shards of them. Every rank must call it.
 
