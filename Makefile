@@ -36,7 +36,7 @@ $(SGLANG_STAMP): pyproject.toml $(SGLANG_RECIPE)/requirements.txt
 	@echo "installing SGLang for a CPU into $(SGLANG_VENV) (a few minutes the first time) ..."
 	@test -x $(SGLANG_VENV)/bin/python || $(PYTHON) -m venv $(SGLANG_VENV)
 	@$(SGLANG_VENV)/bin/python $(PIP_INSTALL) -c $(SGLANG_RECIPE)/requirements.txt torch
-	@$(SGLANG_VENV)/bin/python $(PIP_INSTALL) --no-deps -r $(SGLANG_RECIPE)/requirements.txt -e .
+	@$(SGLANG_VENV)/bin/python $(PIP_INSTALL) --no-deps --no-warn-conflicts -r $(SGLANG_RECIPE)/requirements.txt -e .
 	@$(SGLANG_VENV)/bin/python $(SGLANG_RECIPE)/enable.py
 	@touch $@
 
