@@ -111,16 +111,7 @@ class WeightsReceiver:
         if self._wanted is not None and manifest.version <= self._wanted.version:
             return
         addresses = tuple(resolve_address(address, self._learner) for address in ready.addresses)
-        canaries = None
-        if ready.canary_tokens is not None and ready.canary_logprobs is not None:
-            canaries = Canaries(tokens=ready.canary_tokens, logprobs=ready.canary_logprobs)
-            lowest, highest = canaries.tokens.min(), canaries.tokens.max()
-            if lowest < 0 or highest >= self._engine.info.vocab_size:  # some engines die of such a token
-                raise MalformedMessage(
-                    f"canaries of version {ready.version} with tokens {lowest} to {highest}, allowed are 0 to"
-                    f" {self._engine.info.vocab_size - 1}"
-                )
-        self._wanted = Wanted(manifest, addresses, canaries)
+        self._wanted = Wanted(manifest, addresses, self._canaries(ready))
         self._stop.set()  # whatever is being fetched is superseded
         self._changed.notify()
 
@@ -291,6 +282,18 @@ class WeightsReceiver:
             reason = "the engine has lost its weights and restarts"
             event(log, "weights_lost", level=logging.WARNING, reason=reason)
             self.reports.put_nowait(WeightsLost(reason=reason))
+
+    def _canaries(self, ready: WeightsReady) -> Canaries | None:
+        """What this engine is to try the version on: nothing, where it does not check."""
+        tokens, logprobs, info = ready.canary_tokens, ready.canary_logprobs, self._engine.info
+        if tokens is None or logprobs is None or not info.canaries:
+            return None
+        if tokens.min() < 0 or tokens.max() >= info.vocab_size:  # some engines die of such a token
+            raise MalformedMessage(
+                f"canaries of version {ready.version} with tokens {tokens.min()} to {tokens.max()}, allowed are 0 to"
+                f" {info.vocab_size - 1}"
+            )
+        return Canaries(tokens=tokens, logprobs=logprobs)
 
     def _describe(self) -> str:
         if self._waiting is not None:

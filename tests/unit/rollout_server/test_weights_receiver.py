@@ -6,7 +6,7 @@ import asyncio
 import threading
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import Executor, Future
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -755,5 +755,20 @@ def test_what_is_live_can_be_said_again(play: Play) -> None:
         live = await r.report()
         assert isinstance(live, WeightsLive)
         assert (live.version, live.mismatch_kl) == (Version(1, 1), None)
+
+    play(scenario)
+
+
+def test_an_engine_that_does_not_check_is_not_bothered_with_canaries(play: Play) -> None:
+    """The scripted engine has a vocabulary of its own, smaller than any learner's."""
+
+    async def scenario(r: Receiving) -> None:
+        r.engine.info = replace(r.engine.info, canaries=False)
+        r.receiver.announce(
+            r.ready(1, canary_tokens=np.array([[3, 99]], np.int32), canary_logprobs=np.zeros((1, 1), np.float32))
+        )
+        await r.fetch_ends()
+        (staged,) = r.engine.loaded
+        assert staged.canaries is None
 
     play(scenario)
