@@ -46,11 +46,18 @@ def test_every_token_is_trained_once_after_the_tokens_that_come_before_it(pack, 
     assert sorted(seen) == list(range(step.targets_T.size))
 
 
+def costs(step: StepTokens) -> tuple[np.ndarray, np.ndarray]:
+    """Of each prompt, and of each completion."""
+    length_P = np.array([prompt.size for prompt in step.prompts])
+    return COST.prompts(length_P), COST.completions(length_P[step.group_N], step.lengths_N)
+
+
 def loads(step: StepTokens, rank_N: np.ndarray, num_ranks: int) -> np.ndarray:
     """Costs of all ranks, each prompt counted on every rank that forwards it."""
-    load = np.bincount(rank_N, COST.completions(step), minlength=num_ranks)
+    prompt_P, completion_N = costs(step)
+    load = np.bincount(rank_N, completion_N, minlength=num_ranks)
     for p, rank in {(p, rank) for p, rank in zip(step.group_N.tolist(), rank_N.tolist(), strict=True)}:
-        load[rank] += COST.prompts(step)[p]
+        load[rank] += prompt_P[p]
     return load
 
 
@@ -58,7 +65,8 @@ def loads(step: StepTokens, rank_N: np.ndarray, num_ranks: int) -> np.ndarray:
 def test_no_rank_has_more_than_its_share_and_one_completion_and_prompt(step, num_ranks):
     rank_N = divide(step, COST, num_ranks)
     load = loads(step, rank_N, num_ranks)
-    largest = COST.completions(step).max() + 2 * COST.prompts(step).max()
+    prompt_P, completion_N = costs(step)
+    largest = completion_N.max() + 2 * prompt_P.max()
     assert load.max() <= TOLERATED_IMBALANCE * load.mean() + largest
 
 

@@ -78,7 +78,7 @@ def poison(loss_calls: list[int], gradient_calls: list[int], witness: Witness) -
     import learner.objective as objective
     import learner.trainer as trainer
 
-    calls = 0
+    calls = witnessed = 0
     forward_backward, grpo_loss = trainer.Trainer.forward_backward, objective.grpo_loss
 
     def counted(self: trainer.Trainer, batch: Any) -> Any:
@@ -86,13 +86,20 @@ def poison(loss_calls: list[int], gradient_calls: list[int], witness: Witness) -
         calls += 1
         return forward_backward(self, batch)
 
+    def once(line: str) -> None:
+        """The loss is evaluated in several pieces."""
+        nonlocal witnessed
+        if witnessed < calls:
+            witnessed = calls
+            witness(line)
+
     def poisoned(*args: Any, **kwargs: Any) -> Any:
         result = grpo_loss(*args, **kwargs)
         if calls in loss_calls:
-            witness(f"poisoned the loss of call {calls}")
+            once(f"poisoned the loss of call {calls}")
             return result._replace(loss=result.loss * float("nan"))
-        if calls in gradient_calls:
-            witness(f"poisoned the gradient of call {calls}")
+        if calls in gradient_calls and result.loss.requires_grad:
+            once(f"poisoned the gradient of call {calls}")
             result.loss.register_hook(lambda gradient: gradient * float("inf"))
         return result
 

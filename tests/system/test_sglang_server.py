@@ -91,19 +91,21 @@ def test_two_environments_train_together_and_the_scheduler_may_die(lab: Lab) -> 
     assert any("mismatch_kl" in row for row in lab.run.rows())
 
 
-def launched() -> set[int]:
-    """The pids of every `sglang.launch_server` of this machine; tests/sglang may hold one of its own."""
-    found = psutil.process_iter(["cmdline"])  # None where a process has ended
-    return {process.pid for process in found if "sglang.launch_server" in (process.info["cmdline"] or [])}
-
-
 def refusal(lab: Lab, **changes: object) -> str:
     """What a server says that ends at once, in one error, and leaves nothing running."""
-    before = launched()
     server = sglang_server(lab, engine_start_s=120.0, **changes)
     assert server.wait_exit(START_S) == 2, server.tail()
-    assert launched() <= before
+    sessions = {int(event["pid"]) for event in server.events("engine_started")}
+    assert not [pid for pid in psutil.pids() if session_of(pid) in sessions]
     return server.text()
+
+
+def session_of(pid: int) -> int:
+    """0 where it has ended."""
+    try:
+        return os.getsid(pid)
+    except ProcessLookupError:
+        return 0
 
 
 def test_an_argument_that_sglang_does_not_know(lab: Lab) -> None:
