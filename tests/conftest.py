@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,11 @@ import pytest
 
 from tests.models import build_tiny_model
 from tests.sglang_cpu.launch import PYTHON, RunningSGLang
+
+
+def pytest_configure() -> None:
+    """Let SIGINT interrupt: a shell starts jobs in the background with it ignored, and so would all they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
