@@ -17,6 +17,7 @@ from __future__ import annotations
 import base64
 import json
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -29,14 +30,16 @@ from learner.grpo.advantages import group_advantages
 from learner.grpo.diagnostics import clip_metrics, policy_kl
 from learner.grpo.loss import TokenLoss, grpo_loss, token_weights
 from learner.model import export
+from learner.model.adapters import Adapter
 from learner.model.load import load_model, load_tokenizer, resolve_device
 from learner.model.packing import MicroBatch, StepTokens, collect, whole_sequences
 from learner.model.policy import Policy
 from learner.optimizer import load_state, make_optimizer, save_state, scheduled_rate
-from learner.reference import Reference
+from learner.reference import make_reference
 from protocol.errors import ConfigError
 from protocol.identity import tokenizer_digest
 from protocol.messages import Float32, Int32
+from protocol.weights.adapters import AdapterSpec
 from protocol.weights.manifest import TensorSpec, schema_digest
 
 STATE_FILE = "trainer.json"
@@ -96,14 +99,15 @@ class Trainer:
         self._config = config
         self._device = resolve_device(config.device)
         torch.manual_seed(config.seed)
-        source = config.model if checkpoint is None else checkpoint
+        source = config.model if checkpoint is None or config.use_peft else checkpoint
         self._model = load_model(source, dtype=config.dtype, device=self._device)
         self.tokenizer = load_tokenizer(source)
+        self.model_digest = schema_digest(export.specs_of(self._model, config.published_dtype))
+        """What the names and shapes of a server's model must hash to."""
+        self._adapter = Adapter(self._model, config) if config.use_peft else None
         self._policy = Policy(self._model, share_prefix=config.share_prefix, autocast=config.autocast == "bfloat16")
-        self._reference = (
-            Reference(config, device=self._device, share_prefix=self._policy.shares_prefix) if config.beta else None
-        )
-        self._parameters = dict(self._model.named_parameters())
+        self._reference = make_reference(config, self._policy, self._adapter)
+        self._parameters = {name: p for name, p in self._model.named_parameters() if p.requires_grad}
         self._optimizer = make_optimizer(self._parameters, config)
         self._gradient_norm: Tensor | None = None
         self.policy_version = 0
@@ -126,11 +130,6 @@ class Trainer:
     def tokenizer_digest(self) -> str:
         """What a server's tokenizer must hash to."""
         return tokenizer_digest(self.tokenizer.get_vocab())
-
-    @property
-    def model_digest(self) -> str:
-        """What the names and shapes of a server's model must hash to."""
-        return schema_digest(self.specs())
 
     @property
     def learning_rate(self) -> float:
@@ -200,9 +199,14 @@ class Trainer:
         logprobs_T = self._policy.step_logprobs(step, self._policy.pack(step, self._config.token_budget))
         return logprobs_T.float().cpu().numpy().reshape(len(tokens), -1)
 
+    @property
+    def adapter(self) -> AdapterSpec | None:
+        """What a published version is beside its tensors, where only an adapter trains and is published."""
+        return self._adapter.spec if self._adapter is not None else None
+
     def specs(self) -> list[TensorSpec]:
         """Describe the tensors of a published version."""
-        return export.specs_of(self._model, self._config.published_dtype)
+        return export.describe(self._published, self._config.published_dtype)
 
     def write_weights(self, mapped: export.WritableWeights) -> None:
         """Write the weights as they are, in the published dtype. May run beside `forward_backward`.
@@ -210,18 +214,22 @@ class Trainer:
         Raises:
             WeightsError: a tensor is not finite.
         """
-        export.write_weights(self._model, self._config.published_dtype, mapped)
+        export.write_tensors(self._published, self._config.published_dtype, mapped)
 
     @property
     def checkpoint_bytes(self) -> int:
-        """What `save` writes, about: the weights and AdamW's two moments of each."""
+        """What `save` writes, about: what trains and AdamW's two moments of each."""
         sizes: list[int] = [p.numel() * p.element_size() for p in self._parameters.values()]
         return 3 * sum(sizes)
 
     def save(self, directory: Path) -> None:
-        """Write model and tokenizer as a plain Hugging Face directory, and beside them what `checkpoint` needs."""
+        """Write a plain directory of Hugging Face (an adapter: of peft), and beside it what `checkpoint` needs."""
         directory.mkdir(parents=True, exist_ok=True)
-        export.save_pretrained(self._model, self.tokenizer, directory)
+        if self._adapter is not None:
+            self._adapter.save(directory)
+            self.tokenizer.save_pretrained(directory)
+        else:
+            export.save_pretrained(self._model, self.tokenizer, directory)
         save_state(self._optimizer, self._parameters, directory)
         state = {
             "policy_version": self.policy_version,
@@ -229,7 +237,13 @@ class Trainer:
         }
         (directory / STATE_FILE).write_text(json.dumps(state))
 
+    @property
+    def _published(self) -> Mapping[str, Tensor]:
+        return self._adapter.tensors if self._adapter is not None else export.unique_tensors(self._model)
+
     def _resume(self, checkpoint: Path) -> None:
+        if self._adapter is not None:
+            self._adapter.load(checkpoint)
         load_state(self._optimizer, self._parameters, checkpoint)
         try:
             state = json.loads((checkpoint / STATE_FILE).read_text())

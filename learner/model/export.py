@@ -6,6 +6,7 @@ so `lm_head.weight` is absent where it is the embedding; every loader ties again
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Literal, Protocol
 
@@ -41,11 +42,20 @@ def unique_tensors(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def specs_of(model: PreTrainedModel, dtype: str) -> list[TensorSpec]:
     """Describe the tensors of a published version, all in `dtype` (float32 or bfloat16)."""
-    published = SAFETENSORS_DTYPES[dtype]
-    return [TensorSpec(name, published, tuple(tensor.shape)) for name, tensor in unique_tensors(model).items()]
+    return describe(unique_tensors(model), dtype)
+
+
+def describe(tensors: Mapping[str, Tensor], dtype: str) -> list[TensorSpec]:
+    """Describe these tensors as published in `dtype`."""
+    return [TensorSpec(name, SAFETENSORS_DTYPES[dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
 
 
 def write_weights(model: PreTrainedModel, dtype: str, mapped: WritableWeights) -> None:
+    """Write all weights of the model; see `write_tensors`."""
+    write_tensors(unique_tensors(model), dtype, mapped)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], dtype: str, mapped: WritableWeights) -> None:
     """Cast every tensor straight into its place in `mapped`; no second copy of the model exists at any time.
 
     Safe beside a forward and backward pass in another thread: it only reads the parameters.
@@ -53,7 +63,7 @@ def write_weights(model: PreTrainedModel, dtype: str, mapped: WritableWeights) -
     Raises:
         WeightsError: a tensor is not finite. `mapped` is then half written and must not be published.
     """
-    for name, tensor in unique_tensors(model).items():
+    for name, tensor in tensors.items():
         # The extremes are NaN if any element is; four times cheaper than isfinite, and no temporary.
         if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
             raise WeightsError(f"tensor {name} is not finite: this version cannot be published")

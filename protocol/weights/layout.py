@@ -106,7 +106,7 @@ class MappedWeights:
 def build_manifest(
     version: Version, mapped: MappedWeights, algorithm: Algorithm, adapter: AdapterSpec | None = None
 ) -> Manifest:
-    """Hash every tensor and name the result, and say of which adapter they are. Takes 0.1 to 0.2 s per GB: not for the event loop."""
+    """Hash every tensor and name the result. Takes 0.1 to 0.2 s per GB: not for the event loop."""
     layout = mapped.layout
     return Manifest(
         version=version,

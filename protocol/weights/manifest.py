@@ -127,12 +127,14 @@ def schema_digest(specs: Iterable[TensorSpec]) -> str:
 def content_digest(manifest: Manifest) -> str:
     """Digest of what a version's tensors are: 32 hex digits of BLAKE2b over the sorted JSON of each one's fields.
 
-    Names, dtypes, shapes and the digests of the bytes count, and the algorithm of those, and what adapter they are; the
-    version does not. Equal means equal tensors, so a receiver can tell that a version brings nothing new. Different means nothing where the
-    algorithms differ.
+    Names, dtypes, shapes and the digests of the bytes count, the algorithm of those, and what adapter they are; the
+    version does not. Equal means equal tensors, so a receiver can tell that a version brings nothing new. Different
+    means nothing where the algorithms differ.
     """
     content = sorted((entry.spec.name, entry.spec.dtype, entry.spec.shape, entry.digest) for entry in manifest.tensors)
-    what = (manifest.algorithm, content) if manifest.adapter is None else (manifest.algorithm, content, manifest.adapter)
+    what = (
+        (manifest.algorithm, content) if manifest.adapter is None else (manifest.algorithm, content, manifest.adapter)
+    )
     return hashlib.blake2b(msgspec.json.encode(what), digest_size=16).hexdigest()
 
 

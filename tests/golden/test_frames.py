@@ -99,7 +99,8 @@ SAMPLES: dict[str, AnyMessage] = {
     "hello": Hello(
         session="8a1f", server="host-1", engine="scripted", room=64, vocab_size=1000, model_digest="ab" * 16,
         tokenizer_digest="cd" * 16, canaries=True, full_weights=False, max_lora_rank=16,
-        reward_functions=("exact_match", "format"), run_id="run", incarnation=2, live=V7, unacked=(ID,), in_flight=("f" * 32,),
+        reward_functions=("exact_match", "format"), run_id="run", incarnation=2, live=V7, unacked=(ID,),
+        in_flight=("f" * 32,),
     ),
     "hello_first": Hello(
         session="8a1f", server="host-1", engine="scripted", room=64, vocab_size=1000, model_digest="",
