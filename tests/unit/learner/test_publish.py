@@ -55,6 +55,8 @@ class FakeSource:
         self.writing = threading.Event()
         self.error: Exception | None = None
 
+    adapter = None
+
     def specs(self) -> list[TensorSpec]:
         return SPECS
 

@@ -25,6 +25,7 @@ def make_options(**changes: Any) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "model": Path("/models/m"), "port": 31000, "keys_file": Path("/private/keys.yaml"), "device": "cuda",
         "dtype": "bfloat16", "room": 64, "context_length": 2056, "has_amx": False, "chosen": {},
+        "max_lora_rank": 0, "lora_target_modules": ["q_proj"],
     }  # fmt: skip
     return build_options(**{**fields, **changes})
 
