@@ -57,6 +57,7 @@ def build_options(
         lora_target_modules: layers that they may change.
         chosen: the user's.
     """
+    seats = room + bool(max_lora_rank)  # canaries of an adapter must not wait until a sample of the one before ends
     options: dict[str, Any] = {
         "config": str(keys_file),
         "model-path": str(model),
@@ -65,7 +66,7 @@ def build_options(
         "device": device,
         "dtype": dtype,
         "context-length": context_length,
-        "max-running-requests": room,
+        "max-running-requests": seats,
         "skip-tokenizer-init": True,
         "grammar-backend": "none",
         "sampling-defaults": "openai",
@@ -77,7 +78,7 @@ def build_options(
             options["lora-backend"] = "torch_native"  # all others are kernels for accelerators
     if device == "cpu":
         options["sleep-on-idle"] = True  # its scheduler spins otherwise, and a CPU has other work
-        options["max-total-tokens"] = room * context_length  # what it measures to be free is half the machine
+        options["max-total-tokens"] = seats * context_length  # what it measures to be free is half the machine
         if not has_amx:
             options["attention-backend"] = "torch_native"
     return options | {key.replace("_", "-"): value for key, value in chosen.items()}
