@@ -97,7 +97,9 @@ class _TokenLogprobs(torch.autograd.Function):
                 if d_logits.dtype != part.dtype:
                     part.copy_(d_logits)
             torch.mm(logits, head, out=d_hidden[rows])
-            if d_weight is None:
+            if not ctx.needs_input_grad[1]:
+                pass  # a frozen head (an adapter trains): a quarter of the matrix products less
+            elif d_weight is None:
                 d_weight = (logits.T @ hidden[rows]).to(ctx.weight_dtype)
             elif d_weight.dtype == logits.dtype:
                 d_weight.addmm_(logits.T, hidden[rows])

@@ -62,15 +62,13 @@ class AdapterMerger:
         if wrong:
             more = f" and {len(wrong) - NAMES_SHOWN} more" if len(wrong) > NAMES_SHOWN else ""
             raise EngineFailure(f"adapter {path.name} does not fit the model: {'; '.join(wrong[:NAMES_SHOWN])}{more}")
-        merged = {name: _add(base[name], *(factors[f] for f in factor_names(name)), adapter.scale) for name in weights}
+        merged = {}
+        for name in weights:
+            a, b = (factors[factor].float() for factor in factor_names(name))
+            merged[name] = base[name].float().addmm(b, a, alpha=adapter.scale).to(base[name].dtype)
         self._changed = {name: base[name] for name in weights}
         return base | merged
 
     def forget(self) -> None:
         """Other weights than those of `merge` are live, or perhaps: the next adapter begins from the whole model."""
         self._changed = {}
-
-
-def _add(weight: Tensor, a: Tensor, b: Tensor, scale: float) -> Tensor:
-    """[out, in] in the dtype of `weight`."""
-    return weight.float().addmm(b.float(), a.float(), alpha=scale).to(weight.dtype)

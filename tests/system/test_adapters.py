@@ -8,12 +8,12 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.models import build_tiny_model
-from tests.system.harness import END_S, RUN_S, START_S, Lab
+from tests.system.harness import END_S, RUN_S, START_S, Lab, reward
 
 pytestmark = pytest.mark.system
 ADAPTER = {"use_peft": True, "lora_r": 4, "learning_rate": 0.05, "max_staleness": 0, "max_completion_length": 12}
 SERVER = {"engine": "transformers", "device": "cpu", "dtype": "float32", "max_model_length": 64,
-          "reward_funcs": ["exact_match"]}  # fmt: skip
+          "reward_funcs": [reward("parity")]}  # fmt: skip
 
 
 def test_what_is_sampled_is_what_trains_also_after_a_kill(lab: Lab) -> None:

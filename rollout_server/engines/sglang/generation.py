@@ -138,7 +138,7 @@ class Generation:
         with adapters.using(version) as name:
             return await self._ask_once(index, {"lora_path": name})
 
-    async def _ask_once(self, index: int, under: Mapping[str, str]) -> Completion | None:
+    async def _ask_once(self, index: int, under: dict[str, str]) -> Completion | None:
         """Sample one completion. None: it began after a swap in place, on a prompt that was computed before it.
 
         Args:
@@ -194,7 +194,7 @@ class Generation:
             return False
         return True
 
-    async def _compute_prompt(self, cache_key: str, under: Mapping[str, str]) -> None:
+    async def _compute_prompt(self, cache_key: str, under: dict[str, str]) -> None:
         """Have the prompt's keys and values computed once for each cache key, if that pays."""
         prompt = self._request.prompt_tokens
         if len(prompt) * (self._request.num_generations - 1) < WORTH_TOKENS:

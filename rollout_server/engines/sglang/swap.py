@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
@@ -148,7 +148,7 @@ async def check_canaries(
     return mismatch
 
 
-async def score(life: Life, canaries: Canaries, length: int, under: Mapping[str, str]) -> Float32:
+async def score(life: Life, canaries: Canaries, length: int, under: dict[str, str]) -> Float32:
     """[N, length - 1] the engine's logprobs of the canary tokens."""
     rows = [row[:length] for row in canaries.tokens]
     rids = [life.next_rid() for _ in rows]
