@@ -124,7 +124,8 @@ def test_another_version_is_refused_with_its_numbers(
     segment = tmp_path / "000001.log"
     head = struct.pack("<8sHHI", journal_segments.SEGMENT_MAGIC, format_version, protocol_version, 1)
     segment.write_bytes(head + journal_segments._head_digest(head) + segment.read_bytes()[32:])
-    text = rf"journal format {format_version} and protocol version {protocol_version}; this headway has 1 and {PROTOCOL_VERSION}"
+    read = rf"journal format {format_version} and protocol version {protocol_version}"
+    text = rf"{read}; this headway has 1 and {PROTOCOL_VERSION}"
     with pytest.raises(JournalError, match=text):
         list(read_journal(tmp_path))
     with pytest.raises(JournalError, match=text):
