@@ -141,6 +141,25 @@ def test_an_adapter_that_sglang_refuses_leaves_the_one_before(tiny_model_dir: Pa
     run(case())
 
 
+def test_an_adapter_that_could_not_be_tried_is_unloaded_and_tried_again(
+    tiny_model_dir: Path, adapter: MakeAdapter
+) -> None:
+    async def case() -> None:
+        async with child_engine(tiny_model_dir, max_lora_rank=2) as (engine, fake):
+            await engine.load_weights(adapter(V0))
+            await fake.tell(refuse={"/generate": 500})
+            with pytest.raises(EngineFailure, match=r"adapter 1\.1: .* says 500"):
+                await engine.load_weights(adapter(V1))
+            assert engine.live == V0
+            await fake.tell(refuse={})
+            told = await fake.until(lambda told: len(told["adapters"]) == 1)
+            assert told["adapters"][0].endswith(str(V0))
+            await engine.load_weights(adapter(V1))
+            assert engine.live == V1
+
+    run(case())
+
+
 @pytest.mark.parametrize("wrong", ["stale", "other"])
 def test_an_adapter_that_says_something_else_never_samples(
     tiny_model_dir: Path, adapter: MakeAdapter, wrong: str
