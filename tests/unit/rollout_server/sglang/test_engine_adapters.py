@@ -198,6 +198,24 @@ def test_what_does_not_fit_is_not_told_to_sglang(tiny_model_dir: Path, adapter: 
     run(case())
 
 
+def test_what_another_server_left_in_sglang_is_not_taken_for_ours(tiny_model_dir: Path, adapter: MakeAdapter) -> None:
+    """Versions of every run begin with 1.0, and SGLang refuses a name that it has."""
+
+    async def case() -> None:
+        port = free_port(0)
+        with running_fake(tiny_model_dir, port, max_lora_rank=2):
+            config = make_config(
+                tiny_model_dir, engine_url=f"http://127.0.0.1:{port}", engine_api_key=API_KEY,
+                engine_admin_key=ADMIN_KEY, max_lora_rank=2,
+            )  # fmt: skip
+            for _ in range(2):
+                async with SGLangEngine(config, Waits()) as engine:
+                    await engine.load_weights(adapter(V0))
+                    assert all(is_wholly(c, tiny_model_dir, adapter(V0)) for c in await engine.generate(request()))
+
+    run(case())
+
+
 @pytest.mark.parametrize(
     ("says", "rank", "match"),
     [
