@@ -26,7 +26,7 @@ install: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	@echo "installing into $(VENV) (a few minutes the first time) ..."
 	@test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
-	@$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[server-cpu,learner,optim,rewards,demo,dev]'
+	@$(VENV)/bin/python $(PIP_INSTALL) -c constraints.txt -e '.[server-cpu,learner,optim,peft,rewards,demo,dev]'
 	@touch $@
 
 sglang: $(SGLANG_STAMP)

@@ -26,6 +26,17 @@ def why_refused(hello: Hello, run: RunIdentity, reward_functions: Sequence[str])
             f"its model has another shape (vocabulary {hello.vocab_size}, weights {hello.model_digest[:12]}) than"
             f" the learner's ({run.vocab_size}, {run.model_digest[:12]}): give both the same --model"
         )
+    elif run.lora_rank > hello.max_lora_rank:
+        takes = f"of rank {hello.max_lora_rank} at most" if hello.max_lora_rank else "of no rank"
+        return "weights", (
+            f"this run publishes an adapter of rank {run.lora_rank}, and its engine takes adapters {takes}: start it"
+            f" with --max-lora-rank {run.lora_rank}"
+        )
+    elif not run.lora_rank and not hello.full_weights:
+        return "weights", (
+            "this run publishes all weights, and its engine takes adapters alone: start it without --max-lora-rank, or"
+            " the learner with --use-peft"
+        )
     elif hello.tokenizer_digest != run.tokenizer_digest:
         return "tokenizer", "its tokenizer has another vocabulary than the learner's: give both the same --model"
     if reward_functions and hello.reward_functions != tuple(reward_functions):

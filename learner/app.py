@@ -147,6 +147,8 @@ class Learner:
         prompts = open_prompts(config, trainer.tokenizer)
         eval_prompts = open_prompts(config, trainer.tokenizer, evaluation=True) if config.eval_dataset else None
         fingerprints = {"dataset": prompts.fingerprint, "tokenizer": trainer.tokenizer_digest}
+        if trainer.adapter is not None:
+            fingerprints["model"] = trainer.adapter.base_digest
         if eval_prompts is not None:
             fingerprints["eval_dataset"] = eval_prompts.fingerprint
         directory.check_fingerprints(fingerprints)
@@ -178,6 +180,7 @@ class Learner:
             model_digest=trainer.model_digest,
             tokenizer_digest=trainer.tokenizer_digest,
             stop_token_ids=stop_token_ids(trainer.tokenizer, config.stop, trainer.eos_token_ids),
+            lora_rank=trainer.adapter.r if trainer.adapter else 0,
         )
         coordinator = Coordinator(
             config=config,

@@ -51,7 +51,7 @@ def _memory(config: LearnerConfig) -> Iterator[str]:
         return
     estimate = memory_estimate(config)
     parameters, total = estimate.pop("parameters"), estimate.pop("total_bytes")
-    published = parameters * ITEM_BYTES[config.published_dtype]
+    published = (estimate["adapter_bytes"] // 4 if config.use_peft else parameters) * ITEM_BYTES[config.published_dtype]
     yield _line("parameters", f"{parameters:,}", str(model))
     for name, size in estimate.items():
         if size:

@@ -25,6 +25,8 @@ class RunIdentity:
     model_digest: str
     tokenizer_digest: str
     stop_token_ids: tuple[int, ...]
+    lora_rank: int = 0
+    """Of the adapter that is published; 0: all weights are."""
 
 
 def train_lease(

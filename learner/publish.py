@@ -22,6 +22,7 @@ from protocol.logs import event
 from protocol.messages import WeightsReady
 from protocol.versions import Version
 from protocol.waits import Waits
+from protocol.weights.adapters import AdapterSpec
 from protocol.weights.layout import MappedWeights, build_manifest
 from protocol.weights.manifest import Algorithm, Manifest, TensorSpec
 from protocol.weights.specs import Layout
@@ -40,6 +41,10 @@ class WeightsSource(Protocol):
 
     def specs(self) -> list[TensorSpec]:
         """Names, published dtypes and shapes."""
+
+    @property
+    def adapter(self) -> AdapterSpec | None:
+        """What a version is beside them, where it is an adapter."""
 
     def write_weights(self, mapped: MappedWeights) -> None:
         """Cast and copy every tensor into the mapping.
@@ -126,7 +131,9 @@ class Publisher:
         await loop.run_in_executor(self._thread, self._source.write_weights, mapped)
         snapshot_s = loop.time() - begun_s
         snapshot.set_result(None)
-        manifest = await loop.run_in_executor(self._thread, build_manifest, version, mapped, self._algorithm)
+        manifest = await loop.run_in_executor(
+            self._thread, build_manifest, version, mapped, self._algorithm, self._source.adapter
+        )
         event(
             log, "published", version=version, bytes=manifest.file_bytes, snapshot_s=snapshot_s,
             hash_s=loop.time() - begun_s - snapshot_s,

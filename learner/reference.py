@@ -2,7 +2,8 @@
 
 It exists only where beta > 0, and runs the very rows that the policy runs, without gradients. With sync_ref_model it
 follows the policy: replaced every so many steps (iterative GRPO: DeepSeekMath, arXiv 2402.03300, algorithm 1), or as a
-moving average of its weights (TR-DPO, arXiv 2404.09656). It is then part of a checkpoint.
+moving average of its weights (TR-DPO, arXiv 2404.09656). It is then part of a checkpoint. Where an adapter trains, the
+reference is the policy's own base model, and costs no memory.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from learner.config import LearnerConfig
+from learner.model.adapters import Adapter
 from learner.model.export import unique_tensors
 from learner.model.load import load_model
 from learner.model.packing import MicroBatch, StepTokens
@@ -91,3 +93,39 @@ class Reference:
     def _set(self, saved: dict[str, Tensor]) -> None:
         for name, tensor in unique_tensors(self._model).items():
             tensor.copy_(saved[name])
+
+
+class BaseReference:
+    """The policy without its adapter: never moves, and is no part of a checkpoint."""
+
+    checkpoint_bytes = 0
+
+    def __init__(self, policy: Policy, adapter: Adapter) -> None:
+        self._policy, self._adapter = policy, adapter
+
+    def logprobs(self, step: StepTokens, micro_batches: Sequence[MicroBatch]) -> Tensor:
+        """Compute reference_logprobs [T] of all tokens of the step that train."""
+        with self._adapter.disabled():
+            return self._policy.step_logprobs(step, micro_batches)
+
+    def follow(self, model: PreTrainedModel, policy_version: int) -> None:
+        """Stay."""
+
+    def save(self, directory: Path) -> None:
+        """Write nothing."""
+
+    def load(self, directory: Path) -> None:
+        """Read nothing."""
+
+
+def make_reference(config: LearnerConfig, policy: Policy, adapter: Adapter | None) -> Reference | BaseReference | None:
+    """Make the reference that the configuration needs; none where beta is 0.
+
+    Raises:
+        ConfigError: the model cannot be loaded.
+    """
+    if not config.beta:
+        return None
+    if adapter is not None:
+        return BaseReference(policy, adapter)
+    return Reference(config, device=policy.device, share_prefix=policy.shares_prefix)

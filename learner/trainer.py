@@ -21,7 +21,7 @@ import base64
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
@@ -33,6 +33,7 @@ from torch import Tensor
 from learner.batch import Batch, StepResult
 from learner.config import LearnerConfig
 from learner.model import export, flex
+from learner.model.adapters import Adapter
 from learner.model.checkpointing import checkpoint_layers
 from learner.model.load import load_model, load_tokenizer, resolve_device
 from learner.model.packing import MicroBatch, Rows, StepTokens, collect, mini_batches, whole_sequences
@@ -40,11 +41,12 @@ from learner.model.policy import ForwardedPrompt, Policy
 from learner.objective import Objective, StepTensors, UpdateRecord
 from learner.optimizer import check_library, load_state, make_optimizer, save_state, scheduled_rate
 from learner.optimizer_shards import has_shards, load_shards
-from learner.reference import Reference
+from learner.reference import make_reference
 from protocol.errors import ConfigError
 from protocol.identity import tokenizer_digest
 from protocol.logs import event
 from protocol.messages import Float32, Int32
+from protocol.weights.adapters import AdapterSpec
 from protocol.weights.manifest import TensorSpec, schema_digest
 
 log = logging.getLogger(__name__)
@@ -83,11 +85,14 @@ class Trainer:
             flex.check_device(self._device)
         self._objective = Objective(config, self._device)
         torch.manual_seed(config.seed)
-        source = config.model if checkpoint is None else checkpoint
+        source = config.model if checkpoint is None or config.use_peft else checkpoint
         self._model = load_model(source, dtype=config.dtype, device=self._device)
         if config.gradient_checkpointing:
             checkpoint_layers(self._model)
         self.tokenizer = load_tokenizer(source)
+        self.model_digest = schema_digest(export.specs_of(self._model, config.published_dtype))
+        """What the names and shapes of a server's model must hash to."""
+        self._adapter = Adapter(self._model, config) if config.use_peft else None
         self._policy = Policy(
             self._model,
             share_prefix=config.share_prefix,
@@ -95,9 +100,7 @@ class Trainer:
             fp32_head=config.cast_lm_head_to_fp32,
             flex_attention=config.attn_implementation == "flex_attention",
         )
-        self._reference = (
-            Reference(config, device=self._device, share_prefix=self._policy.shares_prefix) if config.beta else None
-        )
+        self._reference = make_reference(config, self._policy, self._adapter)
         self._parameters = self._place_parameters()
         self._optimizer = make_optimizer(self._parameters, config)
         self._gradient_norm: Tensor | None = None
@@ -127,11 +130,6 @@ class Trainer:
     def tokenizer_digest(self) -> str:
         """What a server's tokenizer must hash to."""
         return tokenizer_digest(self.tokenizer.get_vocab())
-
-    @property
-    def model_digest(self) -> str:
-        """What the names and shapes of a server's model must hash to."""
-        return schema_digest(self.specs())
 
     @property
     def learning_rate(self) -> float:
@@ -216,9 +214,14 @@ class Trainer:
         logprobs_T = self._policy.step_logprobs(step, self._policy.pack(step, self._config.token_budget))
         return logprobs_T.float().cpu().numpy().reshape(len(tokens), -1)
 
+    @property
+    def adapter(self) -> AdapterSpec | None:
+        """What a published version is beside its tensors, where only an adapter trains and is published."""
+        return self._adapter.spec if self._adapter is not None else None
+
     def specs(self) -> list[TensorSpec]:
         """Describe the tensors of a published version."""
-        return export.specs_of(self._model, self._config.published_dtype)
+        return export.describe(self._published, self._config.published_dtype)
 
     def write_weights(self, mapped: export.WritableWeights) -> None:
         """Write the weights as they are, in the published dtype. May run beside `forward_backward`.
@@ -226,18 +229,22 @@ class Trainer:
         Raises:
             WeightsError: a tensor is not finite.
         """
-        export.write_weights(self._model, self._config.published_dtype, mapped)
+        export.write_tensors(self._published, self._config.published_dtype, mapped)
 
     @property
     def checkpoint_bytes(self) -> int:
-        """What `save` writes at most: the weights, AdamW's two moments of each, and a reference that follows."""
+        """What `save` writes at most: what trains, AdamW's two moments of each, and a reference that follows."""
         sizes: list[int] = [p.numel() * p.element_size() for p in self._parameters.values()]
         return 3 * sum(sizes) + (self._reference.checkpoint_bytes if self._reference is not None else 0)
 
     def save(self, directory: Path) -> None:
-        """Write model and tokenizer as a plain Hugging Face directory, and beside them what `checkpoint` needs."""
+        """Write a plain directory of Hugging Face (an adapter: of peft), and beside it what `checkpoint` needs."""
         directory.mkdir(parents=True, exist_ok=True)
-        export.save_pretrained(self._model, self.tokenizer, directory)
+        if self._adapter is not None:
+            self._adapter.save(directory)
+            self.tokenizer.save_pretrained(directory)
+        else:
+            export.save_pretrained(self._model, self.tokenizer, directory)
         save_state(self._optimizer, self._parameters, directory)
         self._save_progress(directory)
         if self._reference is not None:
@@ -247,7 +254,7 @@ class Trainer:
 
     def _place_parameters(self) -> dict[str, torch.nn.Parameter]:
         """Return the parameters to optimize, by name."""
-        return dict(self._model.named_parameters())
+        return {name: p for name, p in self._model.named_parameters() if p.requires_grad}
 
     def _pack(self, step: StepTokens) -> list[MicroBatch]:
         """Lay out what is to be forwarded here."""
@@ -284,7 +291,13 @@ class Trainer:
             state["beta"] = self._objective.beta
         (directory / STATE_FILE).write_text(json.dumps(state))
 
+    @property
+    def _published(self) -> Mapping[str, Tensor]:
+        return self._adapter.tensors if self._adapter is not None else export.unique_tensors(self._model)
+
     def _resume(self, checkpoint: Path) -> None:
+        if self._adapter is not None:
+            self._adapter.load(checkpoint)
         self._load_optimizer(checkpoint)
         try:
             state = json.loads((checkpoint / STATE_FILE).read_text())

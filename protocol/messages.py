@@ -82,6 +82,10 @@ class Hello(Message, frozen=True, kw_only=True):
     """Digest of the vocabulary (`tokenizer_digest`); empty for an engine without one."""
     canaries: bool = False
     """Whether its engine checks new weights against canaries: WeightsReady then brings them."""
+    full_weights: bool = True
+    """Whether its engine takes versions that are all weights of the model."""
+    max_lora_rank: int = 0
+    """Rank of the adapters that its engine takes, at most; 0: it takes none."""
     reward_functions: tuple[str, ...]
     run_id: str = ""
     """The run this server worked for before this connection; empty at its first Hello."""
@@ -110,7 +114,7 @@ class Refused(Message, frozen=True, kw_only=True):
     """Answer to Hello: the server does not fit this run. Final until someone changes a configuration."""
 
     code: str
-    """protocol_version, model, tokenizer, reward_functions, incarnation, name_in_use or hello_required."""
+    """protocol_version, model, weights, tokenizer, reward_functions, incarnation, name_in_use or hello_required."""
     reason: str
 
 

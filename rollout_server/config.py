@@ -29,8 +29,14 @@ SGLANG_OWN = {
     "tokenizer-worker-num": "is always 1: pausing is not safe with more",
     "custom-weight-loader": "is nobody's to set: weights are loaded from files and checked",
     "weight-version": "is set with every version that the learner sends",
+    "enable-lora": "is --max-lora-rank here",
+    "max-lora-rank": "is --max-lora-rank here",
+    "lora-target-modules": "is --lora-target-modules here",
+    "lora-paths": "is nobody's to set: the learner sends the adapter",
 }
 """Arguments of sglang.launch_server that the engine sets itself, and why nobody else may."""
+LORA_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+DATA_PARALLEL = ("dp-size", "data-parallel-size", "dp")
 SGLANG_NUMBERS = {
     "port": (range(65536), "from 0 to 65535 (0, or no port: a free one is found)"),
     "nnodes": (range(1, 1 << 16), "from 1 (1, or none given: SGLang runs on this host alone)"),
@@ -122,6 +128,11 @@ class ServerConfig(Section):
     """When SGLang stands still with work to do, it is asked for one token; without it in so long, it is restarted."""
     engine_log: Path | None = None
     """What SGLang prints; default a file in a private temporary directory, which is kept when SGLang fails."""
+    max_lora_rank: int = Field(0, ge=0, le=1 << 16)
+    """Serve LoRA adapters of up to this rank with SGLang (the learner's use_peft): each version is loaded beside those
+    that samples under way still use, without a pause. 0: it takes all weights. Engine transformers takes both."""
+    lora_target_modules: list[str] = Field(default_factory=lambda: list(LORA_TARGET_MODULES), min_length=1)
+    """Layers that adapters may change in SGLang; those of dense Llama and Qwen models."""
     sglang: dict[str, Any] = Field(default_factory=dict)
     """Arguments of sglang.launch_server: --sglang.tp-size 2 is its --tp-size 2, --sglang.enable-metrics a bare flag."""
     scripted: ScriptedOptions = ScriptedOptions()
@@ -141,6 +152,7 @@ class ServerConfig(Section):
         for key, value in self.sglang.items():
             _check_sglang_key(key)
             _check_sglang_number(key, value)
+        self._check_adapters()
         if not self.engine_url:
             return self
         if self.engine not in ("auto", "sglang"):
@@ -157,6 +169,21 @@ class ServerConfig(Section):
             )
         _check_engine_url(self.engine_url, self.insecure_plaintext)
         return self
+
+    def _check_adapters(self) -> None:
+        if not self.max_lora_rank:
+            return
+        if self.engine not in ("auto", "sglang"):
+            raise ValueError(
+                f"max_lora_rank {self.max_lora_rank} is for engine sglang, and engine is {self.engine}, which takes"
+                " adapters of any rank: leave it out"
+            )
+        for key, value in self.sglang.items():
+            if key.replace("_", "-") in DATA_PARALLEL and value != 1:
+                raise ValueError(
+                    f"sglang.{key} {value} with max_lora_rank {self.max_lora_rank}: SGLang loads adapters while it runs"
+                    " only without data parallelism; start several servers instead, one for each replica"
+                )
 
     @property
     def server_name(self) -> str:

@@ -186,6 +186,8 @@ def make_hello(parts: Parts) -> Hello:
         model_digest=info.model_digest,
         tokenizer_digest=info.tokenizer_digest,
         canaries=info.canaries,
+        full_weights=info.full_weights,
+        max_lora_rank=info.max_lora_rank,
         reward_functions=parts.scorer.names,
         run_id=parts.welcome.run_id,
         incarnation=parts.welcome.incarnation,

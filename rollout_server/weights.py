@@ -193,7 +193,7 @@ class WeightsReceiver:
         assert self._staged is not None
         staged = StagedWeights(
             version=wanted.version, path=self._staged.path, digest=self._content, canaries=wanted.canaries,
-            checksums=turn.checksums,
+            checksums=turn.checksums, adapter=wanted.manifest.adapter,
         )  # fmt: skip
         await self._load(staged, fetched)
 

@@ -27,7 +27,8 @@ class ModelOptions(Section):
     autocast: Literal["none", "bfloat16"] = "none"
     """Arithmetic of the forward and backward pass."""
     publish_dtype: Literal["auto", "float32", "bfloat16"] = "auto"
-    """Dtype of the weights the servers get. auto: bfloat16 when dtype or autocast is, else float32."""
+    """Dtype of the weights the servers get. auto: bfloat16 when dtype or autocast is, else float32; an adapter's is
+    float32."""
     device: str = "auto"
     """auto is cuda where there is one, else cpu."""
     share_prefix: bool = True
@@ -40,6 +41,36 @@ class ModelOptions(Section):
     recompute runs it again in the backward pass: for any loss. auto: fused where it can be."""
     cast_lm_head_to_fp32: bool = False
     """Run the output head in float32 whatever dtype and autocast are, in policy and reference (ScaleRL)."""
+
+
+class AdapterOptions(Section):
+    """A LoRA adapter in place of all weights (arXiv 2106.09685)."""
+
+    use_peft: bool = False
+    """Train a LoRA adapter (float32) on the frozen model, and publish nothing else. Needs the package peft."""
+    lora_r: int = Field(16, ge=1, le=1 << 16)
+    """Rank."""
+    lora_alpha: int = Field(32, ge=1, le=1 << 20)
+    """The adapter counts lora_alpha / lora_r."""
+    lora_target_modules: list[str] = Field(default_factory=list)
+    """Names of the linear layers that get one, such as q_proj; empty is all of them but the output head."""
+    publish: Literal["auto", "full", "adapter"] = "auto"
+    """What servers are sent: all weights of the model, or the adapter. auto is what trains."""
+
+    @model_validator(mode="after")
+    def _check_adapter(self) -> AdapterOptions:
+        if self.use_peft:
+            if self.publish == "full":
+                raise ValueError(
+                    "publish full with use_peft: servers have the base model, and only the adapter is sent to them:"
+                    " publish adapter (or auto), or train all weights, without use_peft"
+                )
+            return self
+        given = sorted(name for name in self.model_fields_set if name.startswith("lora_"))
+        if given or self.publish == "adapter":
+            what = f"{given[0]} {getattr(self, given[0])!r}" if given else "publish adapter"
+            raise ValueError(f"{what} without use_peft: there is no adapter; add use_peft, or leave it out")
+        return self
 
 
 class DataOptions(Section):
@@ -203,7 +234,7 @@ class RankOptions(Section):
 
 
 class LearnerConfig(
-    ModelOptions, DataOptions, GenerationOptions, AlgorithmOptions, AsynchronyOptions, OptimizerOptions,
+    ModelOptions, AdapterOptions, DataOptions, GenerationOptions, AlgorithmOptions, AsynchronyOptions, OptimizerOptions,
     EvaluationOptions, RunOptions, NetworkOptions, RankOptions,
 ):  # fmt: skip
     """Train a language model with GRPO on groups that rollout servers stream in."""
@@ -217,6 +248,11 @@ class LearnerConfig(
             )
         if self.liveness_s < 2 * self.heartbeat_s:
             raise ValueError(f"liveness_s {self.liveness_s} must be at least twice heartbeat_s {self.heartbeat_s}")
+        if self.use_peft and self.sync_ref_model:
+            raise ValueError(
+                "sync_ref_model with use_peft: the reference is the base model under the adapter, which does not move;"
+                " leave sync_ref_model out, or train all weights, without use_peft"
+            )
         if self.num_mini_batches > self.prompts_per_step:
             raise ValueError(
                 f"num_mini_batches {self.num_mini_batches} of prompts_per_step {self.prompts_per_step} groups: a"
@@ -252,6 +288,8 @@ class LearnerConfig(
         """publish_dtype, resolved."""
         if self.publish_dtype != "auto":
             return self.publish_dtype
+        if self.use_peft:
+            return "float32"
         return "bfloat16" if "bfloat16" in (self.dtype, self.autocast) else "float32"
 
     @property

@@ -53,11 +53,20 @@ def _is_persistent(module: torch.nn.Module, name: str) -> bool:
 
 def specs_of(model: PreTrainedModel, dtype: str) -> list[TensorSpec]:
     """Describe the tensors of a published version, all in `dtype` (float32 or bfloat16)."""
-    published = SAFETENSORS_DTYPES[dtype]
-    return [TensorSpec(name, published, tuple(tensor.shape)) for name, tensor in unique_tensors(model).items()]
+    return describe(unique_tensors(model), dtype)
+
+
+def describe(tensors: Mapping[str, Tensor], dtype: str) -> list[TensorSpec]:
+    """Describe these tensors as published in `dtype`; of shards the shapes are those of the whole."""
+    return [TensorSpec(name, SAFETENSORS_DTYPES[dtype], tuple(tensor.shape)) for name, tensor in tensors.items()]
 
 
 def write_weights(model: PreTrainedModel, dtype: str, mapped: WritableWeights) -> None:
+    """Write all weights of the model; see `write_tensors`."""
+    write_tensors(unique_tensors(model), dtype, mapped)
+
+
+def write_tensors(tensors: Mapping[str, Tensor], dtype: str, mapped: WritableWeights) -> None:
     """Cast every tensor straight into its place in `mapped`; no second copy of the model exists at any time.
 
     Safe beside a forward and backward pass in another thread: it only reads the parameters.
@@ -65,7 +74,7 @@ def write_weights(model: PreTrainedModel, dtype: str, mapped: WritableWeights) -
     Raises:
         WeightsError: a tensor is not finite. `mapped` is then half written and must not be published.
     """
-    for name, tensor in unique_tensors(model).items():
+    for name, tensor in tensors.items():
         # The extremes are NaN if any element is; four times cheaper than isfinite, and no temporary.
         if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
             raise WeightsError(f"tensor {name} is not finite: this version cannot be published")
@@ -96,7 +105,7 @@ def save_gathered(
     """
     parameters = dict(model.named_parameters())
     buffers = [(name, tensor) for name, tensor in unique_tensors(model).items() if name not in parameters]
-    write_tensors(directory / "model.safetensors", specs_of(model, dtype), itertools.chain(buffers, tensors))
+    write_file(directory / "model.safetensors", specs_of(model, dtype), itertools.chain(buffers, tensors))
     model.config.dtype = DTYPES[dtype]
     model.config.save_pretrained(directory)
     if model.generation_config is not None:
@@ -104,12 +113,7 @@ def save_gathered(
     tokenizer.save_pretrained(directory)
 
 
-def specs_of_parameters(parameters: Mapping[str, Tensor], dtype: str) -> list[TensorSpec]:
-    """Describe tensors that are not all here: shards, of which the shapes are those of the whole."""
-    return [TensorSpec(name, SAFETENSORS_DTYPES[dtype], tuple(tensor.shape)) for name, tensor in parameters.items()]
-
-
-def write_tensors(path: Path, specs: list[TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> None:
+def write_file(path: Path, specs: list[TensorSpec], tensors: Iterable[tuple[str, Tensor]]) -> None:
     """Write a safetensors file of float32 or bfloat16 tensors that come one by one."""
     dtypes = {published: dtype for dtype, published in SAFETENSORS_DTYPES.items()}
     with MappedWeights.create(path, Layout(specs)) as mapped:

@@ -69,7 +69,7 @@ class _FusedTokenLoss(torch.autograd.Function):
         with without_autocast(hidden):
             head = weight.to(hidden.dtype)
             statistics = Statistics(hidden, targets, inverse_temperature)
-            gradients = HeadGradients(hidden, weight, head, bias)
+            gradients = HeadGradients(hidden, weight, head, bias, frozen=not ctx.needs_input_grad[1])
             loss = statistics.logprobs.new_zeros(())
             for rows, logits in chunks(hidden, head, bias):
                 statistics.add(rows, logits)

@@ -71,6 +71,16 @@ def load_tokenizer(model: str | Path) -> PreTrainedTokenizerBase:
         ) from error
 
 
+def directory_of(model: str | Path) -> Path:
+    """Find the directory of a model that has been loaded; of a hub name that is in the hub's cache."""
+    source = _find(model)
+    if isinstance(source, Path):
+        return source
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(source, allow_patterns=["*.safetensors", "config.json"], local_files_only=True))
+
+
 def head_of(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Return weight [V, H] and bias [V] (or None) of the output head."""
     head = model.get_output_embeddings()

@@ -79,7 +79,7 @@ class _TokenLogprobs(torch.autograd.Function):
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, *grad_outputs: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, head, bias = ctx.saved_tensors
-        gradients = HeadGradients(hidden, weight, head, bias)
+        gradients = HeadGradients(hidden, weight, head, bias, frozen=not ctx.needs_input_grad[1])
         for rows, logits in chunks(hidden, head, bias):
             logprobs, entropy = (None if grad is None else grad[rows, None] for grad in grad_outputs)
             ctx.statistics.differentiate_(rows, logits, logprobs, entropy)
@@ -141,10 +141,18 @@ class Statistics:
 
 
 class HeadGradients:
-    """Gradients of the head's inputs, gathered chunk by chunk. `head` is the weight [V, H] in the dtype of hidden."""
+    """Gradients of the head's inputs, gathered chunk by chunk.
 
-    def __init__(self, hidden: Tensor, weight: Tensor, head: Tensor, bias: Tensor | None) -> None:
-        self._hidden, self._head = hidden, head
+    Args:
+        hidden: [T, H].
+        weight: [V, H].
+        head: the weight in the dtype of hidden.
+        bias: [V] or None.
+        frozen: the weight does not train (an adapter does): a matrix product less.
+    """
+
+    def __init__(self, hidden: Tensor, weight: Tensor, head: Tensor, bias: Tensor | None, *, frozen: bool) -> None:
+        self._hidden, self._head, self._frozen = hidden, head, frozen
         self._dtype = weight.dtype
         self._d_hidden = torch.empty_like(hidden)
         self._d_weight: Tensor | None = None
@@ -153,7 +161,9 @@ class HeadGradients:
     def add(self, rows: slice, d_logits: Tensor) -> None:
         """Take in the gradients [rows, V] with respect to the logits of some tokens."""
         torch.mm(d_logits, self._head, out=self._d_hidden[rows])
-        if self._d_weight is None:
+        if self._frozen:
+            pass
+        elif self._d_weight is None:
             self._d_weight = d_logits.T @ self._hidden[rows]
             # Sums of many chunks are kept in the wider of both dtypes.
             self._d_weight = self._d_weight.to(torch.promote_types(self._dtype, d_logits.dtype))
@@ -165,7 +175,7 @@ class HeadGradients:
             self._d_bias += d_logits.sum(0)
 
     def result(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Hand over the gradients of hidden, weight (None without tokens) and bias."""
+        """Hand over the gradients of hidden, weight (None where frozen, or without tokens) and bias."""
         d_weight = None if self._d_weight is None else self._d_weight.to(self._dtype)
         self._d_weight = None  # autograd copies a gradient that somebody else still holds
         return self._d_hidden, d_weight, self._d_bias

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,8 @@ TENSORS_PER_LAYER = 12
 def memory_estimate(config: LearnerConfig) -> dict[str, int]:
     """Estimate the learner's memory in bytes, by what it is for; `total_bytes` is their sum.
 
-    Weights, gradients and optimizer are exact for a model on disk; activations are a rule of thumb for one micro-batch
+    Weights, gradients and optimizer are exact for a model on disk (an adapter's, where its layers are matrices of a
+    transformer's layers); activations are a rule of thumb for one micro-batch
     of `token_budget` tokens.
 
     Raises:
@@ -37,12 +39,18 @@ def memory_estimate(config: LearnerConfig) -> dict[str, int]:
     layers, hidden = settings["num_hidden_layers"], settings["hidden_size"]
     width = TENSORS_PER_LAYER * hidden + 4 * settings["intermediate_size"]  # what one layer keeps of a token
     kept = layers * hidden + width if config.gradient_checkpointing else layers * width
+    trained, trained_item = parameters, master
+    adapter = 0
+    if config.use_peft:
+        trained, trained_item = _count_parameters(directory, lambda *weight: _adapter_size(config, *weight)), 4
+        adapter = trained * trained_item
     estimate = {
         "parameters": parameters,
         "weights_bytes": parameters * master,
-        "gradients_bytes": parameters * master,
-        "optimizer_bytes": 2 * parameters * STATE_BYTES.get(config.optim, master),
-        "reference_bytes": parameters * master if config.beta else 0,
+        "adapter_bytes": adapter,
+        "gradients_bytes": trained * trained_item,
+        "optimizer_bytes": 2 * trained * STATE_BYTES.get(config.optim, trained_item),
+        "reference_bytes": parameters * master if config.beta and not config.use_peft else 0,
         "autocast_bytes": parameters * 2 if config.autocast == "bfloat16" else 0,
         "activations_bytes": config.token_budget * kept * compute,
         "logits_bytes": max(CHUNK_BYTES, MIN_CHUNK_TOKENS * settings["vocab_size"] * compute),
@@ -63,22 +71,31 @@ def _read_config(directory: Path) -> dict[str, Any]:
     return settings
 
 
-def _count_parameters(directory: Path) -> int:
-    """Sum the shapes in the headers of all safetensors files; the tensors themselves are not read."""
+def _adapter_size(config: LearnerConfig, name: str, shape: list[int]) -> int:
+    """Numbers in A and B of a weight: all layers but the embedding and the head have them, or those that are named."""
+    layer = name.split(".")[-2] if "." in name else ""
+    wanted = layer in config.lora_target_modules if config.lora_target_modules else ".layers." in name
+    return config.lora_r * sum(shape) if wanted and len(shape) == 2 else 0
+
+
+def _count_parameters(
+    directory: Path, size: Callable[[str, list[int]], int] = lambda name, shape: math.prod(shape)
+) -> int:
+    """Sum the sizes of the tensors in the headers of all safetensors files; the tensors themselves are not read."""
     files = sorted(directory.glob("*.safetensors"))
     files = [file for file in files if file.name not in ("optimizer.safetensors", "reference.safetensors")]
     if not files:
         raise ConfigError(f"model {str(directory)!r} has no *.safetensors file")
-    return sum(_count_in_header(file) for file in files)
+    return sum(_count_in_header(file, size) for file in files)
 
 
-def _count_in_header(path: Path) -> int:
+def _count_in_header(path: Path, size: Callable[[str, list[int]], int]) -> int:
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             if length > path.stat().st_size:
                 raise ValueError(f"its header claims {length} bytes")
             header = json.loads(file.read(length))
-            return sum(math.prod(entry["shape"]) for name, entry in header.items() if name != "__metadata__")
+            return sum(size(name, entry["shape"]) for name, entry in header.items() if name != "__metadata__")
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise ConfigError(f"{path} is not a safetensors file: {error}") from error

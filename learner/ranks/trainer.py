@@ -62,7 +62,7 @@ class RankTrainer(Trainer):
         self._cost = token_cost(self._model)
         autocast = self._config.autocast == "bfloat16"
         self._sharded = ShardedModel(self._policy, self._world.mesh(), autocast=autocast)
-        if self._reference is not None:
+        if isinstance(self._reference, Reference):
             self._reference = RankReference(self._reference, self._world, self._sharded.parameters, autocast=autocast)
         return self._sharded.parameters
 
@@ -143,10 +143,10 @@ class RankReference(Reference):
         """Write the weights, parameter by parameter (rank 0)."""
         if not self._config.sync_ref_model:
             return
-        specs = export.specs_of_parameters(self._sharded.parameters, self._config.dtype)
+        specs = export.describe(self._sharded.parameters, self._config.dtype)
         tensors = ((name, whole(parameter.detach())) for name, parameter in self._sharded.parameters.items())
         if self._world.place.leads:
-            export.write_tensors(directory / REFERENCE_FILE, specs, tensors)
+            export.write_file(directory / REFERENCE_FILE, specs, tensors)
         else:
             for _ in tensors:
                 pass

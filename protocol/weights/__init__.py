@@ -1,6 +1,8 @@
 """New weights on their way to the servers: what a version is, how its file is laid out, how its bytes travel.
 
     specs.py      tensors and the safetensors layout, as arithmetic
+    adapters.py   versions that are an addition to a base model
+    base_model.py whether two sides have the same one
     manifest.py   names, places and digests of a version
     layout.py     that layout mapped into memory
     staging.py    where such files live, and who owns them

@@ -17,6 +17,7 @@ from typing import Self
 
 from protocol.errors import WeightsError
 from protocol.versions import Version
+from protocol.weights.adapters import AdapterSpec
 from protocol.weights.manifest import Algorithm, Manifest, TensorEntry, digest
 from protocol.weights.specs import MAX_HEADER_BYTES, Layout
 from protocol.weights.staging import create_staging_file
@@ -102,7 +103,9 @@ class MappedWeights:
         self.close()
 
 
-def build_manifest(version: Version, mapped: MappedWeights, algorithm: Algorithm) -> Manifest:
+def build_manifest(
+    version: Version, mapped: MappedWeights, algorithm: Algorithm, adapter: AdapterSpec | None = None
+) -> Manifest:
     """Hash every tensor and name the result. Takes 0.1 to 0.2 s per GB: not for the event loop."""
     layout = mapped.layout
     return Manifest(
@@ -113,6 +116,7 @@ def build_manifest(version: Version, mapped: MappedWeights, algorithm: Algorithm
             for spec in layout.specs
         ),
         file_bytes=layout.file_bytes,
+        adapter=adapter,
     )
 
 

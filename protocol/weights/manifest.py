@@ -17,6 +17,7 @@ import xxhash
 
 from protocol.errors import MalformedMessage
 from protocol.versions import Version
+from protocol.weights.adapters import AdapterSpec, changed_weights
 from protocol.weights.specs import Dtype, Layout, Size, TensorSpec
 
 __all__ = [
@@ -53,7 +54,7 @@ class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Lower-case hex."""
 
 
-class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
     """Everything a receiver needs to know about a version before it asks for the first byte.
 
     Example:
@@ -71,6 +72,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     tensors: tuple[TensorEntry, ...]
     """In file order."""
     file_bytes: Size
+    adapter: AdapterSpec | None = None
+    """What the tensors are, where they are not the whole model."""
 
     @property
     def layout(self) -> Layout:
@@ -86,7 +89,8 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
         """Decode and check everything a manifest can lie about.
 
         Raises:
-            MalformedMessage: not a manifest, or its offsets and sizes are not those of its tensors' layout.
+            MalformedMessage: not a manifest, its offsets and sizes are not those of its tensors' layout, or its tensors
+                are not those of the adapter that it says it is.
         """
         if len(data) > MAX_MANIFEST_BYTES:
             raise MalformedMessage(f"manifest of {len(data)} bytes: at most {MAX_MANIFEST_BYTES}")
@@ -123,12 +127,15 @@ def schema_digest(specs: Iterable[TensorSpec]) -> str:
 def content_digest(manifest: Manifest) -> str:
     """Digest of what a version's tensors are: 32 hex digits of BLAKE2b over the sorted JSON of each one's fields.
 
-    Names, dtypes, shapes and the digests of the bytes count, and the algorithm of those; the version does not. Equal
-    means equal tensors, so a receiver can tell that a version brings nothing new. Different means nothing where the
-    algorithms differ.
+    Names, dtypes, shapes and the digests of the bytes count, the algorithm of those, and what adapter they are; the
+    version does not. Equal means equal tensors, so a receiver can tell that a version brings nothing new. Different
+    means nothing where the algorithms differ.
     """
     content = sorted((entry.spec.name, entry.spec.dtype, entry.spec.shape, entry.digest) for entry in manifest.tensors)
-    return hashlib.blake2b(msgspec.json.encode((manifest.algorithm, content)), digest_size=16).hexdigest()
+    what = (
+        (manifest.algorithm, content) if manifest.adapter is None else (manifest.algorithm, content, manifest.adapter)
+    )
+    return hashlib.blake2b(msgspec.json.encode(what), digest_size=16).hexdigest()
 
 
 def _check(manifest: Manifest) -> None:
@@ -151,3 +158,5 @@ def _check(manifest: Manifest) -> None:
             raise ValueError(f"tensor {spec.name}: its digest is not {hex_digits} hex digits")
         if not entry.nbytes and entry.digest != digest(manifest.algorithm, b""):
             raise ValueError(f"tensor {spec.name} has no bytes, but its digest is of some")
+    if manifest.adapter is not None:
+        changed_weights(layout.specs, manifest.adapter.r)

@@ -18,6 +18,7 @@ from protocol.completions import Completion
 from protocol.messages import FinishReason, Float32, Int32, Sampling
 from protocol.signals import Signal
 from protocol.versions import Version
+from protocol.weights.adapters import AdapterSpec
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +48,10 @@ class EngineInfo:
     """Whether the request's seed alone decides what is sampled."""
     canaries: bool = False
     """Whether `load_weights` checks new weights against canaries."""
+    full_weights: bool = True
+    """Whether `load_weights` takes all weights of the model."""
+    max_lora_rank: int = 0
+    """Rank of the adapters that it takes, at most; 0: none."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,12 +86,16 @@ class Canaries:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StagedWeights:
-    """A complete, verified version on local disk or tmpfs: a safetensors file in the manifest's layout."""
+    """A complete, verified version on local disk or tmpfs: a safetensors file in the manifest's layout.
+
+    All weights of the model, or an adapter to those that the engine was entered with.
+    """
 
     version: Version
     path: Path
     digest: str = ""
     """Of the content: equal for equal tensors, whatever the version (manifest.content_digest)."""
+    adapter: AdapterSpec | None = None
     canaries: Canaries | None = None
     checksums: tuple[str, ...] = ()
     """What other engines hold of this version (`LoadReport.checksum`)."""
@@ -158,12 +167,14 @@ class Engine(Protocol):
     async def load_weights(self, weights: StagedWeights) -> LoadReport:
         """Swap `weights` in without ending any request, and check them where the engine can.
 
-        On return every later token is of `weights.version`, and `live` says so. On failure either the old version
-        still serves, whole, or none is live (and `lost` is notified): never a part of one. While an engine restarts
-        this waits for it.
+        On return every later token is of `weights.version`, and `live` says so; an engine that keeps several adapters
+        samples what it has begun to its end with the one it has, and says so in its spans. On failure either the old
+        version still serves, whole, or none is live (and `lost` is notified): never a part of one. While an engine
+        restarts this waits for it.
 
         Raises:
             EngineFailure: names, shapes or dtypes do not fit, the file cannot be read, or a check failed.
+            ConfigError: it is an adapter to another base model: the server ends.
         """
 
     async def __aenter__(self) -> Self:

@@ -71,8 +71,8 @@ def read_weights(path: Path, model: dict[str, Tensor]) -> dict[str, Tensor]:
 
 def copy_weights(staged: dict[str, Tensor], model: dict[str, Tensor]) -> None:
     """Copy checked tensors into the live ones, cast to their dtype. Tied names follow, sharing the storage."""
-    for name, tensor in model.items():
-        tensor.copy_(staged[name])
+    for name, tensor in staged.items():
+        model[name].copy_(tensor)
 
 
 def _fits(staged: Tensor, live: Tensor) -> bool:

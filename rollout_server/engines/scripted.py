@@ -20,6 +20,7 @@ from protocol.identity import sample_seed
 from protocol.messages import FinishReason, Int32
 from protocol.signals import Signal
 from protocol.versions import Version
+from protocol.weights.adapters import MAX_RANK
 from rollout_server.config import ScriptedOptions
 from rollout_server.engines.base import (
     EngineFailure,
@@ -54,8 +55,9 @@ class ScriptedEngine:
     def __init__(self, options: ScriptedOptions, room: int) -> None:
         self._options = options
         self._info = EngineInfo(
-            engine="scripted", room=room, vocab_size=options.vocab_size, model_digest="", tokenizer_digest=""
-        )
+            engine="scripted", room=room, vocab_size=options.vocab_size, model_digest="", tokenizer_digest="",
+            max_lora_rank=MAX_RANK,
+        )  # fmt: skip
         self._lost = Signal()
         self._requests = self._loads = 0
         self._timer: asyncio.TimerHandle | None = None

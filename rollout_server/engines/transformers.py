@@ -30,6 +30,7 @@ from protocol.errors import ConfigError
 from protocol.identity import tokenizer_digest
 from protocol.signals import Signal
 from protocol.versions import Version
+from protocol.weights.adapters import MAX_RANK
 from rollout_server.engines.base import (
     EngineFailure,
     EngineInfo,
@@ -40,6 +41,7 @@ from rollout_server.engines.base import (
 )
 from rollout_server.engines.decode import Decoder
 from rollout_server.engines.live_weights import digest_of, read_weights, unique_tensors
+from rollout_server.engines.merging import AdapterMerger
 from rollout_server.engines.rows import Job
 from rollout_server.engines.text import first_line, load_tokenizer
 
@@ -143,8 +145,13 @@ class TransformersEngine:
         Raises:
             EngineFailure: the file cannot be read or does not fit, and the old version still serves; or the copy
                 failed, and none does.
+            ConfigError: it is an adapter to another base model.
         """
-        staged = await asyncio.to_thread(read_weights, weights.path, self._tensors)
+        if weights.adapter is not None:
+            staged = await asyncio.to_thread(self._merger.merge, weights.path, weights.adapter)
+        else:
+            staged = await asyncio.to_thread(read_weights, weights.path, self._tensors)
+            self._merger.forget()
         answer: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         reply = _replying(answer)
 
@@ -159,6 +166,7 @@ class TransformersEngine:
         try:
             return LoadReport(pause_s=await answer)
         except EngineFailure:
+            self._merger.forget()
             if self.live is None:
                 self._lost.notify()
             raise
@@ -223,6 +231,10 @@ class TransformersEngine:
             torch.set_num_threads(1)  # two processes' threads on the same cores were seen 50x slower than one each
         self._max_length = min(self._max_length, _longest_sequence(model.config) or self._max_length)
         self._tensors = unique_tensors(model)
+        served: Dtype = "bfloat16" if model.dtype == torch.bfloat16 else "float32"
+        self._merger = AdapterMerger(
+            self._path, lambda: unique_tensors(load_model(self._path, dtype=served, device="cpu"))
+        )
         self._decoder = Decoder(model, room=self._room, max_length=self._max_length)
         self._info = EngineInfo(
             engine="transformers",
@@ -230,6 +242,7 @@ class TransformersEngine:
             vocab_size=model.get_input_embeddings().weight.shape[0],
             model_digest=digest_of(self._tensors),
             tokenizer_digest=tokenizer_digest(load_tokenizer(self._path).get_vocab()),
+            max_lora_rank=MAX_RANK,
         )
 
     def _serve(self, decoder: Decoder) -> None:

@@ -102,15 +102,16 @@ async def child_engine(model: Path, **changes: Any) -> AsyncIterator[tuple[SGLan
 
 @contextlib.contextmanager
 def running_fake(
-    model: Path, port: int, *, api_key: str = API_KEY, admin_key: str = ADMIN_KEY, **faults: Any
+    model: Path, port: int, *, api_key: str = API_KEY, admin_key: str = ADMIN_KEY, max_lora_rank: int = 0, **faults: Any
 ) -> Iterator[subprocess.Popen[bytes]]:
     """A fake that somebody else runs."""
     flags = {
         "model-path": model, "host": "127.0.0.1", "port": port, "dtype": "float32", "device": "cpu",
         "context-length": 256, "max-running-requests": ROOM, "max-total-tokens": 4096, "api-key": api_key,
-        "admin-api-key": admin_key,
+        "admin-api-key": admin_key, "max-lora-rank": max_lora_rank,
     }  # fmt: skip
     words = [word for name, value in flags.items() if value for word in (f"--{name}", str(value))]
+    words += ["--enable-lora"] * bool(max_lora_rank)
     environment = {**os.environ, "PYTHONPATH": str(PATH), "FAKE_SGLANG": json.dumps(faults)}
     command = [sys.executable, "-m", "sglang.launch_server", *words]
     with subprocess.Popen(command, env=environment, stdout=subprocess.DEVNULL) as process:

@@ -19,6 +19,7 @@ from typing import Any, Self
 
 import psutil
 
+from rollout_server.config import LORA_TARGET_MODULES
 from rollout_server.engines.sglang.child import kill_group, log_tail
 from rollout_server.engines.sglang.command import build_options, child_environment, keys_yaml, to_flags
 from rollout_server.engines.sglang.host import free_port
@@ -46,7 +47,9 @@ class RunningSGLang:
         return self.process.pid
 
     @classmethod
-    def start(cls, model: Path, *, room: int = 16, max_model_length: int = 512, **chosen: Any) -> Self:
+    def start(
+        cls, model: Path, *, room: int = 16, max_model_length: int = 512, max_lora_rank: int = 0, **chosen: Any
+    ) -> Self:
         """Start it and wait until it answers; `chosen` are SGLang's own arguments."""
         directory = Path(tempfile.mkdtemp(prefix="headway-test-"))
         api_key, admin_key = secrets.token_hex(8), secrets.token_hex(8)
@@ -54,7 +57,8 @@ class RunningSGLang:
         port = free_port(0)
         options = build_options(
             model=model, port=port, keys_file=directory / "keys.yaml", device="cpu", dtype="float32", room=room,
-            context_length=max_model_length, has_amx=False, chosen=chosen,
+            context_length=max_model_length, has_amx=False, max_lora_rank=max_lora_rank,
+            lora_target_modules=LORA_TARGET_MODULES, chosen=chosen,
         )  # fmt: skip
         log_file = directory / "sglang.log"
         with log_file.open("wb") as log:

@@ -4,6 +4,7 @@ engine.py      the Engine contract: lives of SGLang, groups, loads
 life.py        what belongs to one life of SGLang and ends with it
 generation.py  one group on its way through: seats, requests, aborts
 admission.py   how many samples SGLang is given at once, and who waits
+adapters.py    versions that are adapters: which SGLang has, and until when
 swap.py        a new version on its way in, and the look at what SGLang then holds
 check.py       pure: whether an engine holds the weights it says it holds
 host.py        who runs SGLang: a child process of ours, or somebody else (engine_url)

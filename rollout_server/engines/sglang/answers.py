@@ -91,7 +91,14 @@ def scores(answer: Answer, tokens: Int32) -> Float32:
     return np.array([np.nan if value is None else value for value, _, _ in given[1:]], np.float32)
 
 
-def to_completion(answer: Answer, *, stops: Sequence[int], aborted: bool, in_flight: Version | None) -> Completion:
+def to_completion(
+    answer: Answer,
+    *,
+    stops: Sequence[int],
+    aborted: bool,
+    in_flight: Version | None,
+    adapter: Version | None = None,
+) -> Completion:
     """Turn SGLang's answer into a completion.
 
     Args:
@@ -99,6 +106,7 @@ def to_completion(answer: Answer, *, stops: Sequence[int], aborted: bool, in_fli
         stops: the lease's stop tokens.
         aborted: whether we asked for its end.
         in_flight: see `backdate`; None where no token is under way while weights are exchanged.
+        adapter: the version whose adapter sampled all of it; None where versions are SGLang's weights, which it names.
 
     Raises:
         EngineFailure: it ended for a reason that nobody asked for, or what it says does not fit together.
@@ -109,7 +117,11 @@ def to_completion(answer: Answer, *, stops: Sequence[int], aborted: bool, in_fli
         raise EngineFailure(
             f"SGLang gave {len(logprobs)} logprobs for {len(answer.output_ids)} tokens, or of other tokens"
         )
-    spans = to_spans(meta.weight_versions, len(answer.output_ids))
+    length = len(answer.output_ids)
+    if adapter is not None:
+        spans: Spans = ((adapter, length),) if length else ()
+    else:
+        spans = to_spans(meta.weight_versions, length)
     return Completion(
         completion_tokens=np.array(answer.output_ids, np.int32),
         behavior_logprobs=np.array([np.nan if value is None else value for value, _, _ in logprobs], np.float32),

@@ -105,5 +105,9 @@ class Gate:
     def passed(self, digest: str, checksum: str, mismatch: Mismatch | None) -> None:
         """Both looks were good: the next version is measured by this one."""
         self._last = (digest, checksum)
+        self.measured(mismatch)
+
+    def measured(self, mismatch: Mismatch | None) -> None:
+        """Take the first mismatch for the measure of the others."""
         if mismatch is not None and self._first_mean is None:
             self._first_mean = mismatch.mean

@@ -101,6 +101,8 @@ class ServerInfo(msgspec.Struct, kw_only=True):
     disable_overlap_schedule: bool = False
     enable_deterministic_inference: bool = False
     skip_tokenizer_init: bool = False
+    enable_lora: bool | None = None
+    max_lora_rank: int | None = None
 
 
 class ModelInfo(msgspec.Struct):
@@ -121,6 +123,7 @@ class _Loads(msgspec.Struct):
 class _Outcome(msgspec.Struct):
     success: bool = True
     message: str = ""
+    error_message: str = ""
     per_engine_checksum: str = ""
 
 
@@ -178,6 +181,21 @@ class Client:
         outcome = await self._call("POST", "/update_weights_from_disk", _Outcome, body, admin=True, deadline_s=UPDATE_S)
         if not outcome.success:
             raise EngineFailure(f"SGLang could not load weights {version}: {outcome.message}")
+
+    async def load_adapter(self, name: str, directory: str) -> None:
+        """Read a LoRA adapter from a directory of peft's.
+
+        Raises:
+            EngineFailure: SGLang says no; nothing has changed.
+        """
+        body = {"lora_name": name, "lora_path": directory}
+        outcome = await self._call("POST", "/load_lora_adapter", _Outcome, body, admin=True, deadline_s=UPDATE_S)
+        if not outcome.success:
+            raise EngineFailure(f"SGLang could not load adapter {name}: {outcome.error_message}")
+
+    async def unload_adapter(self, name: str) -> None:
+        """Forget an adapter that no request uses (it waits for those that do)."""
+        await self._call("POST", "/unload_lora_adapter", Ignored, {"lora_name": name}, admin=True)
 
     async def checksum(self) -> str:
         """Hash every parameter that SGLang holds, fused and sharded as they are."""

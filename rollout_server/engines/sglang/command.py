@@ -38,6 +38,8 @@ def build_options(
     room: int,
     context_length: int,
     has_amx: bool,
+    max_lora_rank: int,
+    lora_target_modules: Sequence[str],
     chosen: Options,
 ) -> dict[str, Any]:
     """Put our options and the user's together; the user's win, as far as config.py lets them be set.
@@ -51,8 +53,11 @@ def build_options(
         room: samples decoded at once.
         context_length: tokens of prompt and completion.
         has_amx: whether this CPU has what SGLang's own CPU kernels need.
+        max_lora_rank: of adapters; 0: there are none.
+        lora_target_modules: layers that they may change.
         chosen: the user's.
     """
+    seats = room + bool(max_lora_rank)  # canaries of an adapter must not wait until a sample of the one before ends
     options: dict[str, Any] = {
         "config": str(keys_file),
         "model-path": str(model),
@@ -61,15 +66,19 @@ def build_options(
         "device": device,
         "dtype": dtype,
         "context-length": context_length,
-        "max-running-requests": room,
+        "max-running-requests": seats,
         "skip-tokenizer-init": True,
         "grammar-backend": "none",
         "sampling-defaults": "openai",
         "log-level": "warning",
     }
+    if max_lora_rank:
+        options |= {"enable-lora": True, "max-lora-rank": max_lora_rank, "lora-target-modules": lora_target_modules}
+        if device == "cpu":
+            options["lora-backend"] = "torch_native"  # all others are kernels for accelerators
     if device == "cpu":
         options["sleep-on-idle"] = True  # its scheduler spins otherwise, and a CPU has other work
-        options["max-total-tokens"] = room * context_length  # what it measures to be free is half the machine
+        options["max-total-tokens"] = seats * context_length  # what it measures to be free is half the machine
         if not has_amx:
             options["attention-backend"] = "torch_native"
     return options | {key.replace("_", "-"): value for key, value in chosen.items()}

@@ -2,6 +2,7 @@
 
     generate  -->  Generation (seats, requests)  -->  held back until the versions it is of have passed their check
     load_weights:  file against schema -> pause -> update -> resume -> checksum, canaries -> live
+    an adapter:    file against schema -> load -> canaries -> live; what samples goes on with the one before
 
 Two tasks run beside: `_supervise` gives SGLang one life after another, `Watch` reads its state and tries it when it
 stands still. What fails in a life condemns it; nothing SGLang does takes the rollout server down.
@@ -13,7 +14,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -32,20 +33,30 @@ from rollout_server.engines.base import (
     EngineStatus,
     GenerationRequest,
     LoadReport,
-    SamplesWithheld,
     StagedWeights,
 )
+from rollout_server.engines.base_model import BaseModel
 from rollout_server.engines.choice import SGLANG_FLOOR, version_numbers
 from rollout_server.engines.device import has_amx, resolve_device, resolve_dtype
+from rollout_server.engines.sglang.adapters import Adapters, write_adapter
 from rollout_server.engines.sglang.admission import Admission, Limit
-from rollout_server.engines.sglang.check import Gate, WeightsSuspect
+from rollout_server.engines.sglang.check import Gate, Mismatch
+from rollout_server.engines.sglang.client import CallRefused
 from rollout_server.engines.sglang.generation import Generation, check_request
 from rollout_server.engines.sglang.host import ChildHost, Host, StartFailed, UrlHost
 from rollout_server.engines.sglang.life import Life
 from rollout_server.engines.sglang.meter import Meter
 from rollout_server.engines.sglang.restarts import HOPELESS, Restarts
-from rollout_server.engines.sglang.schema import check_file, read_schema
-from rollout_server.engines.sglang.swap import check, gate_kind, link_weights, swap, unlink_weights
+from rollout_server.engines.sglang.schema import check_adapter_file, check_file, read_schema
+from rollout_server.engines.sglang.swap import (
+    check,
+    check_adapter,
+    condemning,
+    gate_kind,
+    link_weights,
+    swap,
+    unlink_weights,
+)
 from rollout_server.engines.sglang.watch import Watch
 from rollout_server.engines.text import load_tokenizer
 
@@ -129,7 +140,7 @@ class SGLangEngine:
             raise EngineFailure("the engine is closed")
         if life is None or self._live is None:
             raise EngineFailure(f"group {request.group_id}: no weights are live yet: load_weights first")
-        in_place = self._mode == "in_place"
+        in_place = self._mode == "in_place" and life.adapters is None
         generation = Generation(
             request,
             life,
@@ -140,7 +151,7 @@ class SGLangEngine:
         )
         self._generations[request.group_id] = generation
         try:
-            return await life.run(_checked(life, generation))
+            return await life.run(generation.run_checked())
         finally:
             if self._generations.get(request.group_id) is generation:
                 del self._generations[request.group_id]
@@ -156,40 +167,69 @@ class SGLangEngine:
         Raises:
             EngineFailure: the file does not fit (the old version still serves), or the swap or a check failed (SGLang
                 restarts, `live` is None).
+            ConfigError: it is an adapter to another base model.
         """
-        dtypes = await asyncio.to_thread(check_file, weights.path, self._schema)
+        dtypes = await asyncio.to_thread(self._check_file, weights)
         async with self._loading:
             while not self._closed and self._life is None:
                 await self._waits.wait(self._began.wait(), name="engine start", owner="sglang", deadline_s=None)
             life = self._life
             if self._closed or life is None:
                 raise EngineFailure("the engine is closed")
-            return await life.run(self._load(life, weights, dtypes))
+            load = self._load_adapter(life, weights) if life.adapters else self._load(life, weights, dtypes)
+            return await life.run(load)
 
     async def _load(self, life: Life, weights: StagedWeights, dtypes: set[str]) -> LoadReport:
-        version = weights.version
+        """Swap all weights, then check them while they sample."""
+        assert self._gate is not None
         self._linked.add(weights.path)
         directory = await asyncio.to_thread(link_weights, weights.path)
-        try:
+        async with self._linking(weights.path, life, weights.version):
             pause_s = await swap(
-                life, directory, version, self._mode, meter=self._meter, waits=self._waits, clock=self._clock
+                life, directory, weights.version, self._mode, meter=self._meter, waits=self._waits, clock=self._clock
             )
             begun_s = self._clock()
-            assert self._gate is not None
             exact = dtypes == {life.info.dtype}
             checksum, mismatch = await check(life, weights, self._gate, exact=exact, max_length=self._max_length)
-        except WeightsSuspect as suspect:
-            failure = SamplesWithheld(f"weights {version} failed their check in SGLang: {suspect}")
-            event(log, "weights_suspect", level=logging.ERROR, version=version, reason=suspect)
-            life.condemn(failure)
-            raise failure from suspect
-        except BaseException as error:  # also a cancellation: SGLang stands still, or holds nobody knows what
-            why = str(error) or type(error).__name__
-            life.condemn(SamplesWithheld(f"the swap to weights {version} failed: {why}"))
-            raise
+        return self._went_live(life, weights.version, begun_s, checksum, mismatch, pause_s=pause_s)
+
+    async def _load_adapter(self, life: Life, weights: StagedWeights) -> LoadReport:
+        """Load an adapter beside those that sample and check it; then samples begin with it."""
+        assert self._gate is not None
+        assert life.adapters is not None
+        version = weights.version
+        self._linked.add(weights.path)
+        directory = await asyncio.to_thread(write_adapter, weights, Path(self._config.model))
+        try:
+            async with self._linking(weights.path, life, version, but=CallRefused):
+                await life.adapters.load(version, directory)
+                begun_s = self._clock()
+                checksum, mismatch = await check_adapter(life, weights, self._gate, max_length=self._max_length)
+        except CallRefused as refused:  # it has not sampled yet, and the one before goes on
+            life.adapters.drop(version)
+            raise EngineFailure(f"adapter {version}: {refused}") from refused
+        report = self._went_live(life, version, begun_s, checksum, mismatch)
+        life.sampling = version
+        life.adapters.switch(version)
+        return report
+
+    @contextlib.asynccontextmanager
+    async def _linking(
+        self, file: Path, life: Life, version: Version, *, but: type[EngineFailure] | None = None
+    ) -> AsyncIterator[None]:
+        """Remove in the end what has been made beside the file for SGLang; see `condemning`."""
+        try:
+            with condemning(life, version, but=but):
+                yield
         finally:
-            await asyncio.to_thread(unlink_weights, weights.path)
-            self._linked.discard(weights.path)
+            await asyncio.to_thread(unlink_weights, file)
+            self._linked.discard(file)
+
+    def _went_live(
+        self, life: Life, version: Version, begun_s: float, checksum: str, mismatch: Mismatch | None,
+        *, pause_s: float = 0.0,
+    ) -> LoadReport:  # fmt: skip
+        """Let samples of a version go that has passed its check, begun at `begun_s`."""
         if life.condemned.done():  # and `live` is None: it must stay so
             raise life.reason()
         self._live = version
@@ -201,6 +241,14 @@ class SGLangEngine:
             mismatch_kl=mismatch.kl if mismatch else None,
             mismatch=mismatch.mean if mismatch else None,
         )
+
+    def _check_file(self, weights: StagedWeights) -> set[str]:
+        """Check a version against the model, on a thread; return the dtypes that SGLang keeps exactly."""
+        if weights.adapter is None:
+            return check_file(weights.path, self._schema)
+        self._base.check(weights.adapter)
+        check_adapter_file(weights.path, weights.adapter, self._schema, self._config.lora_target_modules)
+        return set()
 
     async def __aenter__(self) -> Self:
         """Read the model's schema, bring SGLang up.
@@ -246,6 +294,7 @@ class SGLangEngine:
         config = self._config
         model = Path(config.model)
         self._schema = read_schema(model)
+        self._base = BaseModel(model)
         self._max_length = min(config.max_model_length, self._schema.max_positions or config.max_model_length)
         self._tokenizer_digest = tokenizer_digest(load_tokenizer(model).get_vocab())
         if config.engine_url:
@@ -282,15 +331,20 @@ class SGLangEngine:
             tokenizer_digest=self._tokenizer_digest,
             reproducible=info.enable_deterministic_inference,
             canaries=True,
+            full_weights=not self._config.max_lora_rank,
+            max_lora_rank=self._config.max_lora_rank,
         )
         capacity = sum(load.max_total_num_tokens for load in loads)
         event(log, "engine_up", url=client.url, version=info.version, kv_tokens=capacity, room=self._config.room)
-        return Life(
+        life = Life(
             client=client,
             info=info,
             admission=Admission(Limit(self._config.room)),
             tokens_before=self._meter.tokens_finished - sum(load.tokens_decoded for load in loads),
         )
+        if self._config.max_lora_rank:
+            life.adapters = Adapters(client, life.keep)
+        return life
 
     async def _supervise(self, life: Life) -> None:
         """Give SGLang one life after another.
@@ -342,11 +396,3 @@ class SGLangEngine:
                 " must be mended: the reason, or its log, says it",
             )  # fmt: skip
         return pause_s
-
-
-async def _checked(life: Life, generation: Generation) -> list[Completion]:
-    completions = await generation.run()
-    if generation.newest is not None:
-        await life.wait_checked(generation.newest)
-        life.served = True
-    return completions

@@ -74,6 +74,14 @@ class Generation:
                 self._life.keep(self.abort())
         return [sample.result() for sample in samples]
 
+    async def run_checked(self) -> list[Completion]:
+        """See `run`; return when every version that may have sampled a token has passed its check."""
+        completions = await self.run()
+        if self.newest is not None:
+            await self._life.wait_checked(self.newest)
+            self._life.served = True
+        return completions
+
     async def abort(self) -> None:
         """End every sample with what it has; returns when they have ended."""
         self._aborted = True
@@ -122,10 +130,24 @@ class Generation:
             self._ended.set()
 
     async def _ask(self, index: int) -> Completion | None:
-        """Sample one completion. None: it began after a swap in place, on a prompt that was computed before it."""
+        """Sample one completion, with one adapter where versions are adapters; else see `_ask_once`."""
+        adapters, version = self._life.adapters, self._life.sampling
+        if adapters is None:
+            return await self._ask_once(index, {})
+        assert version is not None, "no group is taken before a version is live"
+        with adapters.using(version) as name:
+            return await self._ask_once(index, {"lora_path": name})
+
+    async def _ask_once(self, index: int, under: dict[str, str]) -> Completion | None:
+        """Sample one completion. None: it began after a swap in place, on a prompt that was computed before it.
+
+        Args:
+            index: of the completion.
+            under: what requests say of the adapter; empty without adapters.
+        """
         life, request = self._life, self._request
         version, put_back, cache_key = life.sampling, life.put_back, life.cache_key
-        await self._compute_prompt(cache_key)
+        await self._compute_prompt(cache_key, under)
         if self._aborted:
             return empty_completion()
         rid = life.next_rid()
@@ -134,15 +156,18 @@ class Generation:
             sample_body(
                 request.prompt_tokens, request.sampling, limit=self._limit, rid=rid, cache_key=cache_key, seed=seed
             )
+            | under
         )
         completion = to_completion(
             answer,
             stops=request.sampling.stop_token_ids,
             aborted=self._aborted,
             in_flight=version if self._overlaps else None,
+            adapter=version if under else None,
         )
         meta = answer.meta_info
-        named = [name for name, _ in to_spans(meta.weight_versions, len(answer.output_ids))]
+        spans = completion.spans if under else to_spans(meta.weight_versions, len(answer.output_ids))
+        named = [name for name, _ in spans]
         if self._keeps_cache and meta.cached_tokens and named and named[0] != version:
             return None
         self.newest = max([*named, *([] if self.newest is None else [self.newest])], default=None)
@@ -169,7 +194,7 @@ class Generation:
             return False
         return True
 
-    async def _compute_prompt(self, cache_key: str) -> None:
+    async def _compute_prompt(self, cache_key: str, under: dict[str, str]) -> None:
         """Have the prompt's keys and values computed once for each cache key, if that pays."""
         prompt = self._request.prompt_tokens
         if len(prompt) * (self._request.num_generations - 1) < WORTH_TOKENS:
@@ -179,7 +204,7 @@ class Generation:
             return
         computed = self._prompts[cache_key] = asyncio.Event()
         try:
-            await self._answer(prefill_body(prompt, rid=self._life.next_rid(), cache_key=cache_key))
+            await self._answer(prefill_body(prompt, rid=self._life.next_rid(), cache_key=cache_key) | under)
         except BaseException:
             del self._prompts[cache_key]  # this sample may come again, and computes it then
             raise

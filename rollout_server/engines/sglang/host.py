@@ -16,7 +16,7 @@ from rollout_server.config import ServerConfig
 from rollout_server.engines.base import EngineFailure
 from rollout_server.engines.sglang.answers import PROBE
 from rollout_server.engines.sglang.child import Child
-from rollout_server.engines.sglang.client import CallRefused, Client, Disconnected
+from rollout_server.engines.sglang.client import CallRefused, Client, Disconnected, ServerInfo
 from rollout_server.engines.sglang.command import build_command, build_options, child_environment, keys_yaml
 from rollout_server.engines.sglang.schema import ModelSchema, differs
 
@@ -109,6 +109,7 @@ class ChildHost:
         options = build_options(
             model=Path(self._config.model), port=port, keys_file=self._keys_file, device=self._device,
             dtype=self._dtype, room=self._config.room, context_length=self._context_length, has_amx=self._has_amx,
+            max_lora_rank=self._config.max_lora_rank, lora_target_modules=self._config.lora_target_modules,
             chosen=self._config.sglang,
         )  # fmt: skip
         self._log_file.parent.mkdir(parents=True, exist_ok=True)
@@ -212,6 +213,7 @@ class UrlHost:
                 f"it takes {info.context_length} tokens (its --context-length), and {self._max_length} are to fit"
                 " (max_model_length)"
             )
+        wrong = wrong or lora_differs(info, self._config)
         if wrong:
             raise ConfigError(
                 f"engine_url = {self._config.engine_url}: {wrong}: start SGLang with the model and the length that are"
@@ -237,6 +239,24 @@ class UrlHost:
                 raise ConfigError(
                     f"engine_url = {url} refuses engine_admin_key: it must be its --admin-api-key"
                 ) from None
+
+
+def lora_differs(info: ServerInfo, config: ServerConfig) -> str:
+    """Say why an SGLang does not serve what `max_lora_rank` asks for; empty when it does."""
+    wanted = config.max_lora_rank
+    if wanted and not info.enable_lora:
+        modules = " ".join(config.lora_target_modules)
+        return (
+            f"it takes no adapters, and max_lora_rank is {wanted} here: it needs --enable-lora --max-lora-rank"
+            f" {wanted} --lora-target-modules {modules}"
+        )
+    if wanted > (info.max_lora_rank or 0):
+        return (
+            f"it takes adapters of rank {info.max_lora_rank} (its --max-lora-rank), and max_lora_rank is {wanted} here"
+        )
+    if info.enable_lora and not wanted:
+        return "it serves adapters (its --enable-lora), and max_lora_rank is 0 here: all weights would not fit in"
+    return ""
 
 
 async def until_answers(client: Client, died: asyncio.Future[str] | None = None) -> None:

@@ -15,6 +15,7 @@ from typing import Any, TypeVar
 
 from protocol.versions import Version
 from rollout_server.engines.base import EngineFailure
+from rollout_server.engines.sglang.adapters import Adapters
 from rollout_server.engines.sglang.admission import Admission
 from rollout_server.engines.sglang.client import Answer, Client, ServerInfo
 
@@ -34,6 +35,8 @@ class Life:
     """Done when this life is over, with what to tell."""
     sampling: Version | None = None
     """The version that samples now, whether it has been checked or not."""
+    adapters: Adapters | None = None
+    """Where versions are adapters."""
     checked: Version | None = None
     """The newest version that passed its check: what older ones and it have sampled may leave the server."""
     passed: asyncio.Event = field(default_factory=asyncio.Event)

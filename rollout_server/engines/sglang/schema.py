@@ -6,10 +6,12 @@ The rule of names is that of live_weights.py: those of `state_dict()`, tied tens
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from protocol.errors import ConfigError, WeightsError
+from protocol.weights.adapters import AdapterSpec, changed_weights
 from protocol.weights.layout import MappedWeights
 from protocol.weights.manifest import TensorSpec, schema_digest
 from rollout_server.engines.base import EngineFailure
@@ -92,6 +94,29 @@ def differs(ours: ModelSchema, path: Path, model_type: str | None) -> str:
     return f"it serves {path}, {kinds[0]}; ours is {kinds[1]}" + (", of other shapes" if kinds[0] == kinds[1] else "")
 
 
+def check_adapter_file(path: Path, adapter: AdapterSpec, schema: ModelSchema, targets: Sequence[str]) -> None:
+    """Check an adapter's file against the model, before anything is told to SGLang.
+
+    Args:
+        path: of the file.
+        adapter: what its manifest says of it.
+        schema: of the base model.
+        targets: layers that SGLang has room for adapters in.
+
+    Raises:
+        EngineFailure: it cannot be read, or changes what the model or SGLang does not have; names the first few.
+    """
+    changed = changed_weights(_read_specs(path), adapter.r)
+    wrong = [
+        f"{name} is {list(shape)}, the model has {list(schema.shapes.get(name, ())) or 'none'}"
+        for name, shape in changed.items()
+        if schema.shapes.get(name) != shape
+    ]
+    wrong += [f"{name} is not of {', '.join(targets)} (lora_target_modules)" for name in changed
+              if name.split(".")[-2] not in targets]  # fmt: skip
+    _refuse(f"adapter {path.name} does not fit the model", wrong)
+
+
 def check_file(path: Path, schema: ModelSchema) -> set[str]:
     """Check a version's file against the model, before anything is told to SGLang (it skips names it does not know).
 
@@ -101,11 +126,7 @@ def check_file(path: Path, schema: ModelSchema) -> set[str]:
     Raises:
         EngineFailure: it cannot be read, or names, shapes or kinds of dtype differ; names the first few.
     """
-    try:
-        with MappedWeights.open(path) as mapped:
-            specs = mapped.layout.specs
-    except WeightsError as error:
-        raise EngineFailure(f"weights {path.name} cannot be read: {error}") from error
+    specs = _read_specs(path)
     found = {spec.name: spec for spec in specs}
     wrong = [f"{name} is missing" for name in schema.shapes if name not in found]
     wrong += [f"{name} is not in the model" for name in found if name not in schema.shapes]
@@ -116,7 +137,19 @@ def check_file(path: Path, schema: ModelSchema) -> set[str]:
     ]
     wrong += [f"{name} is {spec.dtype}, weights are {', '.join(DTYPES)}" for name, spec in found.items()
               if spec.dtype not in DTYPES]  # fmt: skip
+    _refuse(f"weights {path.name} do not fit the model", wrong)
+    return {DTYPES[spec.dtype] for spec in specs}
+
+
+def _read_specs(path: Path) -> tuple[TensorSpec, ...]:
+    try:
+        with MappedWeights.open(path) as mapped:
+            return mapped.layout.specs
+    except WeightsError as error:
+        raise EngineFailure(f"weights {path.name} cannot be read: {error}") from error
+
+
+def _refuse(what: str, wrong: Sequence[str]) -> None:
     if wrong:
         more = f" and {len(wrong) - NAMES_SHOWN} more" if len(wrong) > NAMES_SHOWN else ""
-        raise EngineFailure(f"weights {path.name} do not fit the model: {'; '.join(wrong[:NAMES_SHOWN])}{more}")
-    return {DTYPES[spec.dtype] for spec in specs}
+        raise EngineFailure(f"{what}: {'; '.join(wrong[:NAMES_SHOWN])}{more}")

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Literal
 
 import numpy as np
 
+from protocol.logs import event
 from protocol.messages import Float32
 from protocol.versions import Version
 from protocol.waits import Waits
-from rollout_server.engines.base import Canaries, EngineFailure, StagedWeights
+from protocol.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from rollout_server.engines.base import Canaries, EngineFailure, SamplesWithheld, StagedWeights
 from rollout_server.engines.sglang.answers import score_body, scores
-from rollout_server.engines.sglang.check import Gate, Mismatch, compare
+from rollout_server.engines.sglang.check import Gate, Mismatch, WeightsSuspect, compare
 from rollout_server.engines.sglang.client import UPDATE_S, ServerInfo
 from rollout_server.engines.sglang.life import Life
 from rollout_server.engines.sglang.meter import Meter
+
+log = logging.getLogger(__name__)
 
 UpdateMode = Literal["retract", "in_place", "drain"]
 
@@ -93,26 +98,88 @@ async def check(
     """
     checksum = await life.client.checksum()
     named = gate.check_bytes(weights.digest, checksum, weights.checksums, exact=exact)
-    mismatch = None
-    if weights.canaries is not None:
-        length = min(weights.canaries.tokens.shape[1], max_length - 1)
-        mismatch = compare(weights.canaries.logprobs[:, : length - 1], await score(life, weights.canaries, length))
-        gate.check_canaries(mismatch)
+    mismatch = await check_canaries(life, weights, gate, max_length=max_length)
     gate.passed(weights.digest, checksum, mismatch)
     return named, mismatch
 
 
-async def score(life: Life, canaries: Canaries, length: int) -> Float32:
+async def check_adapter(
+    life: Life, weights: StagedWeights, gate: Gate, *, max_length: int
+) -> tuple[str, Mismatch | None]:
+    """See that SGLang has loaded the adapter, before anything is sampled with it; see `check`.
+
+    The checksum is of the base model, which no adapter changes: it is looked at once in a life.
+    """
+    adapters, adapter = life.adapters, weights.adapter
+    assert adapters is not None
+    assert adapter is not None
+    if not adapters.base_checksum:
+        checksum = await life.client.checksum()
+        adapters.base_checksum = gate.check_bytes(adapter.base_digest, checksum, weights.checksums, exact=False)
+        gate.passed(adapter.base_digest, checksum, None)
+    name = adapters.name(weights.version)
+    mismatch = await check_canaries(life, weights, gate, max_length=max_length, lora_path=name)
+    gate.measured(mismatch)
+    return adapters.base_checksum, mismatch
+
+
+async def check_canaries(
+    life: Life, weights: StagedWeights, gate: Gate, *, max_length: int, **under: str
+) -> Mismatch | None:
+    """Compare what the version says of the canaries with what the learner does; None without canaries.
+
+    Args:
+        life: of SGLang.
+        weights: the version.
+        gate: what it is measured by.
+        max_length: tokens SGLang takes in all.
+        under: what the requests say beside.
+
+    Raises:
+        WeightsSuspect: they differ too much.
+        EngineFailure: SGLang does not answer.
+    """
+    if weights.canaries is None:
+        return None
+    length = min(weights.canaries.tokens.shape[1], max_length - 1)
+    scored = await score(life, weights.canaries, length, under)
+    mismatch = compare(weights.canaries.logprobs[:, : length - 1], scored)
+    gate.check_canaries(mismatch)
+    return mismatch
+
+
+async def score(life: Life, canaries: Canaries, length: int, under: dict[str, str]) -> Float32:
     """[N, length - 1] the engine's logprobs of the canary tokens."""
     rows = [row[:length] for row in canaries.tokens]
     rids = [life.next_rid() for _ in rows]
-    bodies = [score_body(row, rid=rid, cache_key=rid) for row, rid in zip(rows, rids, strict=True)]
+    bodies = [score_body(row, rid=rid, cache_key=rid) | under for row, rid in zip(rows, rids, strict=True)]
     try:
         async with asyncio.TaskGroup() as tasks:
             asked = [tasks.create_task(life.client.generate(body, deadline_s=UPDATE_S)) for body in bodies]
     except ExceptionGroup as failures:
         raise failures.exceptions[0] from None
     return np.stack([scores(task.result(), row) for task, row in zip(asked, rows, strict=True)])
+
+
+@contextlib.contextmanager
+def condemning(life: Life, version: Version, *, but: type[EngineFailure] | None = None) -> Iterator[None]:
+    """End the life by whatever goes wrong while a version comes in (but by one kind of failure).
+
+    Raises:
+        SamplesWithheld: the version has failed its check.
+    """
+    try:
+        yield
+    except WeightsSuspect as suspect:
+        failure = SamplesWithheld(f"weights {version} failed their check in SGLang: {suspect}")
+        event(log, "weights_suspect", level=logging.ERROR, version=version, reason=suspect)
+        life.condemn(failure)
+        raise failure from suspect
+    except BaseException as error:  # also a cancellation: SGLang stands still, or holds nobody knows what
+        if but is None or not isinstance(error, but):
+            why = str(error) or type(error).__name__
+            life.condemn(SamplesWithheld(f"the swap to weights {version} failed: {why}"))
+        raise
 
 
 def gate_kind(info: ServerInfo) -> str:
@@ -139,8 +206,9 @@ def link_weights(file: Path) -> Path:
 
 
 def unlink_weights(file: Path) -> None:
-    """Remove what `link_weights` made; what else is there stays."""
+    """Remove what `link_weights` made, or `adapters.write_adapter`; what else is there stays."""
     directory = file.with_suffix("")
     with contextlib.suppress(OSError):
-        (directory / "model.safetensors").unlink(missing_ok=True)
+        for name in ("model.safetensors", ADAPTER_WEIGHTS, ADAPTER_CONFIG):
+            (directory / name).unlink(missing_ok=True)
         directory.rmdir()

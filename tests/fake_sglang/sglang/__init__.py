@@ -12,6 +12,8 @@ It answers the calls that rollout_server/engines/sglang/client.py makes as SGLan
                  token that was being sampled, perhaps the first, comes after the update, sampled by the old weights
                  but counted to the new ones. Without a pause an update waits for all to end. A cache that cannot be
                  flushed is a failed update whose weights are there all the same.
+                 Adapters are loaded beside each other and stay what they are for whoever samples with them; to unload
+                 one waits for its samples.
 - launch_server.py  Flags (an unknown one: usage, exit code 2), keys from the --config file, HTTP, the worker process
                  `sglang::scheduler` without which nothing is sampled any more, a file of its own in /dev/shm.
 

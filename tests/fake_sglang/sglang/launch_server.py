@@ -21,7 +21,7 @@ from sglang.weights import checksum_of
 
 ADMIN = (
     "/abort_request", "/pause_generation", "/continue_generation", "/update_weights_from_disk", "/weights_checker",
-    "/flush_cache",
+    "/flush_cache", "/load_lora_adapter", "/unload_lora_adapter",
 )  # fmt: skip
 HANG_UP = 0
 Answer = tuple[int, Any]
@@ -30,11 +30,19 @@ Answer = tuple[int, Any]
 def parse(words: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="launch_server.py", allow_abbrev=False)
     for name in ("config", "model-path", "host", "device", "grammar-backend", "sampling-defaults", "log-level",
-                 "attention-backend", "dtype", "api-key", "admin-api-key"):  # fmt: skip
+                 "attention-backend", "lora-backend", "dtype", "api-key", "admin-api-key"):  # fmt: skip
         parser.add_argument(f"--{name}")
     for name in ("port", "context-length", "max-running-requests", "max-total-tokens"):
         parser.add_argument(f"--{name}", type=int, required=True)
-    for name in ("skip-tokenizer-init", "sleep-on-idle", "enable-deterministic-inference", "disable-overlap-schedule"):
+    parser.add_argument("--max-lora-rank", type=int)
+    parser.add_argument("--lora-target-modules", nargs="*")
+    for name in (
+        "enable-lora",
+        "skip-tokenizer-init",
+        "sleep-on-idle",
+        "enable-deterministic-inference",
+        "disable-overlap-schedule",
+    ):
         parser.add_argument(f"--{name}", action="store_true")
     options = parser.parse_args(words)
     if options.config:
@@ -107,6 +115,8 @@ class Server:
         scheduler, options = self.scheduler, self.options
         if path == "/generate":
             self.bodies.append(dict(body))
+            if body.get("lora_path") and body["lora_path"] not in scheduler.adapters:
+                return 400, {"error": {"message": f"never been loaded: {body['lora_path']}"}}
             if self.faults.drop == ("sample" if body["sampling_params"]["max_new_tokens"] else "prefill"):
                 self.faults.drop = ""
                 return HANG_UP, None
@@ -120,6 +130,11 @@ class Server:
         elif path == "/update_weights_from_disk":
             success, message = await scheduler.update(body)
             return 200 if success else 400, {"success": success, "message": message, "num_paused_requests": 0}
+        elif path == "/load_lora_adapter":
+            failed = self.faults.fail_update or scheduler.load_adapter(body, options.max_lora_rank)
+            return 400 if failed else 200, {"success": not failed, "error_message": failed}
+        elif path == "/unload_lora_adapter":
+            await scheduler.unload_adapter(body["lora_name"])
         elif path == "/weights_checker":
             checksum = checksum_of(scheduler.content)
             return 200, {"success": True, "message": "", "ranks": [], "per_engine_checksum": checksum}
@@ -153,7 +168,7 @@ class Server:
             "worker": self.worker.pid, "retracted": self.scheduler.retracted,
             "lengths": [len(sample.tokens) for sample in self.scheduler.running], "label": self.scheduler.label,
             "waiting": len(self.scheduler.waiting), "most": self.scheduler.most,
-            "faults": dataclasses.asdict(self.faults),
+            "adapters": list(self.scheduler.adapters), "faults": dataclasses.asdict(self.faults),
         }  # fmt: skip
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import json
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang import Faults
-from sglang.weights import INITIAL, content_of, draw, logprob
+from sglang.weights import INITIAL, adapted, content_of, draw, logprob
 
 Sampled = tuple[int, float]
 
@@ -52,6 +53,8 @@ class Scheduler:
         self._overlap = overlap
         self.running: list[Sample] = []
         self.waiting: deque[Sample] = deque()
+        self.adapters: dict[str, str] = {}
+        """Name -> what the weights are with it."""
         self._cache: dict[tuple[str, ...], str] = {}
         self._paused = ""
         self._moved = asyncio.Condition()
@@ -113,6 +116,30 @@ class Scheduler:
             return False, "Weights were updated, but the cache was not flushed."
         return True, "Succeeded to update model weights."
 
+    def load_adapter(self, body: dict[str, Any], max_rank: int | None) -> str:
+        name, directory = body["lora_name"], Path(body["lora_path"])
+        config = json.loads((directory / "adapter_config.json").read_text())
+        if not max_rank or config["r"] > max_rank:
+            return f"LoRA adapter {name} with rank {config['r']} is incompatible"
+        if name in self.adapters:
+            return f"{name} is already loaded"
+        content = adapted(self.content, content_of(directory))
+        if self._faults.wrong:  # another adapter's, or none
+            content = self.content if self._faults.wrong == "stale" else content[::-1]
+        self.adapters[name] = content
+        return ""
+
+    async def unload_adapter(self, name: str) -> None:
+        async with self._moved:
+            await self._moved.wait_for(
+                lambda: all(s.body.get("lora_path") != name for s in (*self.running, *self.waiting))
+            )
+        del self.adapters[name]
+
+    def _weights_of(self, sample: Sample) -> str:
+        name = sample.body.get("lora_path")
+        return self.adapters[name] if name else self.content
+
     def flush(self) -> bool:
         if self.running:
             return False
@@ -157,9 +184,9 @@ class Scheduler:
         self.steps += 1
 
     def _begin(self, sample: Sample) -> None:
-        key = (sample.body.get("extra_key", ""), *map(str, sample.prompt))
+        key = (sample.body.get("extra_key", ""), sample.body.get("lora_path") or "", *map(str, sample.prompt))
         hit = key in self._cache
-        sample.prefix = self._cache.setdefault(key, self.content)
+        sample.prefix = self._cache.setdefault(key, self._weights_of(sample))
         sample.cached = len(sample.prompt) - 1 if hit else 0
         self.prefilled += len(sample.prompt) - sample.cached
         self.running.append(sample)
@@ -171,8 +198,9 @@ class Scheduler:
         return len(sample.tokens) >= sample.params["max_new_tokens"]
 
     def _sample(self, sample: Sample) -> Sampled:
-        token = draw(self.content, sample.body["rid"], len(sample.tokens), self._vocab_size)
-        return token, logprob(self.content, sample.prefix, token)
+        content = self._weights_of(sample)
+        token = draw(content, sample.body["rid"], len(sample.tokens), self._vocab_size)
+        return token, logprob(content, sample.prefix, token)
 
     def _retract(self, sample: Sample) -> None:
         self.running.remove(sample)
@@ -201,7 +229,7 @@ class Scheduler:
         if sample.body.get("return_logprob"):
             meta["output_token_logprobs"] = [(value, token, None) for token, value in sample.tokens]
             if sample.body.get("logprob_start_len") == 0:
-                values = [logprob(self.content, sample.prefix, token) for token in sample.prompt]
+                values = [logprob(self._weights_of(sample), sample.prefix, token) for token in sample.prompt]
                 meta["input_token_logprobs"] = [
                     (value if i else None, token, None)
                     for i, (value, token) in enumerate(zip(values, sample.prompt, strict=True))

@@ -15,6 +15,11 @@ def content_of(directory: Path) -> str:
     return hashlib.sha256(file.read_bytes()).hexdigest()
 
 
+def adapted(content: str, adapter: str) -> str:
+    """Digest of what weights `content` are with an adapter."""
+    return hashlib.sha256(f"{content} {adapter}".encode()).hexdigest()
+
+
 def checksum_of(content: str) -> str:
     return hashlib.sha256(b"as held" + content.encode()).hexdigest()
 

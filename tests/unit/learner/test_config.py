@@ -28,6 +28,30 @@ def test_how_far_ahead_is_derived(options, steps_ahead, window, slots):
     assert make(**options).granted_bounds == bounds, "the default byte budget holds them all"
 
 
+@pytest.mark.parametrize(
+    ("options", "match"),
+    [
+        ({"use_peft": True, "publish": "full"}, "publish full with use_peft: .* publish adapter"),
+        ({"publish": "adapter"}, "publish adapter without use_peft: there is no adapter; add use_peft"),
+        ({"lora_r": 8}, "lora_r 8 without use_peft"),
+        ({"lora_alpha": 8}, "lora_alpha 8 without use_peft"),
+        ({"lora_target_modules": ["q_proj"]}, r"lora_target_modules \['q_proj'\] without use_peft"),
+        ({"use_peft": True, "lora_r": 0}, "greater than or equal to 1"),
+        ({"use_peft": True, "lora_alpha": 0}, "greater than or equal to 1"),
+    ],
+)
+def test_adapters_that_cannot_be_are_refused_before_anything_loads(options, match):
+    with pytest.raises(ValidationError, match=match):
+        make(**options)
+
+
+@pytest.mark.parametrize("options", [{}, {"publish": "auto"}, {"publish": "adapter", "lora_r": 1, "lora_alpha": 1}])
+def test_an_adapter_is_published_in_float32_unless_told_otherwise(options):
+    config = make(use_peft=True, dtype="bfloat16", **options)
+    assert config.published_dtype == "float32"
+    assert make(use_peft=True, publish_dtype="bfloat16").published_dtype == "bfloat16"
+
+
 def small(buffer_groups: float, **options) -> LearnerConfig:
     """A budget of so many worst-case groups."""
     shape = {"num_generations": 64, "max_completion_length": 1024, "max_prompt_length": 1024, "prompts_per_step": 4}

@@ -20,6 +20,7 @@ from learner.journal import (
     read_journal,
 )
 from protocol.messages import Purpose
+from protocol.versions import PROTOCOL_VERSION
 from tests.journals import KNOB, end, group_record, ordinals, segments, step, use, write
 
 
@@ -115,7 +116,7 @@ def test_a_segment_that_the_disk_cannot_read_is_reported(tmp_path: Path, monkeyp
     assert [damage.reason for damage in report.damages] == ["cannot be read: Input/output error"]
 
 
-@pytest.mark.parametrize(("format_version", "protocol_version"), [(2, 2), (1, 1), (1, 9)])
+@pytest.mark.parametrize(("format_version", "protocol_version"), [(2, PROTOCOL_VERSION), (1, 1), (1, 9)])
 def test_another_version_is_refused_with_its_numbers(
     tmp_path: Path, format_version: int, protocol_version: int
 ) -> None:
@@ -123,7 +124,8 @@ def test_another_version_is_refused_with_its_numbers(
     segment = tmp_path / "000001.log"
     head = struct.pack("<8sHHI", journal_segments.SEGMENT_MAGIC, format_version, protocol_version, 1)
     segment.write_bytes(head + journal_segments._head_digest(head) + segment.read_bytes()[32:])
-    text = rf"journal format {format_version} and protocol version {protocol_version}; this headway has 1 and 2"
+    read = rf"journal format {format_version} and protocol version {protocol_version}"
+    text = rf"{read}; this headway has 1 and {PROTOCOL_VERSION}"
     with pytest.raises(JournalError, match=text):
         list(read_journal(tmp_path))
     with pytest.raises(JournalError, match=text):

@@ -47,7 +47,7 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.signals import Signal
-from protocol.versions import Version
+from protocol.versions import PROTOCOL_VERSION, Version
 from protocol.waits import Waits
 from tests.learners import (
     Desk,
@@ -745,7 +745,9 @@ def test_another_protocol_version_is_told_which_side_to_update():
         await hear(stage, VersionMismatch("the message is of protocol version 9"), peer=b"new")
         (refused,) = stage.desk.channel.to(b"new", Refused)
         assert refused.code == "protocol_version"
-        assert refused.reason == "the message is of protocol version 9; the learner speaks 2: update the older side"
+        assert refused.reason == (
+            f"the message is of protocol version 9; the learner speaks {PROTOCOL_VERSION}: update the older side"
+        )
 
     on_stage(scenario)
 

@@ -17,6 +17,7 @@ from protocol.errors import WeightsError
 from protocol.messages import WeightsReady
 from protocol.versions import Version
 from protocol.waits import Waits
+from protocol.weights.adapters import AdapterSpec, factor_names
 from protocol.weights.layout import MappedWeights, build_manifest
 from protocol.weights.manifest import Manifest, TensorSpec
 
@@ -54,6 +55,8 @@ class FakeSource:
         self.gate.set()
         self.writing = threading.Event()
         self.error: Exception | None = None
+
+    adapter: AdapterSpec | None = None
 
     def specs(self) -> list[TensorSpec]:
         return SPECS
@@ -116,6 +119,20 @@ def on_bench(directory: Path, scenario: Callable[[Bench], Awaitable[None]]) -> N
         assert list(directory.iterdir()) == []
 
     asyncio.run(main())
+
+
+def test_a_version_that_is_an_adapter_is_announced_as_one(tmp_path, monkeypatch):
+    factors = [TensorSpec(name, "F32", (4, 4)) for name in factor_names("model.x.weight")]
+    monkeypatch.setitem(FakeSource.specs.__globals__, "SPECS", factors)
+
+    async def scenario(bench):
+        bench.source.adapter = AdapterSpec(r=4, lora_alpha=8, base_digest="ab" * 16)
+        await bench.publish(0)
+        manifest = Manifest.from_json(bench.announced[0].manifest.tobytes())
+        assert manifest.adapter == bench.source.adapter
+        bench.server.served.clear()  # they are compared with manifests of whole weights
+
+    on_bench(tmp_path, scenario)
 
 
 def test_a_version_is_written_hashed_served_and_announced(tmp_path):

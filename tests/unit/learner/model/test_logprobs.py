@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from learner.model import logprobs
 from learner.model.logprobs import token_logprobs
@@ -48,6 +49,19 @@ def test_values_and_gradients(bias):
         torch.autograd.grad(got, leaves, slope), torch.autograd.grad(expected, leaves, slope), strict=True
     ):
         torch.testing.assert_close(ours, want)
+
+
+def test_a_frozen_head_costs_no_product_and_changes_no_other_gradient(monkeypatch):
+    hidden, weight, bias, targets, temperature = inputs(bias=False)
+    (expected, _) = torch.autograd.grad(
+        token_logprobs(hidden, weight, bias, targets, temperature)[0].sum(), [hidden, weight]
+    )
+    weight.requires_grad_(False)
+    with FlopCounterMode(display=False) as counted:
+        logprobs_T, _ = token_logprobs(hidden, weight, bias, targets, temperature)
+        (got,) = torch.autograd.grad(logprobs_T.sum(), [hidden])
+    torch.testing.assert_close(got, expected)
+    assert counted.get_total_flops() == 3 * 2 * T * H * V
 
 
 def test_gradcheck():

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from learner.config import LearnerConfig
 from learner.model import logprobs, memory
 from learner.model.memory import memory_estimate
+from learner.trainer import Trainer
 from protocol.errors import ConfigError
 
 
@@ -21,7 +22,7 @@ def test_parameters_are_counted_exactly(tiny_model_dir):
     assert estimate["parameters"] == parameters
     assert estimate["weights_bytes"] == estimate["gradients_bytes"] == 4 * parameters
     assert estimate["optimizer_bytes"] == 8 * parameters
-    assert estimate["reference_bytes"] == estimate["autocast_bytes"] == 0
+    assert estimate["reference_bytes"] == estimate["autocast_bytes"] == estimate["adapter_bytes"] == 0
     assert estimate["total_bytes"] == sum(v for k, v in estimate.items() if k not in ("parameters", "total_bytes"))
 
 
@@ -46,6 +47,20 @@ def test_checkpointing_keeps_one_tensor_per_layer_and_all_of_one_layer(tiny_mode
     layer = 12 * 32 + 4 * 64
     assert plain["activations_bytes"] == 100 * 2 * layer * 4
     assert checkpointed["activations_bytes"] == 100 * (2 * 32 + layer) * 4
+
+
+@pytest.mark.parametrize("targets", [[], ["q_proj", "down_proj"]])
+def test_an_adapter_is_counted_exactly(tiny_model_dir, targets):
+    config = LearnerConfig(
+        model=str(tiny_model_dir), use_peft=True, lora_r=4, lora_target_modules=targets, beta=0.1, dtype="bfloat16"
+    )
+    trained = 4 * sum(parameter.numel() for parameter in Trainer(config)._parameters.values())
+    estimate = memory_estimate(config)
+    assert estimate["adapter_bytes"] == estimate["gradients_bytes"] == trained
+    assert estimate["optimizer_bytes"] == 2 * trained
+    assert estimate["reference_bytes"] == 0, "it is the policy without its adapter"
+    assert estimate["weights_bytes"] == 2 * estimate["parameters"]
+    assert estimate["total_bytes"] == sum(v for k, v in estimate.items() if k.endswith("_bytes") and k != "total_bytes")
 
 
 def test_the_optimizer_file_of_a_checkpoint_is_no_part_of_the_model(tiny_model_dir, tmp_path):

@@ -25,6 +25,7 @@ def make_options(**changes: Any) -> dict[str, Any]:
     fields: dict[str, Any] = {
         "model": Path("/models/m"), "port": 31000, "keys_file": Path("/private/keys.yaml"), "device": "cuda",
         "dtype": "bfloat16", "room": 64, "context_length": 2056, "has_amx": False, "chosen": {},
+        "max_lora_rank": 0, "lora_target_modules": ["q_proj"],
     }  # fmt: skip
     return build_options(**{**fields, **changes})
 
@@ -43,6 +44,16 @@ def make_options(**changes: Any) -> dict[str, Any]:
 )
 def test_options_become_flags(options: dict[str, Any], flags: list[str]) -> None:
     assert to_flags(options) == flags
+
+
+def test_adapters_are_made_room_for() -> None:
+    assert not [key for key in make_options() if "lora" in key]
+    options = make_options(max_lora_rank=8, lora_target_modules=["q_proj", "v_proj"])
+    assert {key: value for key, value in options.items() if "lora" in key} == {
+        "enable-lora": True, "max-lora-rank": 8, "lora-target-modules": ["q_proj", "v_proj"],
+    }  # fmt: skip
+    assert options["max-running-requests"] == 65, "a seat for canaries"
+    assert make_options(max_lora_rank=8, device="cpu")["lora-backend"] == "torch_native"
 
 
 def test_only_loopback_is_listened_on_and_no_key_is_on_the_command_line() -> None:

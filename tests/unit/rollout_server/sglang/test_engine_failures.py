@@ -568,7 +568,8 @@ from rollout_server.engines.sglang.command import build_command, build_options
 async def serve():
     options = build_options(
         model=Path(sys.argv[1]), port=int(sys.argv[2]), keys_file=Path(sys.argv[3]), device="cpu", dtype="float32",
-        room=8, context_length=256, has_amx=False, chosen={})
+        room=8, context_length=256, has_amx=False,
+        max_lora_rank=0, lora_target_modules=(), chosen={})
     child = await Child.start(build_command(options, parent=os.getpid()), os.environ, Path(sys.argv[3] + ".log"))
     print(child.pid, flush=True)
     await child.died
