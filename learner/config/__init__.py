@@ -66,7 +66,10 @@ class AdapterOptions(Section):
                     " publish adapter (or auto), or train all weights, without use_peft"
                 )
             return self
-        given = sorted(name for name in self.model_fields_set if name.startswith("lora_"))
+        fields = {key: field for key, field in AdapterOptions.model_fields.items() if key.startswith("lora_")}
+        given = [
+            key for key, field in fields.items() if getattr(self, key) != field.get_default(call_default_factory=True)
+        ]
         if given or self.publish == "adapter":
             what = f"{given[0]} {getattr(self, given[0])!r}" if given else "publish adapter"
             raise ValueError(f"{what} without use_peft: there is no adapter; add use_peft, or leave it out")
