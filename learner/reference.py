@@ -61,6 +61,11 @@ class Reference:
             tensor.lerp_(policy[name], config.ref_model_mixup_alpha)
 
     @property
+    def num_parameters(self) -> int:
+        """None of them trains."""
+        return sum(p.numel() for p in self._model.parameters())
+
+    @property
     def checkpoint_bytes(self) -> int:
         """What `save` writes, about."""
         tensors = unique_tensors(self._model).values()

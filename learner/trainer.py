@@ -20,7 +20,6 @@ from __future__ import annotations
 import base64
 import json
 import logging
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -32,13 +31,22 @@ from torch import Tensor
 
 from learner.batch import Batch, StepResult
 from learner.config import LearnerConfig
+from learner.critic import Critic
 from learner.model import export, flex
 from learner.model.checkpointing import checkpoint_layers
 from learner.model.load import load_model, load_tokenizer, resolve_device
 from learner.model.packing import MicroBatch, Rows, StepTokens, collect, mini_batches, whole_sequences
 from learner.model.policy import ForwardedPrompt, Policy
 from learner.objective import Objective, StepTensors, UpdateRecord
-from learner.optimizer import check_library, load_state, make_optimizer, save_state, scheduled_rate
+from learner.optimizer import (
+    NotFinite,
+    check_library,
+    finite_gradient_norm,
+    load_state,
+    make_optimizer,
+    save_state,
+    scheduled_rate,
+)
 from learner.reference import Reference
 from protocol.errors import ConfigError
 from protocol.identity import tokenizer_digest
@@ -51,10 +59,6 @@ log = logging.getLogger(__name__)
 STATE_FILE = "trainer.json"
 
 
-class NotFinite(Exception):
-    """A loss or a gradient is not: which, and what it is. No gradient is left."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
     """What one optimizer update trains."""
@@ -64,7 +68,7 @@ class Update:
 
 
 class Trainer:
-    """The policy being trained, its optimizer and its reference.
+    """The policy being trained, its optimizer, its reference and (PPO) its critic.
 
     Args:
         config: the learner's.
@@ -96,6 +100,11 @@ class Trainer:
         )
         self._reference = (
             Reference(config, device=self._device, share_prefix=self._policy.shares_prefix) if config.beta else None
+        )
+        self._critic = (
+            Critic(config, device=self._device, share_prefix=self._policy.shares_prefix, checkpoint=checkpoint)
+            if config.has_critic
+            else None
         )
         self._parameters = dict(self._model.named_parameters())
         self._optimizer = make_optimizer(self._parameters, config)
@@ -137,6 +146,13 @@ class Trainer:
         """Of the next `optimizer_step`."""
         return scheduled_rate(self._config, self.policy_version)
 
+    @property
+    def num_parameters(self) -> dict[str, int]:
+        """Of every model held, by what it is: policy, critic, reference."""
+        models = {"critic": self._critic, "reference": self._reference}
+        others = {name: model.num_parameters for name, model in models.items() if model is not None}
+        return {"policy": sum(p.numel() for p in self._parameters.values()), **others}
+
     def forward_backward(self, batch: Batch) -> StepResult:
         """Compute the gradients of the batch's loss (of its first update's); the weights stay as they are.
 
@@ -155,6 +171,7 @@ class Trainer:
         try:
             self._metrics = [self._gradients(first)]
         except NotFinite as error:
+            self._drop_gradients()
             return StepResult(finite=False, reason=str(error), loss_tokens=loss_tokens)
         self._num_completions = step.lengths_N.size
         micro_batches = [micro_batch for update in updates for micro_batch in update.micro_batches]
@@ -177,6 +194,7 @@ class Trainer:
             try:
                 self._metrics.append(self._gradients(update))
             except NotFinite as error:
+                self._drop_gradients()
                 event(log, "update_left_out", level=logging.WARNING, step=self.policy_version + 1, reason=str(error))
             else:
                 self._apply()
@@ -227,9 +245,10 @@ class Trainer:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """What `save` writes at most: the weights, AdamW's two moments of each, and a reference that follows."""
+        """What `save` writes at most: the weights, AdamW's two moments of each, a reference that follows, a critic."""
         sizes: list[int] = [p.numel() * p.element_size() for p in self._parameters.values()]
-        return 3 * sum(sizes) + (self._reference.checkpoint_bytes if self._reference is not None else 0)
+        others = [model.checkpoint_bytes for model in (self._reference, self._critic) if model is not None]
+        return 3 * sum(sizes) + sum(others)
 
     def save(self, directory: Path) -> None:
         """Write model and tokenizer as a plain Hugging Face directory, and beside them what `checkpoint` needs."""
@@ -245,6 +264,8 @@ class Trainer:
         (directory / STATE_FILE).write_text(json.dumps(state))
         if self._reference is not None:
             self._reference.save(directory)
+        if self._critic is not None:
+            self._critic.save(directory)
 
     def _resume(self, checkpoint: Path) -> None:
         load_state(self._optimizer, self._parameters, checkpoint)
@@ -265,8 +286,8 @@ class Trainer:
         parts = mini_batches(step, config.num_mini_batches)
         packed = [self._policy.pack(part, config.token_budget) for part in parts]
 
-        def forward(logprobs: Callable[[StepTokens, list[MicroBatch]], Tensor]) -> Tensor:
-            return torch.cat([logprobs(part, micro_batches) for part, micro_batches in zip(parts, packed, strict=True)])
+        def forward(model: Callable[[StepTokens, list[MicroBatch]], Tensor]) -> Tensor:
+            return torch.cat([model(part, micro_batches) for part, micro_batches in zip(parts, packed, strict=True)])
 
         tensors = objective.prepare(
             step,
@@ -274,6 +295,7 @@ class Trainer:
             policy_version=self.policy_version,
             proximal_logprobs_T=forward(self._policy.step_logprobs) if config.needs_proximal else None,
             reference_logprobs_T=None if reference is None else forward(reference.logprobs),
+            values_T=None if self._critic is None else forward(self._critic.values),
         )
         updates = list(zip(packed, tensors, strict=True)) * config.num_iterations
         return [
@@ -285,20 +307,16 @@ class Trainer:
         """Compute the gradients of an update, and its metrics.
 
         Raises:
-            NotFinite: and no gradient is left.
+            NotFinite: a loss or gradient is not. Gradients are left.
         """
         record = UpdateRecord()
         for micro_batch in update.micro_batches:
             self._accumulate(micro_batch, update.tensors, record)
-            if not math.isfinite(record.loss):
-                self._drop_gradients()
-                raise NotFinite(f"loss is {record.loss}")
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
-        if not torch.isfinite(norm):
-            self._drop_gradients()
-            raise NotFinite(f"gradient norm is {norm.item()}")
-        self._gradient_norm = norm
-        return self._objective.metrics(record, update.tensors) | {"grad_norm": norm.item()}
+        self._gradient_norm = finite_gradient_norm(self._parameters.values(), "loss", record.loss)
+        metrics = self._objective.metrics(record, update.tensors) | {"grad_norm": self._gradient_norm.item()}
+        if self._critic is not None:
+            metrics |= self._critic.forward_backward(update.micro_batches, update.tensors)
+        return metrics
 
     def _accumulate(self, micro_batch: MicroBatch, tensors: StepTensors, record: UpdateRecord) -> None:
         """Add the gradients of a micro-batch to those that are there."""
@@ -343,8 +361,13 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate
         self._optimizer.step()
+        if self._critic is not None:
+            peak = self._config.value_learning_rate or self._config.learning_rate
+            self._critic.apply(peak * self.learning_rate / self._config.learning_rate)
         self._drop_gradients()
 
     def _drop_gradients(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
+        if self._critic is not None:
+            self._critic.drop_gradients()
         self._gradient_norm = None
