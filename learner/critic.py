@@ -137,7 +137,8 @@ class Critic:
     @property
     def checkpoint_bytes(self) -> int:
         """What `save` writes at most: the weights, and AdamW's two moments of each."""
-        return 3 * sum(p.numel() * p.element_size() for p in self._parameters.values())
+        sizes: list[int] = [p.numel() * p.element_size() for p in self._parameters.values()]
+        return 3 * sum(sizes)
 
     def save(self, directory: Path) -> None:
         """Write weights and optimizer into a directory of their own in `directory`."""

@@ -163,7 +163,11 @@ class Trainer:
             The step's metrics, or why it must be skipped; then no gradient is left.
         """
         self._drop_gradients()
-        step = collect(batch.groups, mask_truncated_completions=self._config.mask_truncated_completions)
+        step = collect(
+            batch.groups,
+            mask_truncated_completions=self._config.mask_truncated_completions,
+            min_scored=self._config.min_scored,
+        )
         loss_tokens = step.completion_T.size
         if not loss_tokens:
             return StepResult(finite=False, reason="no completion of the batch trains")

@@ -67,8 +67,8 @@ class DataOptions(Section):
 class GenerationOptions(Section):
     """What a lease asks for."""
 
-    num_generations: int = Field(64, ge=2)
-    """G: completions sampled per prompt."""
+    num_generations: int = Field(64, ge=1)
+    """G: completions sampled per prompt. At least 2, except with advantage_estimator gae."""
     max_completion_length: int = Field(4096, ge=1)
     """Tokens, stop token included."""
     temperature: float = Field(1.0, gt=0)
@@ -209,6 +209,11 @@ class LearnerConfig(
             )
         if self.liveness_s < 2 * self.heartbeat_s:
             raise ValueError(f"liveness_s {self.liveness_s} must be at least twice heartbeat_s {self.heartbeat_s}")
+        if self.num_generations < self.min_scored:
+            raise ValueError(
+                f"num_generations {self.num_generations}: one completion compares with nothing; use at least"
+                f" {self.min_scored}, or advantage_estimator gae, whose critic takes the place of a group"
+            )
         if self.num_mini_batches > self.prompts_per_step:
             raise ValueError(
                 f"num_mini_batches {self.num_mini_batches} of prompts_per_step {self.prompts_per_step} groups: a"

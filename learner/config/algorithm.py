@@ -169,6 +169,11 @@ class AlgorithmOptions(Section):
         return self.advantage_estimator == "gae"
 
     @property
+    def min_scored(self) -> int:
+        """Completions of a group that must have a reward for any to train: one compares with nothing but a critic."""
+        return 1 if self.has_critic else 2
+
+    @property
     def uses_proximal(self) -> bool:
         """Whether the loss looks at the policy at the start of the step."""
         return self.anchor == "proximal" or self.correction != "none"
