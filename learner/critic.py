@@ -162,4 +162,4 @@ class Critic:
         hidden_TH = self._policy.predictors(rows, prompt).float()
         weight_1H, bias_1 = head_of(self._model)
         assert bias_1 is not None, "made in __init__"
-        return torch.addmv(bias_1.float(), hidden_TH, weight_1H[0].float())
+        return torch.nn.functional.linear(hidden_TH, weight_1H.float(), bias_1.float())[:, 0]

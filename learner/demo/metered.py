@@ -1,7 +1,8 @@
-"""A learner process that also says what it held: `python -m learner.demo.metered FILE --config learner.toml`.
+"""A learner process that also says what it held and took: `python -m learner.demo.metered FILE --config learner.toml`.
 
-It runs what `headway-learner train` runs, and writes to FILE the parameters of every model, and how far the resident
-set rose above what it was before the first of them was made (null where there is no /proc).
+It runs what `headway-learner train` runs, and writes to FILE the parameters of every model, how far the resident set
+rose above what it was before the first of them was made (null where there is no /proc), and each step's CPU seconds:
+on a machine with other work only they are the step's own.
 """
 
 from __future__ import annotations
@@ -10,39 +11,63 @@ import gc
 import json
 import re
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
+from learner.app import run
+from learner.batch import Batch, StepResult
 from learner.config import LearnerConfig
+from learner.model.load import load_model, resolve_device
+from learner.trainer import Trainer
 from protocol.command import run_command
 from protocol.settings import load_settings
-
-if TYPE_CHECKING:
-    from learner.trainer import Trainer
 
 PROG = "metered"
 
 
+class MeteredTrainer(Trainer):
+    """A trainer that notes the CPU seconds of its steps. All calls come from one thread, which does all the work."""
+
+    def __init__(self, config: LearnerConfig, *, checkpoint: Path | None = None) -> None:
+        # Once for what it imports, which is no model's.
+        load_model(config.model, dtype=config.dtype, device=resolve_device(config.device))
+        gc.collect()
+        self.base_bytes = reset_peak_bytes()
+        super().__init__(config, checkpoint=checkpoint)
+        self.cpu_s: list[float] = []
+
+    def forward_backward(self, batch: Batch) -> StepResult:
+        """As the trainer does."""
+        before_s = time.thread_time()
+        result = super().forward_backward(batch)
+        self.cpu_s.append(time.thread_time() - before_s)
+        return result
+
+    def optimizer_step(self) -> int:
+        """As the trainer does."""
+        before_s = time.thread_time()
+        policy_version = super().optimizer_step()
+        self.cpu_s[-1] += time.thread_time() - before_s
+        return policy_version
+
+
 def metered_run(figures: Path, argv: Sequence[str]) -> int:
     """Run a training run to its end, then write its figures; return the exit code."""
-    from learner.app import run
-    from learner.model.load import load_model, resolve_device
-    from learner.trainer import Trainer
-
-    held: dict[str, Any] = {}
+    trainers: list[MeteredTrainer] = []
 
     def make_trainer(config: LearnerConfig, *, checkpoint: Path | None) -> Trainer:
-        load_model(config.model, dtype=config.dtype, device=resolve_device(config.device))  # what that imports is no
-        gc.collect()  # model's
-        held["base_bytes"] = reset_peak_bytes()
-        trainer = Trainer(config, checkpoint=checkpoint)
-        held["parameters"] = trainer.num_parameters
-        return trainer
+        trainers.append(MeteredTrainer(config, checkpoint=checkpoint))
+        return trainers[-1]
 
     code = run(load_settings(LearnerConfig, argv, prog=PROG), make_trainer)
-    base = held.pop("base_bytes")
-    held["peak_bytes"] = None if base is None else _resident_bytes("VmHWM") - base
+    (trainer,) = trainers
+    base = trainer.base_bytes
+    held = {
+        "parameters": trainer.num_parameters,
+        "peak_bytes": None if base is None else _resident_bytes("VmHWM") - base,
+        "cpu_s": trainer.cpu_s,
+    }
     figures.write_text(json.dumps(held), "utf-8")
     return code
 

@@ -87,8 +87,8 @@ class Figures:
     """Of every model that the learner held, by what it is."""
     peak_bytes: int | None
     """How far the learner's resident set rose above what it was before the models."""
-    learner_s: float
-    """Forward, backward and optimizer of a step, median."""
+    learner_cpu_s: float
+    """CPU seconds of a step in the learner: forward, backward and optimizer, median."""
     step_s: float
     """All of a step, sampling included, median."""
     reward_first: float
@@ -150,7 +150,7 @@ def read_figures(run_dir: Path) -> Figures:
     return Figures(
         parameters=meter["parameters"],
         peak_bytes=meter["peak_bytes"],
-        learner_s=statistics.median(row["perf/fwd_bwd_s"] + row["perf/optimizer_s"] for row in rows),
+        learner_cpu_s=statistics.median(meter["cpu_s"]),
         step_s=statistics.median(row["step_time"] for row in rows),
         reward_first=statistics.fmean(rewards[:edge]),
         reward_last=statistics.fmean(rewards[-edge:]),
@@ -166,8 +166,8 @@ def describe(figures: dict[str, list[Figures]], *, steps: int) -> str:
         ("parameters, million", lambda of: sum(of.parameters.values()) / 1e6, ".2f", True),
         ("weights, gradients, moments, MiB", lambda of: TRAINED_BYTES * sum(of.parameters.values()) / MIB, ".1f", True),
         ("peak memory over base, MiB", lambda of: of.peak_bytes and of.peak_bytes / MIB, ".1f", True),
-        ("learner's part of a step, s", lambda of: of.learner_s, ".3f", True),
-        ("step with sampling, s", lambda of: of.step_s, ".3f", True),
+        ("learner's step, CPU s", lambda of: of.learner_cpu_s, ".3f", True),
+        ("the same with sampling, s", lambda of: of.step_s, ".3f", True),
         (f"reward, first {edge} steps", lambda of: of.reward_first, ".3f", False),
         (f"reward, last {edge} steps", lambda of: of.reward_last, ".3f", False),
         ("evaluation before", lambda of: of.eval_first, ".3f", False),

@@ -29,7 +29,7 @@ TOLERANCE = 1e-5
 @st.composite
 def train_groups(draw: st.DrawFn) -> TrainGroup:
     """Any group, a single completion and completions of one token too; some unscored, some tokens masked."""
-    g = draw(st.integers(1, 6))
+    g = draw(st.integers(1, 4))
     lengths = draw(st.lists(st.sampled_from([1, 1, 2, 3, 8, 21]), min_size=g, max_size=g))
     seed = draw(st.integers(0, 2**16))
     changes: dict[str, Any] = {}
@@ -93,7 +93,7 @@ def naive_gradients(model: Any, batch: Batch, old: torch.Tensor, returns: torch.
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@settings(deadline=None, max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(deadline=None, max_examples=8, suppress_health_check=[HealthCheck.too_slow])
 @given(batch=batches)
 def test_packed_equals_naive(trainer: Trainer, batch: Batch) -> None:
     critic = trainer._critic
@@ -109,8 +109,8 @@ def test_packed_equals_naive(trainer: Trainer, batch: Batch) -> None:
     old = update.tensors.values_T
     close(old, expected, naive_values(plain, batch).detach())
 
-    # Away from where the step began, so that some values are clipped and some are not.
-    shifted = torch.linspace(-2 * CLIP, 2 * CLIP, old.numel())
+    # Away from where the step began, so that some values are clipped and some are not (and none is on the edge).
+    shifted = CLIP * torch.linspace(-1.87, 2.03, old.numel())
     update.tensors.values_T.add_(shifted)
     returns = update.tensors.returns_T
     critic.drop_gradients()
