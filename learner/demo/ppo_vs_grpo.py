@@ -167,7 +167,7 @@ def describe(figures: dict[str, list[Figures]], *, steps: int) -> str:
         ("weights, gradients, moments, MiB", lambda of: TRAINED_BYTES * sum(of.parameters.values()) / MIB, ".1f", True),
         ("peak memory over base, MiB", lambda of: of.peak_bytes and of.peak_bytes / MIB, ".1f", True),
         ("learner's step, CPU s", lambda of: of.learner_cpu_s, ".3f", True),
-        ("the same with sampling, s", lambda of: of.step_s, ".3f", True),
+        ("step with sampling, wall s", lambda of: of.step_s, ".3f", True),
         (f"reward, first {edge} steps", lambda of: of.reward_first, ".3f", False),
         (f"reward, last {edge} steps", lambda of: of.reward_last, ".3f", False),
         ("evaluation before", lambda of: of.eval_first, ".3f", False),

@@ -23,8 +23,8 @@ TENSORS_PER_LAYER = 12
 def memory_estimate(config: LearnerConfig) -> dict[str, int]:
     """Estimate the learner's memory in bytes, by what it is for; `total_bytes` is their sum.
 
-    Weights, gradients and optimizer are exact for a model on disk; activations are a rule of thumb for one micro-batch
-    of `token_budget` tokens.
+    Weights, gradients and optimizer are exact for a model on disk (a critic, which has all three, is taken to be as
+    large); activations are a rule of thumb for one micro-batch of `token_budget` tokens.
 
     Raises:
         ConfigError: the model is no local directory with config.json and safetensors files.
@@ -37,12 +37,14 @@ def memory_estimate(config: LearnerConfig) -> dict[str, int]:
     layers, hidden = settings["num_hidden_layers"], settings["hidden_size"]
     width = TENSORS_PER_LAYER * hidden + 4 * settings["intermediate_size"]  # what one layer keeps of a token
     kept = layers * hidden + width if config.gradient_checkpointing else layers * width
+    moments = 2 * parameters * STATE_BYTES.get(config.optim, master)
     estimate = {
         "parameters": parameters,
         "weights_bytes": parameters * master,
         "gradients_bytes": parameters * master,
-        "optimizer_bytes": 2 * parameters * STATE_BYTES.get(config.optim, master),
+        "optimizer_bytes": moments,
         "reference_bytes": parameters * master if config.beta else 0,
+        "critic_bytes": 2 * parameters * master + moments if config.has_critic else 0,
         "autocast_bytes": parameters * 2 if config.autocast == "bfloat16" else 0,
         "activations_bytes": config.token_budget * kept * compute,
         "logits_bytes": max(CHUNK_BYTES, MIN_CHUNK_TOKENS * settings["vocab_size"] * compute),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
@@ -14,6 +14,7 @@ from safetensors.torch import load_file, save_file
 from learner.batch import Batch
 from learner.config import LearnerConfig
 from learner.model.export import unique_tensors
+from learner.model.packing import StepTokens, collect
 from learner.trainer import Trainer
 from protocol.errors import ConfigError
 from tests.factories import make_batch, make_train_group
@@ -200,6 +201,16 @@ def test_one_completion_per_prompt_is_enough(make):
     trainer.optimizer_step()
 
 
+def test_a_row_without_a_token_that_trains_has_no_values(make):
+    """Once they had one, of the wrong shape."""
+    trainer = make(token_budget=6)
+    groups = [
+        make_train_group(ordinal=i, lengths=[3, 3], rewards=[1.0, 0.0], loss_mask=np.full(6, i, np.uint8))
+        for i in range(2)
+    ]
+    assert trainer.forward_backward(make_batch(groups=groups)).loss_tokens == 6
+
+
 def test_equal_rewards_train(make):
     trainer = make()
     assert trainer.forward_backward(batch_of(rewards=[1.0] * 4)).finite
@@ -307,7 +318,5 @@ def test_a_critic_that_cannot_be_read_is_refused(make, tmp_path, damage):
         make(checkpoint=tmp_path)
 
 
-def _step(batch: Batch) -> Any:
-    from learner.model.packing import collect
-
-    return collect(copy.copy(batch.groups), mask_truncated_completions=False, min_scored=1)
+def _step(batch: Batch) -> StepTokens:
+    return collect(batch.groups, mask_truncated_completions=False, min_scored=1)
