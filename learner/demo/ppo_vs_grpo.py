@@ -54,7 +54,7 @@ EDGE_STEPS = 20
 class PpoVsGrpoOptions(Section):
     """Train one small model on one task with PPO (a critic, GAE) and with GRPO (none), and compare what that takes.
 
-    Prints models held, peak memory, step time and reward. About 10 minutes on two cores; --quick takes one.
+    Prints models held, peak memory, step time and reward. About 7 minutes on two cores; --quick half of one.
     """
 
     quick: bool = False
