@@ -15,6 +15,7 @@ usage: {PROG} COMMAND [--config FILE] [flags]
 commands:
   train   train a model on the groups that rollout servers stream in (--dry-run only shows what would run)
   demo    train a small model on this machine: writes two configurations, starts a server and a learner
+  bench   compare objectives on this machine: bench ppo-vs-grpo
 
 {PROG} COMMAND --help lists a command's flags.
 """
@@ -43,7 +44,23 @@ def dispatch(argv: Sequence[str]) -> int:
         from learner.demo.run import demo
 
         return demo(rest, prog=f"{PROG} demo")
-    raise ConfigError(f"unknown command {command!r}: allowed are train and demo")
+    if command == "bench":
+        return bench(rest)
+    raise ConfigError(f"unknown command {command!r}: allowed are train, demo and bench")
+
+
+def bench(argv: Sequence[str]) -> int:
+    """Run one comparison and return its exit code.
+
+    Raises:
+        ConfigError: There is no such comparison, or a flag of it is wrong.
+    """
+    name, *rest = argv or [""]
+    if name != "ppo-vs-grpo":
+        raise ConfigError(f"unknown bench {name!r}: the one there is is {PROG} bench ppo-vs-grpo [--quick]")
+    from learner.demo.ppo_vs_grpo import ppo_vs_grpo
+
+    return ppo_vs_grpo(rest, prog=f"{PROG} bench {name}")
 
 
 if __name__ == "__main__":

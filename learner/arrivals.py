@@ -236,7 +236,8 @@ class Arrivals:
             coordinator.send(holder, Cancel(group_id=group.group.group_id, attempt=entry.attempt, reason="answered"))
         coordinator.ledger.delivered(group.ordinal, _oldest(group.group))
         coordinator.quarantined_in_a_row = 0
-        reason = why_filtered(group.group, filter_zero_std=coordinator.config.filter_zero_std)
+        config = coordinator.config
+        reason = why_filtered(group.group, filter_zero_std=config.filter_zero_std, min_scored=config.min_scored)
         if reason is None:
             self._buffer.offer(group)
             return

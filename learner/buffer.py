@@ -38,13 +38,13 @@ class Buffer:
         return tuple(self._groups.pop(sequence) for sequence in sequences)
 
 
-def why_filtered(group: Group, *, filter_zero_std: bool) -> str | None:
+def why_filtered(group: Group, *, filter_zero_std: bool, min_scored: int = 2) -> str | None:
     """Say why a group has nothing to train on, or None.
 
     Zero variance is judged on the task reward alone, over the completions that have one.
     """
     rewards = group.rewards[group.scored == 1]
-    if rewards.size < 2:
+    if rewards.size < min_scored:
         return f"{rewards.size} of {group.num_generations} completions scored"
     if filter_zero_std and bool(np.all(rewards == rewards[0])):
         return f"all rewards are {float(rewards[0]):g}"

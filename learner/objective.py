@@ -29,9 +29,9 @@ from learner.grpo.corrections import Level, importance_ratio, inside, second_mom
 from learner.grpo.diagnostics import cispo_metrics, clip_metrics, effective_sample_size, policy_kl, ratio_metrics
 from learner.grpo.kl import adapted_beta, kl_in_reward, kl_k1, kl_k2, kl_k3
 from learner.grpo.loss import LossTokens, Surrogate, TokenLoss, grpo_loss
-from learner.grpo.overlong import soft_overlong_punishment
 from learner.grpo.surrogates import cispo_surrogate, clipped_surrogate, sapo_surrogate
 from learner.model.packing import StepTokens
+from learner.token_rewards import judge_tokens, overlong_punishment
 from learner.user_functions import Loss, load_advantages, load_loss
 
 AGGREGATIONS: dict[str, Aggregation] = {
@@ -57,7 +57,7 @@ class StepTensors:
     staleness_T: Tensor
     """Versions between the weights that sampled the token and those at the start of the step."""
     advantages_PG: Tensor
-    """[P, G], not flat, of the whole step: for samples/."""
+    """[P, G], not flat, of the whole step: for samples/. With a critic, means over a completion's tokens."""
     advantages_T: Tensor
     weights_T: Tensor
     reference_logprobs_T: Tensor | None = None
@@ -67,6 +67,10 @@ class StepTensors:
     """The correction, where it was computed from proximal_logprobs_T."""
     kl_T: Tensor | None = None
     """The KL that was taken off the rewards."""
+    values_T: Tensor | None = None
+    """What the critic expected at the start of the step."""
+    returns_T: Tensor | None = None
+    """What it should have: for its loss."""
     progress: float = 0.0
     """Updates of the step that come before this one / updates per step."""
 
@@ -124,6 +128,7 @@ class Objective:
         policy_version: int,
         proximal_logprobs_T: Tensor | None = None,
         reference_logprobs_T: Tensor | None = None,
+        values_T: Tensor | None = None,
     ) -> list[StepTensors]:
         """Compute everything that the loss needs and that does not depend on the weights being trained.
 
@@ -133,6 +138,7 @@ class Objective:
             policy_version: of the weights at the start of the step.
             proximal_logprobs_T: [T] where the configuration `needs_proximal`.
             reference_logprobs_T: [T] where beta > 0.
+            values_T: [T] where the configuration `has_critic`.
 
         Returns:
             The tensors of each part.
@@ -144,7 +150,13 @@ class Objective:
             assert proximal_logprobs_T is not None, "needs_proximal"
             assert reference_logprobs_T is not None, "beta is above 0"
             kl_T, reference_logprobs_T = kl_k1(proximal_logprobs_T, reference_logprobs_T), None
-        advantages_PG = self._advantages(step, kl_T)
+        returns_T = None
+        if values_T is None:
+            advantages_PG = self._advantages(step, kl_T)
+            advantages_T = advantages_PG[torch.from_numpy(step.trains_PG)][completion_T]
+        else:
+            judged = judge_tokens(step, values_T, self._config, beta=self.beta, kl_T=kl_T)
+            advantages_T, returns_T, advantages_PG = judged
         behavior_weight_T = None
         if proximal_logprobs_T is not None and self._config.correction != "none":
             behavior_weight_T = self._correction(
@@ -156,12 +168,14 @@ class Objective:
             "behavior_logprobs_T": behavior_logprobs_T,
             "completion_T": completion_T,
             "staleness_T": policy_version - torch.from_numpy(step.policy_version_T),
-            "advantages_T": advantages_PG[torch.from_numpy(step.trains_PG)][completion_T],
+            "advantages_T": advantages_T,
             "weights_T": torch.cat([self._weights(part, step.completion_T.size / len(parts)) for part in parts]),
             "reference_logprobs_T": reference_logprobs_T,
             "proximal_logprobs_T": proximal_logprobs_T,
             "behavior_weight_T": behavior_weight_T,
             "kl_T": kl_T,
+            "values_T": values_T,
+            "returns_T": returns_T,
         }
         sizes = [part.completion_T.size for part in parts]
         pieces = {name: t.to(self._device).split(sizes) for name, t in tensors.items() if t is not None}
@@ -253,13 +267,7 @@ class Objective:
         rewards_PG, trains_PG = torch.from_numpy(step.rewards_PG), torch.from_numpy(step.trains_PG)
         completion_T = torch.from_numpy(step.completion_T)
         num_completions = step.lengths_N.size
-        shaping_N = torch.zeros(num_completions, dtype=torch.float64)
-        if config.soft_punish_cache:
-            shaping_N += soft_overlong_punishment(
-                torch.from_numpy(step.lengths_N),
-                max_completion_length=config.max_completion_length,
-                soft_punish_cache=config.soft_punish_cache,
-            )
+        shaping_N = overlong_punishment(step, self._config)
         if kl_T is not None:
             shaping_N -= self.beta * kl_in_reward(kl_T, completion_T, num_completions)
         if shaping_N.any():
@@ -277,6 +285,8 @@ class Objective:
                 tokens_PG = torch.zeros(trains_PG.shape, dtype=torch.int64)
                 tokens_PG[trains_PG] = torch.bincount(completion_T, minlength=num_completions)
                 return reinforce_plus_plus_advantages(rewards_PG, trains_PG, tokens_PG)
+            case "gae":
+                raise AssertionError("a critic has judged the step")
 
     def _weights(self, part: StepTokens, tokens_per_update: float) -> Tensor:
         return token_weights(

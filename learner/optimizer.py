@@ -10,6 +10,7 @@ from __future__ import annotations
 import importlib.util
 import logging
 import math
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,28 @@ def check_library(optim: str) -> None:
             f"optim {optim!r} needs bitsandbytes, which is not installed: install it (pip install bitsandbytes), or"
             " use optim = 'adamw'"
         )
+
+
+class NotFinite(Exception):
+    """A loss or a gradient is not: which, and what it is."""
+
+
+def total_norm(parameters: Iterable[torch.nn.Parameter]) -> Tensor:
+    """Compute the norm of all gradients together, []."""
+    return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+
+
+def finite_gradient_norm(norm: Tensor, name: str, loss: float) -> Tensor:
+    """Return the norm.
+
+    Raises:
+        NotFinite: it is not finite, or the loss (called `name`) that the gradients are of is not.
+    """
+    if not math.isfinite(loss):
+        raise NotFinite(f"{name} is {loss}")
+    if not torch.isfinite(norm):
+        raise NotFinite(f"gradient norm{'' if name == 'loss' else f' of the {name}'} is {norm.item()}")
+    return norm
 
 
 def make_optimizer(named_parameters: dict[str, torch.nn.Parameter], options: OptimizerOptions) -> torch.optim.Optimizer:

@@ -66,6 +66,11 @@ class Reference:
         return self._config.sync_ref_model and policy_version % self._config.ref_model_sync_steps == 0
 
     @property
+    def num_parameters(self) -> int:
+        """None of them trains."""
+        return sum(p.numel() for p in self._model.parameters())
+
+    @property
     def checkpoint_bytes(self) -> int:
         """What `save` writes, about."""
         tensors = unique_tensors(self._model).values()
@@ -99,6 +104,8 @@ class BaseReference:
     """The policy without its adapter: never moves, and is no part of a checkpoint."""
 
     checkpoint_bytes = 0
+    num_parameters = 0
+    """None of its own."""
 
     def __init__(self, policy: Policy, adapter: Adapter) -> None:
         self._policy, self._adapter = policy, adapter

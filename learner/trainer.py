@@ -30,16 +30,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from learner.backward import accumulate
 from learner.batch import Batch, StepResult
 from learner.config import LearnerConfig
+from learner.critic import Critic
 from learner.model import export, flex
 from learner.model.adapters import Adapter
 from learner.model.checkpointing import checkpoint_layers
 from learner.model.load import load_model, load_tokenizer, resolve_device
-from learner.model.packing import MicroBatch, Rows, StepTokens, collect, mini_batches, whole_sequences
-from learner.model.policy import ForwardedPrompt, Policy
+from learner.model.packing import MicroBatch, StepTokens, collect, mini_batches, whole_sequences
+from learner.model.policy import Policy
 from learner.objective import Objective, StepTensors, UpdateRecord
-from learner.optimizer import check_library, load_state, make_optimizer, save_state, scheduled_rate
+from learner.optimizer import (
+    NotFinite,
+    check_library,
+    finite_gradient_norm,
+    load_state,
+    make_optimizer,
+    save_state,
+    scheduled_rate,
+    total_norm,
+)
 from learner.optimizer_shards import has_shards, load_shards
 from learner.reference import make_reference
 from protocol.errors import ConfigError
@@ -54,10 +65,6 @@ log = logging.getLogger(__name__)
 STATE_FILE = "trainer.json"
 
 
-class NotFinite(Exception):
-    """A loss or a gradient is not: which, and what it is. No gradient is left."""
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Update:
     """What one optimizer update trains."""
@@ -67,7 +74,7 @@ class Update:
 
 
 class Trainer:
-    """The policy being trained, its optimizer and its reference.
+    """The policy being trained, its optimizer, its reference and (PPO) its critic.
 
     Args:
         config: the learner's.
@@ -101,6 +108,11 @@ class Trainer:
             flex_attention=config.attn_implementation == "flex_attention",
         )
         self._reference = make_reference(config, self._policy, self._adapter)
+        self._critic = (
+            Critic(config, device=self._device, share_prefix=self._policy.shares_prefix, checkpoint=checkpoint)
+            if config.has_critic
+            else None
+        )
         self._parameters = self._place_parameters()
         self._optimizer = make_optimizer(self._parameters, config)
         self._gradient_norm: Tensor | None = None
@@ -136,6 +148,13 @@ class Trainer:
         """Of the next `optimizer_step`."""
         return scheduled_rate(self._config, self.policy_version)
 
+    @property
+    def num_parameters(self) -> dict[str, int]:
+        """Of every model held, by what it is: policy, critic, reference."""
+        models = {"critic": self._critic, "reference": self._reference}
+        others = {name: model.num_parameters for name, model in models.items() if model is not None}
+        return {"policy": sum(p.numel() for p in self._parameters.values()), **others}
+
     def forward_backward(self, batch: Batch) -> StepResult:
         """Compute the gradients of the batch's loss (of its first update's); the weights stay as they are.
 
@@ -146,7 +165,11 @@ class Trainer:
             The step's metrics, or why it must be skipped; then no gradient is left.
         """
         self._drop_gradients()
-        step = collect(batch.groups, mask_truncated_completions=self._config.mask_truncated_completions)
+        step = collect(
+            batch.groups,
+            mask_truncated_completions=self._config.mask_truncated_completions,
+            min_scored=self._config.min_scored,
+        )
         loss_tokens = step.completion_T.size
         if not loss_tokens:
             return StepResult(finite=False, reason="no completion of the batch trains")
@@ -154,6 +177,7 @@ class Trainer:
         try:
             self._metrics = [self._gradients(first)]
         except NotFinite as error:
+            self._drop_gradients()
             return StepResult(finite=False, reason=str(error), loss_tokens=loss_tokens)
         self._num_completions = step.lengths_N.size
         micro_batches = [micro_batch for update in updates for micro_batch in update.micro_batches]
@@ -178,6 +202,7 @@ class Trainer:
             try:
                 self._metrics.append(self._gradients(update))
             except NotFinite as error:
+                self._drop_gradients()
                 event(log, "update_left_out", level=logging.WARNING, step=self.policy_version + 1, reason=str(error))
             else:
                 self._apply()
@@ -233,9 +258,10 @@ class Trainer:
 
     @property
     def checkpoint_bytes(self) -> int:
-        """What `save` writes at most: what trains, AdamW's two moments of each, and a reference that follows."""
+        """What `save` writes at most: what trains with AdamW's moments, a reference that follows, a critic."""
         sizes: list[int] = [p.numel() * p.element_size() for p in self._parameters.values()]
-        return 3 * sum(sizes) + (self._reference.checkpoint_bytes if self._reference is not None else 0)
+        others = [model.checkpoint_bytes for model in (self._reference, self._critic) if model is not None]
+        return 3 * sum(sizes) + sum(others)
 
     def save(self, directory: Path) -> None:
         """Write a plain directory of Hugging Face (an adapter: of peft), and beside it what `checkpoint` needs."""
@@ -247,8 +273,9 @@ class Trainer:
             export.save_pretrained(self._model, self.tokenizer, directory)
         save_state(self._optimizer, self._parameters, directory)
         self._save_progress(directory)
-        if self._reference is not None:
-            self._reference.save(directory)
+        for model in (self._reference, self._critic):
+            if model is not None:
+                model.save(directory)
 
     # What several ranks do otherwise: learner/ranks/trainer.py.
 
@@ -273,7 +300,7 @@ class Trainer:
 
     def _total_norm(self) -> Tensor:
         """Compute the norm of all gradients, []."""
-        return torch.nn.utils.get_total_norm([p.grad for p in self._parameters.values() if p.grad is not None])
+        return total_norm(self._parameters.values())
 
     def _load_optimizer(self, checkpoint: Path) -> None:
         """Read the optimizer's state, saved by however many ranks."""
@@ -316,8 +343,8 @@ class Trainer:
         parts = mini_batches(step, config.num_mini_batches)
         packed = [self._pack(part) for part in parts]
 
-        def forward(logprobs: Callable[[StepTokens, list[MicroBatch]], Tensor]) -> Tensor:
-            return torch.cat([logprobs(part, micro_batches) for part, micro_batches in zip(parts, packed, strict=True)])
+        def forward(model: Callable[[StepTokens, list[MicroBatch]], Tensor]) -> Tensor:
+            return torch.cat([model(part, micro_batches) for part, micro_batches in zip(parts, packed, strict=True)])
 
         tensors = objective.prepare(
             step,
@@ -325,6 +352,7 @@ class Trainer:
             policy_version=self.policy_version,
             proximal_logprobs_T=self._whole(forward(self._policy.step_logprobs)) if config.needs_proximal else None,
             reference_logprobs_T=None if reference is None else forward(reference.logprobs),
+            values_T=None if self._critic is None else forward(self._critic.values),
         )
         updates = list(zip(packed, tensors, strict=True)) * config.num_iterations
         return [
@@ -336,59 +364,19 @@ class Trainer:
         """Compute the gradients of an update, and its metrics.
 
         Raises:
-            NotFinite: and no gradient is left.
+            NotFinite: a loss or gradient is not. Gradients are left.
         """
         record = UpdateRecord()
         for micro_batch in update.micro_batches:
-            self._accumulate(micro_batch, update.tensors, record)
+            accumulate(self._policy, self._objective, micro_batch, update.tensors, record, fused_head=self._fused_head)
             if not math.isfinite(record.loss):
                 break
         self._combine(record, update.tensors.weights_T.numel())
-        if not math.isfinite(record.loss):
-            self._drop_gradients()
-            raise NotFinite(f"loss is {record.loss}")
-        norm = self._total_norm()
-        if not torch.isfinite(norm):
-            self._drop_gradients()
-            raise NotFinite(f"gradient norm is {norm.item()}")
-        self._gradient_norm = norm
-        return self._objective.metrics(record, update.tensors) | {"grad_norm": norm.item()}
-
-    def _accumulate(self, micro_batch: MicroBatch, tensors: StepTensors, record: UpdateRecord) -> None:
-        """Add the gradients of a micro-batch to those that are there."""
-        prompt = self._policy.forward_prompt(micro_batch)
-        for rows in micro_batch.rows:
-            index = torch.from_numpy(rows.index_T).to(self._device)
-            inputs = (rows, tensors.targets_T[index], tensors.temperature_T[index])
-            if self._fused_head:
-                policy_logprobs_T, entropy_T = self._fused_backward(*inputs, index, tensors, prompt)
-                loss = self._objective.loss(policy_logprobs_T, entropy_T, index, tensors)  # once more, for its parts
-            else:
-                policy_logprobs_T, entropy_T = self._policy.logprobs(*inputs, prompt)
-                loss = self._objective.loss(policy_logprobs_T, entropy_T, index, tensors)
-                loss.loss.backward()
-            record.add(index, policy_logprobs_T, entropy_T, loss)
-        if prompt is not None:
-            prompt.backward()
-
-    def _fused_backward(
-        self,
-        rows: Rows,
-        targets_T: Tensor,
-        temperature_T: Tensor,
-        index: Tensor,
-        tensors: StepTensors,
-        prompt: ForwardedPrompt | None,
-    ) -> tuple[Tensor, Tensor]:
-        """Backpropagate the loss of a row through head and model. Returns logprobs [T], entropies [T]."""
-
-        def token_loss(logprobs_T: Tensor, part: slice) -> Tensor:
-            unused = torch.zeros_like(logprobs_T)  # a loss that looks at the entropy is not token_level
-            return self._objective.loss(logprobs_T, unused, index[part], tensors).loss
-
-        loss, logprobs_T, entropy_T = self._policy.token_loss(rows, targets_T, temperature_T, token_loss, prompt)
-        loss.backward()
-        return logprobs_T, entropy_T
+        self._gradient_norm = finite_gradient_norm(self._total_norm(), "loss", record.loss)
+        metrics = self._objective.metrics(record, update.tensors) | {"grad_norm": self._gradient_norm.item()}
+        if self._critic is not None:
+            metrics |= self._critic.forward_backward(update.micro_batches, update.tensors)
+        return metrics
 
     def _apply(self) -> None:
         """Clip the gradients to max_grad_norm and update the weights."""
@@ -397,8 +385,13 @@ class Trainer:
         for group in self._optimizer.param_groups:
             group["lr"] = self.learning_rate
         self._optimizer.step()
+        if self._critic is not None:
+            peak = self._config.value_learning_rate or self._config.learning_rate
+            self._critic.apply(peak * self.learning_rate / self._config.learning_rate)
         self._drop_gradients()
 
     def _drop_gradients(self) -> None:
         self._optimizer.zero_grad(set_to_none=True)
+        if self._critic is not None:
+            self._critic.drop_gradients()
         self._gradient_norm = None

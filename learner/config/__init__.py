@@ -101,8 +101,8 @@ class DataOptions(Section):
 class GenerationOptions(Section):
     """What a lease asks for."""
 
-    num_generations: int = Field(64, ge=2)
-    """G: completions sampled per prompt."""
+    num_generations: int = Field(64, ge=1)
+    """G: completions sampled per prompt. At least 2, except with advantage_estimator gae."""
     max_completion_length: int = Field(4096, ge=1)
     """Tokens, stop token included."""
     temperature: float = Field(1.0, gt=0)
@@ -255,6 +255,16 @@ class LearnerConfig(
             raise ValueError(
                 "sync_ref_model with use_peft: the reference is the base model under the adapter, which does not move;"
                 " leave sync_ref_model out, or train all weights, without use_peft"
+            )
+        if self.use_peft and self.has_critic:
+            raise ValueError(
+                "advantage_estimator gae with use_peft: the critic trains all its weights; use another"
+                " advantage_estimator, or train all weights, without use_peft"
+            )
+        if self.num_generations < self.min_scored:
+            raise ValueError(
+                f"num_generations {self.num_generations}: one completion compares with nothing; use at least"
+                f" {self.min_scored}, or advantage_estimator gae, whose critic takes the place of a group"
             )
         if self.num_mini_batches > self.prompts_per_step:
             raise ValueError(

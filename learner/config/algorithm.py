@@ -28,6 +28,7 @@ _SCALES: dict[str, tuple[RewardScale, ...]] = {
     "grpo": ("group", "batch", "none"),
     "rloo": ("none",),
     "reinforce_plus_plus_baseline": ("batch",),
+    "gae": ("batch",),
 }
 """What each estimator can be divided by; the first is its own."""
 
@@ -55,9 +56,19 @@ class AlgorithmOptions(Section):
     """sapo, tokens of a positive advantage: the larger, the sooner the gradient fades off policy."""
     sapo_temperature_neg: float = Field(1.05, gt=0)
     """sapo, all other tokens."""
-    advantage_estimator: Literal["grpo", "rloo", "reinforce_plus_plus_baseline"] = "grpo"
+    advantage_estimator: Literal["grpo", "rloo", "reinforce_plus_plus_baseline", "gae"] = "grpo"
     """Baseline of a reward: the mean of its group, that of the others in its group, or the group's mean and then
-    whitened over all tokens of the step."""
+    whitened over all tokens of the step. gae is PPO: a critic, a second model of the size of the first with a value
+    head, judges every token; groups are then only samples, and equal rewards train, too (filter_zero_std = false)."""
+    gamma: float = Field(1.0, gt=0, le=1)
+    """gae: discount of the reward for every token between."""
+    lam: float = Field(0.95, ge=0, le=1)
+    """gae: 1 trusts rewards alone (unbiased), 0 the critic's next value (least variance)."""
+    cliprange_value: float = Field(0.2, gt=0)
+    """gae: a value moves at most so far in a step, in units of the reward."""
+    value_learning_rate: float | None = Field(None, gt=0)
+    """gae: of the critic's own AdamW, peak; schedule and everything else are the policy's. Default: learning_rate.
+    (There is no vf_coef: AdamW's steps do not depend on the scale of a loss that has its parameters to itself.)"""
     advantage_function: str = ""
     """module:function in place of it: (rewards [P, G], scored [P, G]) -> advantages [P, G]."""
     scale_rewards: RewardScale | None = None
@@ -153,6 +164,16 @@ class AlgorithmOptions(Section):
         return self.num_iterations * self.num_mini_batches
 
     @property
+    def has_critic(self) -> bool:
+        """Whether a second model is trained beside the policy."""
+        return self.advantage_estimator == "gae"
+
+    @property
+    def min_scored(self) -> int:
+        """Completions of a group that must have a reward for any to train: one compares with nothing but a critic."""
+        return 1 if self.has_critic else 2
+
+    @property
     def uses_proximal(self) -> bool:
         """Whether the loss looks at the policy at the start of the step."""
         return self.anchor == "proximal" or self.correction != "none"
@@ -201,10 +222,28 @@ class AlgorithmOptions(Section):
             )
         if self.advantage_function and (self.advantage_estimator != "grpo" or self.scale_rewards is not None):
             yield "advantage_function takes the place of advantage_estimator and scale_rewards: leave those out"
+        yield from self._wrong_critic()
         for key in ("loss_function", "advantage_function"):
             path = getattr(self, key)
             if path and not _IMPORT_PATH.fullmatch(path):
                 yield f"{key} {path!r} must be module:function, such as my_package.objectives:my_function"
+
+    def _wrong_critic(self) -> Iterator[str]:
+        """Say what does not go together with a critic, or only with one."""
+        if self.has_critic and self.filter_zero_std:
+            yield (
+                "advantage_estimator gae with filter_zero_std: against a critic, equal rewards have a gradient, too,"
+                " and without them it would learn wrong values; set filter_zero_std false"
+            )
+        if self.has_critic and self.importance_sampling_level == "sequence":
+            yield (
+                "importance_sampling_level sequence with advantage_estimator gae: a completion's ratio goes with a"
+                " completion's advantage, and gae has one for each token; use importance_sampling_level token"
+            )
+        if not self.has_critic:
+            for key in ("gamma", "lam", "cliprange_value", "value_learning_rate"):
+                if getattr(self, key) != type(self).model_fields[key].default:
+                    yield f"{key} without a critic has no meaning: use advantage_estimator gae, or leave it out"
 
     def _wrong_correction(self) -> Iterator[str]:
         """Say what does not go together in c."""

@@ -25,11 +25,13 @@ LOG_LINES_SHOWN = 20
 EXIT_TERMINATED = 128 + signal.SIGTERM
 
 
-def run_pair(server: Sequence[str], learner: Sequence[str], *, server_log: Path) -> int:
+def run_pair(
+    server: Sequence[str], learner: Sequence[str], *, server_log: Path, learner_log: Path | None = None
+) -> int:
     """Run both commands until the learner ends; return the exit code of the one that failed, or 0.
 
-    The learner has this process's terminal; what the server prints goes to `server_log`, and its end is shown when
-    either fails.
+    What the server prints goes to `server_log`. The learner has this process's terminal unless it has a log, too. The
+    ends of the logs are shown when either fails.
 
     Raises:
         KeyboardInterrupt: After both have ended.
@@ -40,12 +42,16 @@ def run_pair(server: Sequence[str], learner: Sequence[str], *, server_log: Path)
         log = stack.enter_context(server_log.open("ab"))
         serving = subprocess.Popen(server, stdout=log, stderr=log, stdin=subprocess.DEVNULL, process_group=0)
         stack.callback(end, serving, signal.SIGTERM, SERVER_GRACE_S)
-        learning = subprocess.Popen(learner, stdin=subprocess.DEVNULL, process_group=0)
+        terminal = stack.enter_context(learner_log.open("ab")) if learner_log else None
+        learning = subprocess.Popen(
+            learner, stdout=terminal, stderr=terminal, stdin=subprocess.DEVNULL, process_group=0
+        )
         stack.callback(end, learning, signal.SIGINT, LEARNER_GRACE_S)
         code = _wait_for_end(serving, learning)
     if code:
-        print(f"\nlast lines of {server_log}:", file=sys.stderr)
-        print("\n".join(last_lines(server_log)), file=sys.stderr)
+        for file in filter(None, (learner_log, server_log)):
+            print(f"\nlast lines of {file}:", file=sys.stderr)
+            print("\n".join(last_lines(file)), file=sys.stderr)
     return code
 
 

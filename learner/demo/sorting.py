@@ -12,6 +12,7 @@ import random
 import shutil
 import tempfile
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ SEPARATOR = ">"
 PAD, EOS, BOS, UNKNOWN = "<pad>", "<eos>", "<bos>", "<unk>"
 VOCABULARY = (PAD, EOS, BOS, UNKNOWN, SEPARATOR, *LETTERS)
 NUM_PARAMETERS = 100_608
+"""Of the demonstration's shape."""
 WARMUP_BATCH = 256
 WARMUP_LEARNING_RATE = 2e-3
 WARMUP_LOSS = 0.19
@@ -38,7 +40,16 @@ IGNORED_LABEL = -100
 Row = dict[str, str]
 
 
-def prepare(directory: Path, *, seed: int = 0) -> None:
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """Of the model; the demonstration's unless others are given."""
+
+    hidden_size: int = 64
+    """A multiple of 32: heads are 16 wide, two of them share keys and values."""
+    num_layers: int = 2
+
+
+def prepare(directory: Path, *, seed: int = 0, shape: Shape = Shape()) -> None:
     """Make `directory` a warmed-up Hugging Face model, once; a second call returns at once."""
     if directory.exists():
         return
@@ -47,7 +58,7 @@ def prepare(directory: Path, *, seed: int = 0) -> None:
     directory.parent.mkdir(parents=True, exist_ok=True)
     building = Path(tempfile.mkdtemp(prefix=f".{directory.name}-", dir=directory.parent))
     try:
-        model = make_model(seed)
+        model = make_model(seed, shape)
         warm_up(model, seed=seed)
         hf_logging.disable_progress_bar()  # for one shard of 0.4 MB
         model.save_pretrained(building)
@@ -90,8 +101,8 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def make_model(seed: int) -> Qwen3ForCausalLM:
-    """Make the untrained model: Qwen3 of width 64, two layers, fp32."""
+def make_model(seed: int, shape: Shape = Shape()) -> Qwen3ForCausalLM:
+    """Make the untrained model: Qwen3, fp32; width 64 and two layers unless told otherwise."""
     import torch
     from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -99,11 +110,11 @@ def make_model(seed: int) -> Qwen3ForCausalLM:
     special = {"pad_token_id": 0, "eos_token_id": 1, "bos_token_id": 2}
     config = Qwen3Config(
         vocab_size=len(VOCABULARY),
-        hidden_size=64,
-        intermediate_size=192,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
+        hidden_size=shape.hidden_size,
+        intermediate_size=3 * shape.hidden_size,
+        num_hidden_layers=shape.num_layers,
+        num_attention_heads=shape.hidden_size // 16,
+        num_key_value_heads=shape.hidden_size // 32,
         head_dim=16,
         max_position_embeddings=64,
         tie_word_embeddings=False,

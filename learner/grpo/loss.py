@@ -47,7 +47,7 @@ class LossTokens(NamedTuple):
     """What rho is taken against: the behavior or the proximal policy's."""
     behavior_logprobs_T: Tensor
     advantages_T: Tensor
-    """Each token's completion's advantage."""
+    """Each token's completion's advantage; with a critic, the token's own."""
     weights_T: Tensor
     """From `token_weights`, of the whole update."""
     completion_T: Tensor

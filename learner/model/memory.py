@@ -25,8 +25,8 @@ def memory_estimate(config: LearnerConfig) -> dict[str, int]:
     """Estimate the learner's memory in bytes, by what it is for; `total_bytes` is their sum.
 
     Weights, gradients and optimizer are exact for a model on disk (an adapter's, where its layers are matrices of a
-    transformer's layers); activations are a rule of thumb for one micro-batch
-    of `token_budget` tokens.
+    transformer's layers; a critic, which has all three, is taken to be as large as the model); activations are a rule
+    of thumb for one micro-batch of `token_budget` tokens.
 
     Raises:
         ConfigError: the model is no local directory with config.json and safetensors files.
@@ -44,13 +44,15 @@ def memory_estimate(config: LearnerConfig) -> dict[str, int]:
     if config.use_peft:
         trained, trained_item = _count_parameters(directory, lambda *weight: _adapter_size(config, *weight)), 4
         adapter = trained * trained_item
+    moments = 2 * trained * STATE_BYTES.get(config.optim, trained_item)
     estimate = {
         "parameters": parameters,
         "weights_bytes": parameters * master,
         "adapter_bytes": adapter,
         "gradients_bytes": trained * trained_item,
-        "optimizer_bytes": 2 * trained * STATE_BYTES.get(config.optim, trained_item),
+        "optimizer_bytes": moments,
         "reference_bytes": parameters * master if config.beta and not config.use_peft else 0,
+        "critic_bytes": 2 * parameters * master + moments if config.has_critic else 0,
         "autocast_bytes": parameters * 2 if config.autocast == "bfloat16" else 0,
         "activations_bytes": config.token_budget * kept * compute,
         "logits_bytes": max(CHUNK_BYTES, MIN_CHUNK_TOKENS * settings["vocab_size"] * compute),

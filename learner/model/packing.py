@@ -4,7 +4,7 @@
                                    `-pack_padded--> MicroBatch: every completion with its own copy of the prompt
 
 What does not train never reaches the model: aborted, unscored and (on request) truncated completions, and groups left
-with fewer than two. The last token of a completion predicts nothing that is trained, so it is never forwarded; the
+with too few. The last token of a completion predicts nothing that is trained, so it is never forwarded; the
 last token of a prompt predicts the first token of every completion.
 
 The order is that of the batch (completions of a group by length), so the same batch always gives the same rows.
@@ -117,19 +117,20 @@ class MicroBatch:
         return sum(rows.tokens_BL.size for rows in (*self.rows, *([self.prompt] if self.prompt else [])))
 
 
-def collect(groups: Sequence[TrainGroup], *, mask_truncated_completions: bool) -> StepTokens:
+def collect(groups: Sequence[TrainGroup], *, mask_truncated_completions: bool, min_scored: int = 2) -> StepTokens:
     """Keep what trains of the step's groups, in their order.
 
     Args:
         groups: whole and validated.
         mask_truncated_completions: leave completions that hit max_completion_length out, as if unscored.
+        min_scored: of a group with fewer completions left, nothing trains.
     """
     num_generations = max(group.group.num_generations for group in groups)
     rewards_PG = np.zeros((len(groups), num_generations), np.float32)
     trains_PG = np.zeros((len(groups), num_generations), np.bool_)
     tokens, trained, logprobs, temperatures, versions = [], [], [], [], []
     for p, group in enumerate(entry.group for entry in groups):
-        trains_G = _completions_that_train(group, mask_truncated_completions)
+        trains_G = _completions_that_train(group, mask_truncated_completions, min_scored)
         trains_PG[p, : trains_G.size] = trains_G
         rewards_PG[p, : trains_G.size] = group.rewards
         kept = np.repeat(trains_G, group.completion_lengths)
@@ -255,12 +256,12 @@ def buckets(lengths: Sequence[int]) -> tuple[Bucket, ...]:
     return tuple(Bucket(bucket) for bucket in found)
 
 
-def _completions_that_train(group: Group, mask_truncated_completions: bool) -> Bool:
+def _completions_that_train(group: Group, mask_truncated_completions: bool, min_scored: int) -> Bool:
     trains_G = (group.scored > 0) & (group.finish_reasons != FinishReason.ABORT) & (group.completion_lengths > 0)
     if mask_truncated_completions:
         trains_G &= group.finish_reasons != FinishReason.LENGTH
-    # One reward compares with nothing: no advantage, nothing to train (and outside all denominators).
-    return trains_G if trains_G.sum() >= 2 else np.zeros_like(trains_G)
+    # One reward compares with nothing, unless with a critic: nothing to train (and outside all denominators).
+    return trains_G if trains_G.sum() >= min_scored else np.zeros_like(trains_G)
 
 
 def _groups(step: StepTokens, first: int, last: int) -> StepTokens:

@@ -91,6 +91,14 @@ class Policy:
         with self._precision():
             return ForwardedPrompt(self._hidden(micro_batch.prompt, prefix), prefix)
 
+    def predictors(self, rows: Rows, prompt: ForwardedPrompt | None = None) -> Tensor:
+        """Run the model without its head: [T, H], the last hidden state before each token of `rows` that trains."""
+        with self._precision():
+            hidden = self._hidden(rows, prompt.prefix if prompt else None)
+        if prompt is not None:
+            hidden = torch.cat([prompt.hidden_leaf_SH, hidden])
+        return hidden.index_select(0, self._tensor(rows.predictor_T))
+
     def logprobs(
         self, rows: Rows, targets_T: Tensor, temperature_T: Tensor, prompt: ForwardedPrompt | None = None
     ) -> tuple[Tensor, Tensor]:
@@ -106,7 +114,7 @@ class Policy:
             logprobs [T] and entropies [T], with a graph behind them (outside no_grad).
         """
         with self._precision():
-            predictors = self._predictors(rows, prompt)
+            predictors = self.predictors(rows, prompt)
             return token_logprobs(predictors, *head_of(self.model), targets_T, temperature_T, fp32=self._fp32_head)
 
     def token_loss(
@@ -130,7 +138,7 @@ class Policy:
             The loss [], for one backward pass; logprobs [T] and entropies [T] without a graph.
         """
         with self._precision():
-            predictors = self._predictors(rows, prompt)
+            predictors = self.predictors(rows, prompt)
             arguments = (*head_of(self.model), targets_T, temperature_T, token_loss)
             return fused_token_loss(predictors, *arguments, fp32=self._fp32_head)
 
@@ -167,13 +175,6 @@ class Policy:
             obstacle = f"{type(error).__name__}: {error}"
         self.model.set_attn_implementation(own_attention)
         return obstacle
-
-    def _predictors(self, rows: Rows, prompt: ForwardedPrompt | None) -> Tensor:
-        """Run the model without its head: [T, H], the last hidden state before each token that trains."""
-        hidden = self._hidden(rows, prompt.prefix if prompt else None)
-        if prompt is not None:
-            hidden = torch.cat([prompt.hidden_leaf_SH, hidden])
-        return hidden.index_select(0, self._tensor(rows.predictor_T))
 
     def _hidden(self, rows: Rows, prefix: Prefix | None) -> Tensor:
         """Run the model without its head: last hidden states, flat [B x L, H]."""

@@ -110,6 +110,8 @@ def check_ranks(config: LearnerConfig) -> None:
     """
     if config.use_peft:
         raise ConfigError("use_peft on several ranks: adapters train on one rank; leave torchrun out, or use_peft")
+    if config.has_critic:
+        raise ConfigError("advantage_estimator gae on several ranks: the critic trains on one rank; leave torchrun out")
     if config.optim != "adamw":
         raise ConfigError(f"optim {config.optim!r} on several ranks: its states cannot be sharded; use adamw")
     if config.autocast == "bfloat16" and config.published_dtype == "float32":

@@ -39,6 +39,7 @@ def run_quickly(*argv: str) -> tuple[subprocess.CompletedProcess[str], list[str]
 @pytest.mark.parametrize(
     "argv",
     [["learner"], ["learner", "--help"], ["learner", "train", "--help"], ["learner", "demo", "--help"],
+     ["learner", "bench", "ppo-vs-grpo", "--help"],
      ["rollout_server", "--help"]],
 )  # fmt: skip
 def test_help_is_quick_and_loads_nothing_heavy(argv: list[str]) -> None:
@@ -56,7 +57,12 @@ def test_help_is_quick_and_loads_nothing_heavy(argv: list[str]) -> None:
     [
         (["learner", "train", "--max-stalenes", "2"],
          "headway-learner: error: unknown flag --max-stalenes; did you mean --max-staleness?"),
-        (["learner", "trian"], "headway-learner: error: unknown command 'trian': allowed are train and demo"),
+        (["learner", "trian"], "headway-learner: error: unknown command 'trian': allowed are train, demo and bench"),
+        (["learner", "bench"],
+         "headway-learner: error: unknown bench '': the one there is is headway-learner bench ppo-vs-grpo [--quick]"),
+        (["learner", "bench", "ppo"], "headway-learner: error: unknown bench 'ppo': the one there is is"),
+        (["learner", "bench", "ppo-vs-grpo", "--num-seeds", "0"],
+         "headway-learner: error: --num-seeds 0: "),
         (["learner", "train"], "headway-learner: error: model is empty: name the directory"),
         (["learner", "demo", "--task", "sum"], "headway-learner: error: --task sum: must be 'add' or 'sort'"),
         (["rollout_server", "--engine", "transformers"],

@@ -63,3 +63,11 @@ def test_single_functions_do_not_matter_only_the_reward_does():
     varying = {"exact": [1.0, 0.0, 1.0, RewardStatus.UNSCORED], "format": [0.0, 1.0, 0.0, 1.0]}
     group = make_group(rewards=(1.0, 1.0, 1.0, 1.0), functions=varying)
     assert why_filtered(group, filter_zero_std=True) == "all rewards are 1"
+
+
+def test_a_critic_makes_do_with_one_scored_completion():
+    alone = make_group(rewards=[1.0, None, None])
+    assert why_filtered(alone, filter_zero_std=False, min_scored=1) is None
+    assert why_filtered(alone, filter_zero_std=False) == "1 of 3 completions scored"
+    nothing = make_group(rewards=[None, None])
+    assert why_filtered(nothing, filter_zero_std=False, min_scored=1) == "0 of 2 completions scored"

@@ -117,6 +117,7 @@ def test_refused_pairs(options, says):
 
 PROXIMAL, GSPO, PENALTY = {"anchor": "proximal"}, {"importance_sampling_level": "sequence"}, {"beta": 0.1}
 TIS = {"importance_sampling_mode": "token_truncate"}
+PPO = {"advantage_estimator": "gae", "filter_zero_std": False}
 
 
 @pytest.mark.parametrize(
@@ -132,6 +133,18 @@ TIS = {"importance_sampling_mode": "token_truncate"}
         ({"proximal_logprobs": "loglinear", **PROXIMAL}, "loglinear saves a forward pass that only .* several updates"),
         ({"proximal_logprobs": "loglinear", "num_iterations": 2}, "only anchor proximal"),
         ({"advantage_estimator": "rloo", "scale_rewards": "group"}, "rloo: it is defined with none"),
+        ({"advantage_estimator": "gae"}, "equal rewards have a gradient, too, .*; set filter_zero_std false"),
+        (
+            {**PPO, "scale_rewards": "group"},
+            "scale_rewards group with advantage_estimator gae: it is defined with batch",
+        ),
+        ({**PPO, **GSPO}, "sequence with advantage_estimator gae: .* use importance_sampling_level token"),
+        ({**PPO, "advantage_function": "m:f"}, "leave those out"),
+        ({"lam": 0.9}, "lam without a critic has no meaning: use advantage_estimator gae, or leave it out"),
+        ({"gamma": 0.9}, "gamma without a critic"),
+        ({"cliprange_value": 0.1}, "cliprange_value without a critic"),
+        ({"value_learning_rate": 1e-5}, "value_learning_rate without a critic"),
+        ({"num_generations": 1}, "num_generations 1: one completion compares with nothing; use at least 2, or advan"),
         ({**GSPO, **PROXIMAL, **TIS}, "completion's ratio cannot be corrected token by token; use sequence_truncate"),
         ({**GSPO, "importance_sampling_mode": "token_mask"}, "cannot be corrected token by token"),
         (TIS, "token_truncate with anchor behavior: .* use anchor proximal, a mask"),
@@ -209,6 +222,18 @@ def test_the_resolved_configuration_is_a_configuration():
 def test_values_out_of_range_name_their_key(key, value):
     with pytest.raises(ValidationError, match=key):
         make(**{key: value})
+
+
+def test_what_a_critic_changes():
+    critic = make(**PPO, num_generations=1)
+    assert (critic.has_critic, critic.min_scored, critic.token_level, critic.reward_scale) == (True, 1, True, "batch")
+    assert (critic.gamma, critic.lam, critic.cliprange_value, critic.value_learning_rate) == (1.0, 0.95, 0.2, None)
+    assert (make().has_critic, make().min_scored) == (False, 2)
+    given = make().model_dump()
+    assert make(**{key: given[key] for key in ("gamma", "lam", "cliprange_value", "value_learning_rate")})
+    for combined in ({"anchor": "proximal", "num_iterations": 2}, {"loss_type": "cispo", "epsilon_high": 5.0},
+                     {"beta": 0.1, "kl_in": "reward"}, {"entropy_coef": 0.01}, {"loss_function": "m:f"}):  # fmt: skip
+        assert make(**PPO, **combined).has_critic
 
 
 def test_names_are_made_of_model_and_data():

@@ -154,6 +154,17 @@ def test_the_learners_end_is_the_end(tmp_path: Path, capfd: pytest.CaptureFixtur
     assert pair.run_pair(server, child("import sys; sys.exit(7)"), server_log=log) == 7
 
 
+def test_a_learner_with_a_log_leaves_the_terminal_alone(tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    logs = {"server_log": tmp_path / "s.log", "learner_log": tmp_path / "l.log"}
+    assert pair.run_pair(child("pass"), child("print('learned')"), **logs) == 0
+    assert capfd.readouterr() == ("", "")
+    assert (tmp_path / "l.log").read_text() == "learned\n"
+    assert pair.run_pair(child("pass"), child("raise SystemExit('no disk')"), **logs) == 1
+    shown = capfd.readouterr().err
+    assert f"last lines of {tmp_path / 'l.log'}" in shown
+    assert "no disk" in shown
+
+
 def test_a_server_told_to_go_does_not_end_the_learner(tmp_path: Path) -> None:
     done = tmp_path / "done"
     learner = child(f"""

@@ -26,6 +26,12 @@ def test_rows_ask_for_letters_and_answer_with_them_in_order() -> None:
     assert row == {"prompt": "hgbaccdj>", "answer": "abccdghj"}
 
 
+def test_other_shapes_keep_the_proportions() -> None:
+    model = sorting.make_model(0, sorting.Shape(hidden_size=128, num_layers=4))
+    assert sum(p.numel() for p in model.parameters()) == 791_552
+    assert sum(p.numel() for p in sorting.make_model(0).parameters()) == sorting.NUM_PARAMETERS
+
+
 def test_training_and_evaluation_prompts_are_disjoint_and_fixed() -> None:
     train, evaluation = sorting.split_prompts(num_train=500, num_eval=50, seed=1)
     other_train, same_evaluation = sorting.split_prompts(num_train=500, num_eval=50, seed=2)

@@ -293,6 +293,8 @@ def test_a_refused_value_is_shown_short_and_printable() -> None:
         ("rollout.n", ("verl", "num_generations")),
         ("actor_rollout_ref.rollout.n", ("verl", "num_generations")),
         ("per-device-train-batch-size", ("TRL", "token_budget")),
+        ("critic.optim.lr", ("verl", "value_learning_rate")),
+        ("actor_rollout_ref.actor.optim.lr", ("verl and prime-rl", "learning_rate")),
         ("n", None),
         ("", None),
     ],

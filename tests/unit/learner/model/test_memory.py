@@ -34,6 +34,14 @@ def test_what_the_configuration_adds(tiny_model_dir):
     assert more["activations_bytes"] == plain["activations_bytes"]  # twice the tokens in half the width
 
 
+def test_a_critic_is_another_policy(tiny_model_dir):
+    ppo = {"advantage_estimator": "gae", "filter_zero_std": False}
+    estimate = memory_estimate(LearnerConfig(model=str(tiny_model_dir), **ppo))
+    policys = ("weights_bytes", "gradients_bytes", "optimizer_bytes")
+    assert estimate["critic_bytes"] == sum(estimate[key] for key in policys)
+    assert memory_estimate(LearnerConfig(model=str(tiny_model_dir)))["critic_bytes"] == 0
+
+
 def test_states_of_one_byte(tiny_model_dir):
     estimate = memory_estimate(LearnerConfig(model=str(tiny_model_dir), optim="adamw_8bit"))
     assert estimate["optimizer_bytes"] == 2 * estimate["parameters"]
