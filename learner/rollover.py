@@ -4,10 +4,10 @@
                                                               '-> expire(): turn_s without an answer
 
 A swap pauses an engine, and a bad version could break it. So at most an eighth of the fleet swaps at once, one server
-where there are fewer than 16, and who serves the oldest weights goes first: a server whose staged version was
-superseded before its turn came is the first in line for the next. Those who had a turn for this version already come
-last: one that fails every time must not keep the others from theirs. One that serves nothing pauses nobody: it gets its
-turn at once, and takes none from the others. Servers are named by their connection.
+where there are fewer than 16, and who had no turn for longest goes first: of servers that swap as they should that is
+who serves the oldest weights, those that fail every time do not keep the others from theirs, and a server whose staged
+version was superseded before its turn came is the first in line for the next. One that serves nothing pauses nobody: it
+gets its turn at once, and takes none from the others. Servers are named by their connection.
 
 How long a swap may take is seen from those before it: a large model loads for a minute, `drain` waits for samples. A
 turn lasts three times what is usual. When it is over the next server swaps, and nothing else happens: the late one
@@ -63,8 +63,9 @@ class Rollover:
         """Turns that are over, and whose servers have not answered yet."""
         self._swaps_s: deque[float] = deque(maxlen=SWAPS_REMEMBERED)
         """How long the last swaps took, from turn to live."""
-        self._tried: set[bytes] = set()
-        """Servers that had a turn for the version."""
+        self._turns_given = 0
+        self._last_turn: dict[bytes, int] = {}
+        """By server: which of all turns was its last."""
         self._checksums: dict[str, str] = {}
         """The first of each kind that was reported of the version."""
 
@@ -84,7 +85,6 @@ class Rollover:
         if version != self.version:
             self.version = version
             self.waiting.clear()
-            self._tried.clear()
             self._checksums.clear()
 
     def staged(self, server: bytes, version: Version) -> bool:
@@ -114,7 +114,7 @@ class Rollover:
         """Forget a server."""
         self._forget(server)
         self.waiting.pop(server, None)
-        self._tried.discard(server)
+        self._last_turn.pop(server, None)
 
     def expire(self, now_s: float) -> list[bytes]:
         """Take back the turns that were not answered in time; return whose they were."""
@@ -138,11 +138,12 @@ class Rollover:
             return []
         allowed = max(1, len(live) // SERVERS_AT_ONCE)
         granted = []
-        for server in sorted(self.waiting, key=lambda server: (server in self._tried, live[server] or OLDEST)):
+        for server in sorted(self.waiting, key=lambda server: (self._last_turn.get(server, 0), live[server] or OLDEST)):
             pauses = live[server] is not None
             if pauses and sum(turn.pauses for turn in self.turns.values()) >= allowed:
                 continue  # but one that serves nothing may stand behind it
-            self._tried.add(server)
+            self._turns_given += 1
+            self._last_turn[server] = self._turns_given
             del self.waiting[server]
             self.turns[server] = Turn(self.version, now_s, now_s + self.turn_s, pauses)
             granted.append(server)

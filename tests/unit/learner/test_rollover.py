@@ -62,7 +62,7 @@ def test_a_server_that_fails_at_the_version_lets_the_others_go_before_it_tries_a
     rollover.begin(Version(1, 4))
     for server in live:
         rollover.staged(server, Version(1, 4))
-    assert rollover.grant(live, 0.0) == [NORTH], "with the next version it is the oldest again"
+    assert rollover.grant(live, 0.0) == [SOUTH], "with the next version, too, although it is the oldest"
 
 
 def test_a_server_without_weights_pauses_nobody_and_waits_for_nobody() -> None:
