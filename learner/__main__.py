@@ -56,6 +56,9 @@ def bench(argv: Sequence[str]) -> int:
         ConfigError: There is no such comparison, or a flag of it is wrong.
     """
     name, *rest = argv or [""]
+    if name in ("-h", "--help"):
+        print(f"{PROG} bench ppo-vs-grpo [--quick]: the same task with PPO's critic and without; --help for its flags")
+        return 0
     if name != "ppo-vs-grpo":
         raise ConfigError(f"unknown bench {name!r}: the one there is is {PROG} bench ppo-vs-grpo [--quick]")
     from learner.demo.ppo_vs_grpo import ppo_vs_grpo

@@ -173,6 +173,8 @@ class Arrivals:
         leased = (config.eval_temperature or 1.0) if evaluation else config.temperature  # greedy logprobs have T = 1
         if group.temperature != leased:
             raise InvalidGroup(f"group {group.ordinal}: temperature {group.temperature:g}, leased at {leased:g}")
+        if group.step_rewards is not None and not evaluation:
+            raise InvalidGroup(f"group {group.ordinal}: step_rewards, and no objective of this learner trains on them")
         for version in group_versions(group):
             if coordinator.is_unborn(version):
                 raise InvalidGroup(f"group {group.ordinal}: sampled by version {version}, which was never trained")
@@ -237,7 +239,12 @@ class Arrivals:
         coordinator.ledger.delivered(group.ordinal, _oldest(group.group))
         coordinator.quarantined_in_a_row = 0
         config = coordinator.config
-        reason = why_filtered(group.group, filter_zero_std=config.filter_zero_std, min_scored=config.min_scored)
+        reason = why_filtered(
+            group.group,
+            filter_zero_std=config.filter_zero_std,
+            mask_truncated_completions=config.mask_truncated_completions,
+            min_scored=config.min_scored,
+        )
         if reason is None:
             self._buffer.offer(group)
             return

@@ -4,8 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+import numpy as np
+import numpy.typing as npt
+
 from protocol.completions import group_versions
-from protocol.messages import Group, Int32
+from protocol.messages import FinishReason, Group, Int32
+
+Bool = npt.NDArray[np.bool_]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,3 +59,16 @@ class StepResult:
     policy_kl, ..."""
     advantages: tuple[tuple[float, ...], ...] = ()
     """Of each group, [G]: 0 for completions that do not train. For samples/; empty when nobody computed them."""
+
+
+def completions_that_train(group: Group, *, mask_truncated_completions: bool) -> Bool:
+    """Tell which completions of a group can train, [G]: scored, not aborted, not empty.
+
+    Args:
+        group: whole and validated.
+        mask_truncated_completions: leave those out that hit max_completion_length, as if unscored.
+    """
+    trains_G: Bool = (group.scored > 0) & (group.finish_reasons != FinishReason.ABORT) & (group.completion_lengths > 0)
+    if mask_truncated_completions:
+        trains_G &= group.finish_reasons != FinishReason.LENGTH
+    return trains_G

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from learner.batch import TrainGroup
+from learner.batch import TrainGroup, completions_that_train
 from protocol.messages import Group
 
 
@@ -38,14 +38,17 @@ class Buffer:
         return tuple(self._groups.pop(sequence) for sequence in sequences)
 
 
-def why_filtered(group: Group, *, filter_zero_std: bool, min_scored: int = 2) -> str | None:
+def why_filtered(
+    group: Group, *, filter_zero_std: bool, mask_truncated_completions: bool = False, min_scored: int = 2
+) -> str | None:
     """Say why a group has nothing to train on, or None.
 
-    Zero variance is judged on the task reward alone, over the completions that have one.
+    Zero variance is judged on the task reward alone, over the completions that would train.
     """
-    rewards = group.rewards[group.scored == 1]
+    rewards = group.rewards[completions_that_train(group, mask_truncated_completions=mask_truncated_completions)]
     if rewards.size < min_scored:
-        return f"{rewards.size} of {group.num_generations} completions scored"
+        what = "scored and not truncated" if mask_truncated_completions else "scored"
+        return f"{rewards.size} of {group.num_generations} completions {what}"
     if filter_zero_std and bool(np.all(rewards == rewards[0])):
         return f"all rewards are {float(rewards[0]):g}"
     return None

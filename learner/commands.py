@@ -59,7 +59,7 @@ def train(argv: Sequence[str], *, prog: str) -> int:
 
 
 def check_complete(config: LearnerConfig) -> None:
-    """Refuse a configuration without a model or without data, or with paths that lead nowhere.
+    """Refuse a configuration without a model or without data, with paths that lead nowhere, or too small a budget.
 
     Raises:
         ConfigError: Names the key and what to write.
@@ -73,3 +73,10 @@ def check_complete(config: LearnerConfig) -> None:
     for key, data in (("dataset", config.dataset), ("eval_dataset", config.eval_dataset)):
         if data and ":" not in data and not Path(data).expanduser().is_file():
             raise ConfigError(f"{key} {data!r}: no such file; give a .jsonl file or reasoning_gym:<task>")
+    longest = config.max_prompt_length + config.max_completion_length
+    if config.token_budget < longest:
+        raise ConfigError(
+            f"token_budget {config.token_budget} is smaller than one sequence, and would bound no memory: it must be at"
+            f" least {longest} (max_prompt_length {config.max_prompt_length} + max_completion_length"
+            f" {config.max_completion_length}), or one of these smaller"
+        )

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.distributed import is_initialized
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import save
@@ -37,6 +38,9 @@ def save_shards(
     """Write this rank's shards. Every rank must call it, with the directory on a file system that all see.
 
     Nothing is written for parameters that were never updated. How often the others were is the same for all.
+
+    Raises:
+        OSError: a rank could not write.
     """
     tensors: dict[str, Tensor] = {}
     for name, parameter in named_parameters.items():
@@ -44,7 +48,10 @@ def save_shards(
             # A number per parameter; one row, since DCP reads no tensors without dimensions back.
             tensors[f"{key}.{name}"] = value if key in MOMENTS else value.reshape(1)
     writer = HuggingFaceStorageWriter(str(checkpoint / DIRECTORY), save_distributed=True)
-    save(tensors, storage_writer=writer)
+    try:
+        save(tensors, storage_writer=writer)
+    except CheckpointException as error:  # a BaseException, which nobody would take for a failed write
+        raise OSError(f"{checkpoint / DIRECTORY}: {_reason(error)}") from error
 
 
 def load_shards(
@@ -53,7 +60,7 @@ def load_shards(
     """Read the state of these parameters, whole ones or shards of them. Every rank must call it.
 
     Raises:
-        ConfigError: the checkpoint is of another model.
+        ConfigError: the checkpoint is of another model, or damaged.
     """
     directory = checkpoint / DIRECTORY if has_shards(checkpoint) else checkpoint
     reader = HuggingFaceStorageReader(str(directory))
@@ -76,6 +83,17 @@ def load_shards(
     flat = {f"{key}.{name}": tensor for name, state in states.items() for key, tensor in state.items()}
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "torch.distributed is disabled")  # one rank: that is meant
-        load(flat, storage_reader=reader, no_dist=not is_initialized())
+        try:
+            load(flat, storage_reader=reader, no_dist=not is_initialized())
+        except CheckpointException as error:
+            raise ConfigError(f"{directory} cannot be read: {_reason(error)}") from error
     for name, state in states.items():
-        optimizer.state[named_parameters[name]] = state | {"step": state["step"].reshape(())}
+        parameter = named_parameters[name]
+        step = state["step"].reshape(()).to(parameter.device)  # where a fused AdamW counts
+        optimizer.state[parameter] = state | {"step": step}
+
+
+def _reason(error: CheckpointException) -> str:
+    """What happened on the first of the ranks on which something did."""
+    failure, _ = error.failures[min(error.failures)]
+    return str(failure).strip().partition("\n")[0] or type(failure).__name__

@@ -315,7 +315,7 @@ class Trainer:
             "torch_rng_state": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
         }
         if self._config.kl_target is not None:
-            state["beta"] = self._objective.beta
+            state |= {"beta": self._objective.beta, "initial_beta": self._config.beta}
         (directory / STATE_FILE).write_text(json.dumps(state))
 
     @property
@@ -329,7 +329,8 @@ class Trainer:
         try:
             state = json.loads((checkpoint / STATE_FILE).read_text())
             self.policy_version = int(state["policy_version"])
-            self._objective.beta = float(state.get("beta", self._objective.beta))
+            if self._config.kl_target is not None and state.get("initial_beta") == self._config.beta:
+                self._objective.beta = float(state["beta"])
             random_state = bytearray(base64.b64decode(state["torch_rng_state"], validate=True))
         except (OSError, ValueError, KeyError) as error:
             raise ConfigError(f"checkpoint {checkpoint} has no usable {STATE_FILE}: {error}") from error

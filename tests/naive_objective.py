@@ -98,7 +98,8 @@ class NaiveStep:
         by_group = [[n for n, row in enumerate(self.rows) if row[0] == p] for p in range(len(self.groups))]
         advantages = [0.0] * len(rewards)
         estimator = o["advantage_estimator"]
-        scale = o["scale_rewards"] or {"grpo": "group", "rloo": "none"}.get(estimator, "tokens")
+        own = "none" if o["loss_type"] == "dr_grpo" else "group"
+        scale = o["scale_rewards"] or {"grpo": own, "rloo": "none"}.get(estimator, "tokens")
         for members in filter(None, by_group):
             of_group = [rewards[n] for n in members]
             for n in members:
@@ -200,7 +201,8 @@ class NaiveStep:
         if o["beta"] and o["kl_in"] == "loss":
             d = policy - self.given("reference")[part]
             kl = {"k1": d, "k2": d**2 / 2}.get(o["kl_estimator"], torch.exp(-d) - 1 + d)
-            gain = gain - o["beta"] * kl * (rho if o["use_bias_correction_kl"] else 1.0)
+            off_policy = torch.exp(policy - self.behavior[part]) if o["use_bias_correction_kl"] else 1.0
+            gain = gain - o["beta"] * kl * off_policy
         gain = gain * mask
         if o["loss_type"] in ("grpo", "sapo"):
             of_group = [

@@ -73,7 +73,7 @@ class AlgorithmOptions(Section):
     """module:function in place of it: (rewards [P, G], scored [P, G]) -> advantages [P, G]."""
     scale_rewards: RewardScale | None = None
     """Advantages are divided by the deviation of the group's rewards, of the batch's, or not at all (mean-centered
-    only). Default: group; what the estimator defines for the others."""
+    only). Default: group, with dr_grpo none; what the estimator defines for the others."""
     anchor: Literal["behavior", "proximal"] = "behavior"
     """What the clipped ratio is taken against: the policy that sampled, or the policy at the start of the step
     (decoupled PPO), then corrected by importance weights."""
@@ -120,7 +120,8 @@ class AlgorithmOptions(Section):
     """Filtered groups per trained one that are replaced in a step; beyond it the step trains what it has, or is
     skipped."""
     mask_truncated_completions: bool = False
-    """Leave completions that hit max_completion_length out of the loss."""
+    """Leave completions that hit max_completion_length out, as if unscored: of the loss, and of what the others are
+    compared with."""
     soft_punish_cache: int = Field(0, ge=0)
     """Soft overlong punishment: over the last so many tokens before max_completion_length the reward falls by up to 1.
     0 for none. DAPO: a fifth of max_completion_length."""
@@ -141,7 +142,9 @@ class AlgorithmOptions(Section):
 
     @property
     def reward_scale(self) -> RewardScale:
-        """scale_rewards, or what the estimator defines."""
+        """scale_rewards, or what the loss and the estimator define."""
+        if self.scale_rewards is None and self.loss_type == "dr_grpo" and self.advantage_estimator == "grpo":
+            return "none"
         return self.scale_rewards or _SCALES[self.advantage_estimator][0]
 
     @property

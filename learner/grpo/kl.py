@@ -66,7 +66,7 @@ def kl_in_reward(kl_T: Tensor, completion_T: Tensor, num_completions: int) -> Te
 def adapted_beta(beta: float, kl: float, *, target: float, horizon: int, num_completions: int) -> float:
     """Move the coefficient of the penalty so that the divergence nears a target.
 
-        beta' = beta (1 + clip(KL / KL_target - 1, -0.2, 0.2) n / horizon)
+        beta' = beta (1 + clip(KL / KL_target - 1, -0.2, 0.2) min(n / horizon, 1))
 
     Ziegler et al. (arXiv 1909.08593), section 2.2.
 
@@ -74,8 +74,8 @@ def adapted_beta(beta: float, kl: float, *, target: float, horizon: int, num_com
         beta: the coefficient so far.
         kl: mean over the step's tokens, in nats.
         target: what it should be.
-        horizon: completions after which the coefficient may have grown by 20 percent (or fallen).
+        horizon: completions after which the coefficient may have grown by 20 percent (or fallen); by no more in a step.
         num_completions: n, of the step.
     """
     error = min(max(kl / target - 1.0, -MAX_KL_ERROR), MAX_KL_ERROR)
-    return beta * (1.0 + error * num_completions / horizon)
+    return beta * (1.0 + error * min(num_completions / horizon, 1.0))

@@ -93,8 +93,8 @@ def grpo_loss(
         importance_sampling_level: whether rho is a token's or its completion's.
         kl: estimator of the KL to the reference.
         beta: its coefficient.
-        use_bias_correction_kl: weight the KL by rho, so that its gradient is unbiased off policy, too (DeepSeek-V3.2,
-            arXiv 2512.02556).
+        use_bias_correction_kl: weight the KL by policy / behavior of the token, whatever rho is taken against, so that
+            its gradient is unbiased off policy, too (DeepSeek-V3.2, arXiv 2512.02556).
         entropy_weight: entropy_coef / T, T being all tokens of the update.
 
     Returns:
@@ -120,7 +120,7 @@ def grpo_loss(
     if tokens.reference_logprobs_T is not None:
         kl_T = kl(policy_logprobs_T, tokens.reference_logprobs_T)
         if use_bias_correction_kl:
-            kl_T = ratio_T * kl_T
+            kl_T = token_ratio(policy_logprobs_T, tokens.behavior_logprobs_T) * kl_T
         objective_T = objective_T - beta * kl_T
 
     loss = -(tokens.weights_T * objective_T).sum()

@@ -20,12 +20,11 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from learner.batch import TrainGroup
+from learner.batch import Bool, TrainGroup, completions_that_train
 from learner.model.balance import pack
-from protocol.messages import FinishReason, Float32, Group, Int32
+from protocol.messages import Float32, Int32
 
 Int64 = npt.NDArray[np.int64]
-Bool = npt.NDArray[np.bool_]
 
 SHORT_TOKENS = 32
 SHORT_SLACK_TOKENS = 8
@@ -130,7 +129,10 @@ def collect(groups: Sequence[TrainGroup], *, mask_truncated_completions: bool, m
     trains_PG = np.zeros((len(groups), num_generations), np.bool_)
     tokens, trained, logprobs, temperatures, versions = [], [], [], [], []
     for p, group in enumerate(entry.group for entry in groups):
-        trains_G = _completions_that_train(group, mask_truncated_completions, min_scored)
+        trains_G = completions_that_train(group, mask_truncated_completions=mask_truncated_completions)
+        if trains_G.sum() < min_scored:
+            # One reward compares with nothing, unless with a critic: nothing to train (and outside all denominators).
+            trains_G = np.zeros_like(trains_G)
         trains_PG[p, : trains_G.size] = trains_G
         rewards_PG[p, : trains_G.size] = group.rewards
         kept = np.repeat(trains_G, group.completion_lengths)
@@ -254,14 +256,6 @@ def buckets(lengths: Sequence[int]) -> tuple[Bucket, ...]:
             found.append([length])
             low = high = length
     return tuple(Bucket(bucket) for bucket in found)
-
-
-def _completions_that_train(group: Group, mask_truncated_completions: bool, min_scored: int) -> Bool:
-    trains_G = (group.scored > 0) & (group.finish_reasons != FinishReason.ABORT) & (group.completion_lengths > 0)
-    if mask_truncated_completions:
-        trains_G &= group.finish_reasons != FinishReason.LENGTH
-    # One reward compares with nothing, unless with a critic: nothing to train (and outside all denominators).
-    return trains_G if trains_G.sum() >= min_scored else np.zeros_like(trains_G)
 
 
 def _groups(step: StepTokens, first: int, last: int) -> StepTokens:

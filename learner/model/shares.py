@@ -15,8 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from learner.batch import Bool
 from learner.model.balance import balance
-from learner.model.packing import Bool, Int64, MicroBatch, Rows, StepTokens
+from learner.model.packing import Int64, MicroBatch, Rows, StepTokens
 
 Float64 = npt.NDArray[np.float64]
 

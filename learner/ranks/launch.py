@@ -114,6 +114,11 @@ def check_ranks(config: LearnerConfig) -> None:
         raise ConfigError("advantage_estimator gae on several ranks: the critic trains on one rank; leave torchrun out")
     if config.optim != "adamw":
         raise ConfigError(f"optim {config.optim!r} on several ranks: its states cannot be sharded; use adamw")
+    if config.cast_lm_head_to_fp32 and config.autocast == "bfloat16":
+        raise ConfigError(
+            "cast_lm_head_to_fp32 with autocast bfloat16 on several ranks: the head's weights are gathered in bfloat16;"
+            " use autocast none, or leave cast_lm_head_to_fp32 out"
+        )
     if config.autocast == "bfloat16" and config.published_dtype == "float32":
         raise ConfigError(
             "publish_dtype float32 with autocast bfloat16 on several ranks: the weights are gathered, and published,"

@@ -58,7 +58,10 @@ class RankTrainer(Trainer):
 
     def _place_parameters(self) -> dict[str, torch.nn.Parameter]:
         layout = "shared prefixes" if self._policy.shares_prefix else "padded rows"
-        self._world.agree({"model": weights_digest(self._model), "layout of rows": layout})
+        statement = {"model": weights_digest(self._model), "layout of rows": layout}
+        if isinstance(self._reference, Reference):
+            statement["reference model"] = weights_digest(self._reference._model)
+        self._world.agree(statement)
         self._cost = token_cost(self._model)
         autocast = self._config.autocast == "bfloat16"
         self._sharded = ShardedModel(self._policy, self._world.mesh(), autocast=autocast)

@@ -9,6 +9,7 @@ had time for any, are in the store.
 from __future__ import annotations
 
 import contextlib
+import math
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Self
@@ -26,6 +27,8 @@ from protocol.codec import Buffer
 from protocol.errors import ConfigError, HeadwayError
 
 LAST_WORDS_S = 3.0
+LOOK_S = 1.0
+"""While a rank is waited for, whether it has ended is looked up so often."""
 """How long rank 0 waits for the others to say that they live."""
 _CLOSED = ("gloo", "nccl", "connection", "timed out", "socket")
 """In the texts of plain RuntimeErrors that torch raises when a peer is gone."""
@@ -153,10 +156,19 @@ class World:
             dist.destroy_process_group()
 
     def _get(self, key: str, rank: int) -> bytes:
-        try:
-            return bytes(self._store.get(key))
-        except dist.DistError as error:
-            raise RankLost(f"rank {rank} was not heard of within {self._timeout_s:g} s") from error
+        words = f"last words/{rank}"
+        look_s = min(LOOK_S, self._timeout_s)
+        for _ in range(math.ceil(self._timeout_s / look_s)):
+            try:
+                self._store.wait([key], timedelta(seconds=look_s))
+                return bytes(self._store.get(key))
+            except dist.DistStoreError:  # not there yet
+                if self._store.check([words]):
+                    reason = self._store.get(words).decode() or "without a word"
+                    raise RankLost(f"rank {rank} ended: {reason}") from None
+            except dist.DistError as error:
+                raise RankLost(f"rank {rank} is out of reach: {_first_line(error)}") from error
+        raise RankLost(f"rank {rank} was not heard of within {self._timeout_s:g} s")
 
     def _leave_word(self, text: str) -> None:
         with contextlib.suppress(dist.DistError):  # the store may be gone, too

@@ -12,7 +12,7 @@ import pytest
 
 import learner.__main__ as learner_command
 import rollout_server.__main__ as server_command
-from learner.commands import TrainCommand
+from learner.commands import TrainCommand, train
 from learner.config import LearnerConfig
 from learner.dry_run import describe
 from learner.model.memory import memory_estimate
@@ -142,6 +142,14 @@ def test_a_bug_of_ours_keeps_its_traceback() -> None:
 
 def _raise(error: BaseException) -> int:
     raise error
+
+
+def test_a_token_budget_that_no_sequence_fits_is_refused(tiny_model_dir: Path) -> None:
+    told = ["--model", str(tiny_model_dir), "--dataset", "reasoning_gym:chain_sum", "--dry-run"]
+    with pytest.raises(
+        ConfigError, match=r"token_budget 5119 is smaller than one sequence.* at least 5120 \(max_prompt"
+    ):
+        train([*told, "--token-budget", "5119"], prog="headway-learner train")
 
 
 def test_a_dry_run_shows_what_follows_from_the_configuration(tiny_model_dir: Path) -> None:

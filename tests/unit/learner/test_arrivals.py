@@ -237,6 +237,12 @@ def with_changes(**changes):
         (with_changes(reward_names=("length",)), "group 0: 1 reward names other than those agreed on: ['exact_match']"),
         (with_changes(rewards=np.array([1.0, np.nan, 0.0, 0.0], np.float32)), "group 0: rewards has a NaN"),
         (lambda lease: answer(lease, vocab_size=90, seed=3), "group 0: tokens from"),
+        (
+            lambda lease: msgspec.structs.replace(
+                group := answer(lease), step_rewards=np.zeros(group.completion_tokens.size, np.float32)
+            ),
+            "group 0: step_rewards, and no objective of this learner trains on them",
+        ),
         (lambda lease: answer(lease, lengths=[9, 1, 1, 1]), "group 0: a completion of 9 tokens, allowed are 8"),
         (
             lambda lease: answer(lease, version=Version(1, 1)),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from learner.buffer import Buffer, why_filtered
-from protocol.messages import RewardStatus
+from protocol.messages import FinishReason, RewardStatus
 from tests.factories import make_group, make_train_group
 
 
@@ -71,3 +71,13 @@ def test_a_critic_makes_do_with_one_scored_completion():
     assert why_filtered(alone, filter_zero_std=False) == "1 of 3 completions scored"
     nothing = make_group(rewards=[None, None])
     assert why_filtered(nothing, filter_zero_std=False, min_scored=1) == "0 of 2 completions scored"
+
+
+def test_what_would_not_train_is_not_compared():
+    group = make_group(rewards=[1.0, 1.0, 1.0, 0.0], finish_reasons=[FinishReason.STOP] * 3 + [FinishReason.LENGTH])
+    assert why_filtered(group, filter_zero_std=True) is None
+    masked = why_filtered(group, filter_zero_std=True, mask_truncated_completions=True)
+    assert masked == "all rewards are 1"
+    cut = make_group(rewards=[1.0, 0.0], finish_reasons=[FinishReason.STOP, FinishReason.LENGTH])
+    few = why_filtered(cut, filter_zero_std=False, mask_truncated_completions=True)
+    assert few == "1 of 2 completions scored and not truncated"

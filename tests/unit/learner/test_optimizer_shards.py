@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 
 from learner.config import LearnerConfig
 from learner.optimizer import make_optimizer
-from learner.optimizer_shards import has_shards, load_shards
+from learner.optimizer_shards import has_shards, load_shards, save_shards
 from protocol.errors import ConfigError
 
 
@@ -60,3 +60,14 @@ def test_shards_of_another_model_are_refused(tmp_path):
     write_shards(tmp_path, [3, 2])
     with pytest.raises(ConfigError, match=r"optimizer is of another model: it has exp_avg\.w"):
         load_shards(*make(5, "v"), tmp_path)
+
+
+@pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
+def test_a_write_that_fails_is_an_error_like_any_other(tmp_path):
+    """DCP's own is a BaseException, which goes past everything that deals with full disks."""
+    optimizer, parameters = make(5)
+    parameters["w"].grad = torch.ones(5, 3)
+    optimizer.step()
+    (tmp_path / "optimizer").write_text("in the way")
+    with pytest.raises(OSError, match=r"optimizer: .*File exists"):
+        save_shards(optimizer, parameters, tmp_path)

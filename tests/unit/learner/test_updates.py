@@ -359,3 +359,7 @@ def test_an_adapted_coefficient_rises_with_the_divergence(make, tmp_path):
     assert trainer._objective.beta == pytest.approx(0.08 * 1.2)
     trainer.save(tmp_path)
     assert json.loads((tmp_path / "trainer.json").read_text())["beta"] == trainer._objective.beta
+    adapting = {"kl_target": 1e-4, "kl_horizon": 16, "checkpoint": tmp_path}
+    assert make(beta=0.1, **adapting)._objective.beta == trainer._objective.beta
+    assert make(beta=0.5, **adapting)._objective.beta == 0.5, "a value that the user has changed wins"
+    assert make(beta=0.1, checkpoint=tmp_path)._objective.beta == 0.1, "a fixed one is what it says"

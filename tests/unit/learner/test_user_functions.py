@@ -39,6 +39,13 @@ def not_a_number(tokens):
 def raises(tokens):
     return tokens.old_logprobs
 
+def short_in_earnest(tokens):
+    loss_T = -tokens.advantages_T * tokens.policy_logprobs_T
+    return loss_T if len(loss_T) == 3 else loss_T[1:]
+
+def gives_up(tokens):
+    raise SystemExit(3)
+
 def best_of(rewards_PG, scored_PG):
     assert torch.isfinite(rewards_PG).all()
     return rewards_PG - torch.where(scored_PG, rewards_PG, -torch.inf).amax(-1, keepdim=True)
@@ -73,6 +80,7 @@ def my_module(tmp_path: Path, monkeypatch):
         ("my_objectives:a_list", r"\[3\]; it returned list"),
         ("my_objectives:constant", "does not depend on policy_logprobs_T"),
         ("my_objectives:not_a_number", "not finite"),
+        ("my_objectives:gives_up", "fails on a small example: SystemExit: 3"),
         ("my_objectives:raises", "fails on a small example: AttributeError: .*old_logprobs"),
     ],
 )
@@ -89,6 +97,13 @@ def test_advantages_that_cannot_work_are_refused():
 def test_they_are_refused_before_a_model_is_loaded():
     with pytest.raises(ConfigError, match="my_missing"):
         Trainer(LearnerConfig(model="/no/such/model", loss_function="my_missing:loss"))
+
+
+def test_a_loss_that_is_wrong_only_in_earnest_is_an_error_that_names_it(tiny_model_dir):
+    trainer = Trainer(LearnerConfig(model=str(tiny_model_dir), loss_function="my_objectives:short_in_earnest"))
+    says = r"loss_function my_objectives:short_in_earnest: must .* shape of its tokens, \[14\]; it returned \[13\]"
+    with pytest.raises(ConfigError, match=says):
+        trainer.forward_backward(make_batch(groups=[make_train_group(lengths=[3, 6, 1, 4])]))
 
 
 def test_a_loss_is_what_trains(tiny_model_dir):

@@ -71,3 +71,7 @@ def test_what_a_reward_loses_is_the_sum_over_its_completion():
 def test_the_coefficient_follows_the_divergence_by_bounded_steps(kl, beta):
     # n/horizon = 1/100, and at most 20 percent of that
     assert adapted_beta(0.01, kl, target=0.1, horizon=6400, num_completions=64) == pytest.approx(beta, rel=1e-12)
+
+
+def test_a_step_larger_than_the_horizon_never_turns_the_penalty_into_a_reward():
+    assert adapted_beta(0.05, 0.05, target=0.1, horizon=64, num_completions=512) == pytest.approx(0.04)

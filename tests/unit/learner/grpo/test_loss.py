@@ -198,6 +198,15 @@ def test_golden_bias_corrected_kl():
     assert policy.grad.item() == pytest.approx(0.1 * 2 * LOG2)
 
 
+def test_bias_corrected_kl_weighs_against_what_sampled_whatever_the_anchor():
+    policy = f64(0.5).log().requires_grad_()
+    loss = clipped_loss(
+        policy, f64(0.25).log(), f64(0.0), f64(1.0), proximal=policy.detach(), reference=f64(0.25).log(), beta=0.1,
+        use_bias_correction_kl=True,
+    )  # fmt: skip
+    assert loss.loss.item() == pytest.approx(0.1 * 2 * (LOG2 - 0.5))
+
+
 def test_golden_entropy_bonus():
     policy, entropy = f64(-1.0, -1.0), f64(0.5, 1.5).requires_grad_()
     tokens = LossTokens(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -49,6 +50,16 @@ def test_ranks_that_say_the_same_go_on():
         leader.agree(statement)
         thread.join()
         assert raised == []
+
+
+def test_rank_0_hears_at_once_why_another_has_ended_instead_of_agreeing():
+    leader, follower = make_worlds()
+    with pytest.raises(ValueError, match="no such directory"), follower.watched("loading"):
+        raise ValueError("no such directory")
+    started_s = time.monotonic()
+    with pytest.raises(RankLost, match="rank 1 ended: ValueError: no such directory"):
+        leader.agree({})
+    assert time.monotonic() - started_s < 5.0, "it does not wait for the deadline"
 
 
 def test_rank_0_says_on_what_they_disagree_and_the_other_ends_quietly():
@@ -105,10 +116,28 @@ def test_all_keys_and_the_code_are_agreed_on(tmp_path: Path):
     assert len(said["code (blake3 of learner/ and protocol/)"]) == 16
 
 
-def test_weights_gathered_in_bfloat16_cannot_be_published_in_float32():
-    config = LearnerConfig(autocast="bfloat16", publish_dtype="float32")
-    with pytest.raises(ConfigError, match="publish_dtype float32 with autocast bfloat16 on several ranks"):
-        launch.check_ranks(config)
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (
+            {"autocast": "bfloat16", "publish_dtype": "float32"},
+            "publish_dtype float32 with autocast bfloat16 on several",
+        ),
+        (
+            {"autocast": "bfloat16", "cast_lm_head_to_fp32": True},
+            "cast_lm_head_to_fp32 with autocast bfloat16 on several",
+        ),
+        ({"optim": "adamw_8bit"}, "optim 'adamw_8bit' on several ranks: .* use adamw"),
+        ({"use_peft": True}, "use_peft on several ranks: adapters train on one rank"),
+        ({"advantage_estimator": "gae", "filter_zero_std": False}, "gae on several ranks: the critic trains on one"),
+    ],
+)
+def test_what_several_ranks_cannot_do_is_refused(options, says):
+    with pytest.raises(ConfigError, match=says):
+        launch.check_ranks(LearnerConfig(**options))
+
+
+def test_several_ranks_may_compute_in_bfloat16():
     launch.check_ranks(LearnerConfig(autocast="bfloat16"))
 
 
