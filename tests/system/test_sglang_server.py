@@ -96,16 +96,16 @@ def refusal(lab: Lab, **changes: object) -> str:
     server = sglang_server(lab, engine_start_s=120.0, **changes)
     assert server.wait_exit(START_S) == 2, server.tail()
     sessions = {int(event["pid"]) for event in server.events("engine_started")}
-    assert not [pid for pid in psutil.pids() if session_of(pid) in sessions]
+    assert not [pid for pid in psutil.pids() if runs_in(pid, sessions)]
     return server.text()
 
 
-def session_of(pid: int) -> int:
-    """0 where it has ended."""
+def runs_in(pid: int, sessions: set[int]) -> bool:
+    """Whether a process of these sessions still runs; one that has been killed may wait to be reaped for a moment."""
     try:
-        return os.getsid(pid)
-    except ProcessLookupError:
-        return 0
+        return os.getsid(pid) in sessions and psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except (ProcessLookupError, psutil.NoSuchProcess):
+        return False
 
 
 def test_an_argument_that_sglang_does_not_know(lab: Lab) -> None:
