@@ -131,7 +131,7 @@ class World:
         self._busy = True
         try:
             yield
-        except Exception as error:
+        except Exception as error:  # whatever it is, the other ranks must hear of it
             lost = isinstance(error, dist.DistError) or (
                 type(error) is RuntimeError and any(word in str(error).lower() for word in _CLOSED)
             )
