@@ -84,5 +84,5 @@ def test_equal_groups_stay_whole():
 def test_fewer_groups_than_ranks_are_cut():
     step = equal_groups(1)
     rank_N = divide(step, COST, 4)
-    assert np.bincount(rank_N).tolist() == [1, 2, 3, 2] or np.bincount(rank_N).min() >= 1
+    assert np.bincount(rank_N, minlength=4).min() >= 1, "nobody is idle"
     assert (np.diff(rank_N) >= 0).all()
