@@ -7,18 +7,23 @@ samples every completion with the request's own seed: the same weights give the 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Protocol, Self, TypeAlias
 
 import numpy as np
+from numpy.typing import NDArray
 
 from protocol.completions import Completion
 from protocol.messages import FinishReason, Float32, Int32, Sampling
 from protocol.signals import Signal
 from protocol.versions import Version
 from protocol.weights.adapters import AdapterSpec
+
+Positions: TypeAlias = NDArray[np.int64]
+"""[n] of elements in a flat tensor, ascending."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -99,6 +104,11 @@ class StagedWeights:
     canaries: Canaries | None = None
     checksums: tuple[str, ...] = ()
     """What other engines hold of this version (`LoadReport.checksum`)."""
+    base: Version | None = None
+    """The version that `changes` are relative to."""
+    changes: Mapping[str, Positions] | None = None
+    """Which elements differ from `base`: by tensor name, ascending positions in the flat tensor (C order); tensors that
+    are not named are equal. Their new values are in the file. None: not known, everything is to be loaded."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -168,12 +178,13 @@ class Engine(Protocol):
         """Swap `weights` in without ending any request, and check them where the engine can.
 
         On return every later token is of `weights.version`, and `live` says so; an engine that keeps several adapters
-        samples what it has begun to its end with the one it has, and says so in its spans. On failure either the old
-        version still serves, whole, or none is live (and `lost` is notified): never a part of one. While an engine
-        restarts this waits for it.
+        samples what it has begun to its end with the one it has, and says so in its spans. Where exactly `weights.base`
+        is live, an engine may set the elements of `weights.changes` alone, to what the file has; what it then holds is
+        bit for bit what the whole file would have given. On failure either the old version still serves, whole, or none
+        is live (and `lost` is notified): never a part of one. While an engine restarts this waits for it.
 
         Raises:
-            EngineFailure: names, shapes or dtypes do not fit, the file cannot be read, or a check failed.
+            EngineFailure: names, shapes, dtypes or positions do not fit, the file cannot be read, or a check failed.
             ConfigError: it is an adapter to another base model: the server ends.
         """
 

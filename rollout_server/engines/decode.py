@@ -26,7 +26,7 @@ from protocol.versions import Version
 from rollout_server.engines.base import EngineFailure, EngineStatus, empty_completion
 from rollout_server.engines.counters import Int64, uniforms
 from rollout_server.engines.kv_cache import PromptCache, RowCache
-from rollout_server.engines.live_weights import copy_weights, unique_tensors
+from rollout_server.engines.live_weights import Staged, copy_weights, unique_tensors
 from rollout_server.engines.rows import Job, Rows
 from rollout_server.engines.sampler import sample
 
@@ -114,7 +114,7 @@ class Decoder:
             job.reply(error)
 
     @torch.inference_mode()
-    def load(self, staged: dict[str, Tensor], version: Version) -> float:
+    def load(self, staged: Staged, version: Version) -> float:
         """Swap checked weights in, keeping all samples under way; return the seconds it took."""
         started = self._clock()
         try:

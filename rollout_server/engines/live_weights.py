@@ -5,10 +5,13 @@ The rule of names, the same on the learner's side (protocol/README.md states it 
 tensors only the name that comes first there is kept (`model.embed_tokens.weight` stays, `lm_head.weight` goes).
 
 Everything is checked before the first byte of the model changes, so a version is applied whole or not at all (I5).
+Of a version that is known to change few elements of the live one only those are read and written; a tensor of which
+more than DENSE_ABOVE changes is copied whole, which is faster then.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -18,10 +21,28 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from protocol.weights.manifest import TensorSpec, schema_digest
-from rollout_server.engines.base import EngineFailure
+from rollout_server.engines.base import EngineFailure, Positions
+from rollout_server.engines.changes import Changes, check_changes
 
 NAMES_SHOWN = 3
 PAGE_BYTES = 4096
+DENSE_ABOVE = 0.03
+"""Share of a tensor's elements. Measured on one CPU thread, 8M elements: setting 1 % takes 0.06 (float32) and 0.4
+(bfloat16) of the time of copying all, 3 % about 0.6, from 5 % (bfloat16) and 10 % (float32) on it takes longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Few:
+    """Some elements of a tensor, and what they become."""
+
+    positions: Tensor
+    """[n] int64, in the flat tensor (C order)"""
+    values: Tensor
+    """[n], in the live tensor's dtype"""
+
+
+Staged = dict[str, Tensor | Few]
+"""By published name: the whole tensor, or what changes of it."""
 
 
 def unique_tensors(model: nn.Module) -> dict[str, Tensor]:
@@ -42,37 +63,66 @@ def digest_of(tensors: dict[str, Tensor]) -> str:
     return schema_digest(TensorSpec(name=name, dtype="F32", shape=tuple(t.shape)) for name, t in tensors.items())
 
 
-def read_weights(path: Path, model: dict[str, Tensor]) -> dict[str, Tensor]:
+def read_weights(path: Path, model: dict[str, Tensor], changes: Changes | None = None) -> Staged:
     """Map a version's file and check it against the model's `unique_tensors`. Touches only the file.
 
-    The pages are faulted in here, off the decode thread: what is left for the pause is the copy.
+    What is to be copied is read here, off the decode thread: what is left for the pause is the copy.
+
+    Args:
+        path: of the file.
+        model: the live tensors.
+        changes: what differs from them; None: not known. Tensors that do not change are not in the result.
 
     Raises:
-        EngineFailure: the file cannot be read, or names, shapes or kinds of dtype differ; names the first few.
+        EngineFailure: the file cannot be read, or names, shapes, kinds of dtype or positions do not fit; names the
+            first few.
     """
     try:
-        staged: dict[str, Tensor] = load_file(path)
+        mapped: dict[str, Tensor] = load_file(path)
     except (OSError, SafetensorError) as error:
         raise EngineFailure(f"weights {path.name} cannot be read: {error}") from error
-    wrong = [f"{name} is missing" for name in model if name not in staged]
-    wrong += [f"{name} is not in the model" for name in staged if name not in model]
+    wrong = [f"{name} is missing" for name in model if name not in mapped]
+    wrong += [f"{name} is not in the model" for name in mapped if name not in model]
     wrong += [
-        f"{name} is {_describe(staged[name])}, the model has {_describe(tensor)}"
+        f"{name} is {_describe(mapped[name])}, the model has {_describe(tensor)}"
         for name, tensor in model.items()
-        if name in staged and not _fits(staged[name], tensor)
+        if name in mapped and not _fits(mapped[name], tensor)
     ]
     if wrong:
         more = f" and {len(wrong) - NAMES_SHOWN} more" if len(wrong) > NAMES_SHOWN else ""
         raise EngineFailure(f"weights {path.name} do not fit the model: {'; '.join(wrong[:NAMES_SHOWN])}{more}")
-    for tensor in staged.values():
-        _fault_in(tensor)
-    return staged
+    if changes is None:
+        for tensor in mapped.values():
+            _fault_in(tensor)
+        return {**mapped}
+    check_changes(path.name, changes, {name: tuple(tensor.shape) for name, tensor in model.items()})
+    return {name: _pick(mapped[name], model[name], positions) for name, positions in changes.items() if len(positions)}
 
 
-def copy_weights(staged: dict[str, Tensor], model: dict[str, Tensor]) -> None:
-    """Copy checked tensors into the live ones, cast to their dtype. Tied names follow, sharing the storage."""
+def copy_weights(staged: Staged, model: dict[str, Tensor]) -> None:
+    """Copy what was read into the live tensors, cast to their dtype. Tied names follow, sharing the storage."""
     for name, tensor in staged.items():
-        model[name].copy_(tensor)
+        if isinstance(tensor, Few):
+            _set(model[name], tensor)
+        else:
+            model[name].copy_(tensor)
+
+
+def _pick(mapped: Tensor, live: Tensor, positions: Positions) -> Tensor | Few:
+    """Read what changes of a tensor."""
+    if len(positions) > DENSE_ABOVE * mapped.numel():
+        _fault_in(mapped)
+        return mapped
+    chosen = torch.from_numpy(np.ascontiguousarray(positions))
+    values = mapped.reshape(-1).index_select(0, chosen)
+    return Few(chosen.to(live.device), values.to(device=live.device, dtype=live.dtype))
+
+
+def _set(live: Tensor, few: Few) -> None:
+    if live.is_contiguous():
+        live.view(-1).index_copy_(0, few.positions, few.values)
+    else:
+        live.index_put_(torch.unravel_index(few.positions, live.shape), few.values)
 
 
 def _fits(staged: Tensor, live: Tensor) -> bool:

@@ -19,6 +19,7 @@ from protocol.weights.adapters import AdapterSpec, changed_weights, factor_names
 from protocol.weights.specs import TensorSpec
 from rollout_server.engines.base import EngineFailure
 from rollout_server.engines.base_model import BaseModel
+from rollout_server.engines.live_weights import Staged
 
 NAMES_SHOWN = 3
 
@@ -37,7 +38,7 @@ class AdapterMerger:
         self._changed: dict[str, Tensor] = {}
         """Base weights of what the live adapter has changed; all else is the base model's. Empty: nothing is known."""
 
-    def merge(self, path: Path, adapter: AdapterSpec) -> dict[str, Tensor]:
+    def merge(self, path: Path, adapter: AdapterSpec) -> Staged:
         """Compute what must be copied in for the model to be the base model with this adapter.
 
         The first time that is all weights, later only those that adapters change.
@@ -67,7 +68,7 @@ class AdapterMerger:
             a, b = (factors[factor].float() for factor in factor_names(name))
             merged[name] = base[name].float().addmm(b, a, alpha=adapter.scale).to(base[name].dtype)
         self._changed = {name: base[name] for name in weights}
-        return base | merged
+        return {**base, **merged}
 
     def forget(self) -> None:
         """Other weights than those of `merge` are live, or perhaps: the next adapter begins from the whole model."""

@@ -39,6 +39,7 @@ from rollout_server.engines.base import (
     LoadReport,
     StagedWeights,
 )
+from rollout_server.engines.changes import changes_to
 from rollout_server.engines.decode import Decoder
 from rollout_server.engines.live_weights import digest_of, read_weights, unique_tensors
 from rollout_server.engines.merging import AdapterMerger
@@ -143,19 +144,25 @@ class TransformersEngine:
         """Read and check the file beside the decoding, then swap between two steps.
 
         Raises:
-            EngineFailure: the file cannot be read or does not fit, and the old version still serves; or the copy
-                failed, and none does.
+            EngineFailure: the file or its changes cannot be read or do not fit, and the old version still serves; or
+                the copy failed, and none does.
             ConfigError: it is an adapter to another base model.
         """
+        changes = None
         if weights.adapter is not None:
             staged = await asyncio.to_thread(self._merger.merge, weights.path, weights.adapter)
         else:
-            staged = await asyncio.to_thread(read_weights, weights.path, self._tensors)
+            changes = changes_to(weights, self.live)
+            staged = await asyncio.to_thread(read_weights, weights.path, self._tensors, changes)
             self._merger.forget()
         answer: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         reply = _replying(answer)
 
         def load(decoder: Decoder) -> None:
+            if changes is not None and decoder.live != weights.base:  # a load that nobody waited for came before
+                live = decoder.live
+                reply(EngineFailure(f"weights {weights.version} change {weights.base}, and by now {live} is live"))
+                return
             try:
                 reply(decoder.load(staged, weights.version))
             except Exception as error:  # the copy failed half way: the caller hears of it, then everyone else

@@ -25,6 +25,7 @@ from rollout_server.config import ServerConfig
 from rollout_server.engines.base import Canaries, GenerationRequest, StagedWeights
 from rollout_server.engines.sglang import SGLangEngine
 from rollout_server.engines.sglang.host import free_port
+from rollout_server.engines.sglang.sparse import LOADER
 from tests.fake_sglang.sglang.weights import logprob
 
 PATH = Path(__file__).parent
@@ -111,6 +112,7 @@ def running_fake(
         "admin-api-key": admin_key, "max-lora-rank": max_lora_rank,
     }  # fmt: skip
     words = [word for name, value in flags.items() if value for word in (f"--{name}", str(value))]
+    words += [] if max_lora_rank else ["--custom-weight-loader", LOADER]
     words += ["--enable-lora"] * bool(max_lora_rank)
     environment = {**os.environ, "PYTHONPATH": str(PATH), "FAKE_SGLANG": json.dumps(faults)}
     command = [sys.executable, "-m", "sglang.launch_server", *words]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import shutil
 from collections.abc import Coroutine
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from protocol.waits import Waits
 from rollout_server.config import ServerConfig
 from rollout_server.engines.base import Canaries, GenerationRequest, StagedWeights
 from rollout_server.engines.sglang import SGLangEngine
+from tests.changes import change_some
 from tests.models import VOCAB_SIZE, build_tiny_model
 from tests.sglang_cpu.launch import RunningSGLang
 
@@ -68,6 +70,27 @@ class Versions:
             path=path,
             digest=hashlib.sha256(path.read_bytes()).hexdigest(),
             canaries=make_canaries(self.models[version]) if canaries else None,
+        )
+
+
+    def change(self, number: int, base: StagedWeights, *, share: float = 0.01) -> StagedWeights:
+        """Version 1.`number`: that share of every tensor of `base` is other than there."""
+        from transformers import AutoModelForCausalLM
+
+        version, folder = Version(1, number), self._directory / f"model-{number}"
+        path = self._directory / f"{number}.safetensors"
+        tensors, changes = change_some(load_file(base.path), share=share, seed=number)
+        save_file(tensors, path)
+        shutil.copytree(self._directory / f"model-{base.version.policy_version}", folder)
+        save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+        self.models[version] = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        return StagedWeights(
+            version=version,
+            path=path,
+            digest=hashlib.sha256(path.read_bytes()).hexdigest(),
+            canaries=make_canaries(self.models[version]),
+            base=base.version,
+            changes=changes,
         )
 
 

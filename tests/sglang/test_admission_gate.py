@@ -16,8 +16,7 @@ from safetensors.torch import load_file, save_file
 
 from protocol.versions import Version
 from rollout_server.engines.base import EngineFailure, SamplesWithheld, StagedWeights
-from rollout_server.engines.sglang import SGLangEngine, swap
-from rollout_server.engines.sglang import engine as engine_module
+from rollout_server.engines.sglang import SGLangEngine, loading, swap
 from rollout_server.engines.sglang.check import FIRST_LIMIT
 from tests.sglang.driving import Versions, attach, request, run
 from tests.sglang_cpu.launch import RunningSGLang
@@ -67,7 +66,7 @@ def give_another_file(
         given.append(file)
         return faulty.parent
 
-    monkeypatch.setattr(engine_module, "link_weights", link)
+    monkeypatch.setattr(loading, "link_weights", link)
     return given
 
 

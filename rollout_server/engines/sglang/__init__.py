@@ -1,11 +1,13 @@
 """SGLang as the engine. Only this folder knows it.
 
-engine.py      the Engine contract: lives of SGLang, groups, loads
+engine.py      the Engine contract: lives of SGLang, groups
+loading.py     versions: checked, swapped in, checked again
 life.py        what belongs to one life of SGLang and ends with it
 generation.py  one group on its way through: seats, requests, aborts
 admission.py   how many samples SGLang is given at once, and who waits
 adapters.py    versions that are adapters: which SGLang has, and until when
 swap.py        a new version on its way in, and the look at what SGLang then holds
+sparse.py      what differs from the version before, in place of all weights (its other end is inside_sglang/)
 check.py       pure: whether an engine holds the weights it says it holds
 host.py        who runs SGLang: a child process of ours, or somebody else (engine_url)
 child.py       one child: starting, hearing of its death, ending it with all it started

@@ -6,7 +6,8 @@ SGLang refuses, is an EngineFailure with what SGLang said.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import base64
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypeVar
 
 import aiohttp
@@ -101,6 +102,8 @@ class ServerInfo(msgspec.Struct, kw_only=True):
     disable_overlap_schedule: bool = False
     enable_deterministic_inference: bool = False
     skip_tokenizer_init: bool = False
+    custom_weight_loader: list[str] = []
+    speculative_algorithm: str | None = None
     enable_lora: bool | None = None
     max_lora_rank: int | None = None
 
@@ -181,6 +184,32 @@ class Client:
         outcome = await self._call("POST", "/update_weights_from_disk", _Outcome, body, admin=True, deadline_s=UPDATE_S)
         if not outcome.success:
             raise EngineFailure(f"SGLang could not load weights {version}: {outcome.message}")
+
+    async def begin_update(self) -> None:
+        """Open an update in parts."""
+        await self._call("POST", "/begin_weight_update", Ignored, {}, admin=True)
+
+    async def update_from_tensor(
+        self, payloads: Sequence[bytes], loader: str, *, weight_version: str | None = None, flush_cache: bool = False
+    ) -> None:
+        """Give each tensor-parallel rank a pickled list of named tensors, for a function that SGLang was started with.
+
+        Raises:
+            EngineFailure: SGLang says no.
+        """
+        body = {
+            "serialized_named_tensors": [base64.b64encode(payload).decode() for payload in payloads],
+            "load_format": loader, "flush_cache": flush_cache, "weight_version": weight_version,
+        }  # fmt: skip
+        outcome = await self._call(
+            "POST", "/update_weights_from_tensor", _Outcome, body, admin=True, deadline_s=UPDATE_S
+        )
+        if not outcome.success:
+            raise EngineFailure(f"SGLang did not take an update in parts: {outcome.message}")
+
+    async def end_update(self) -> None:
+        """Close an update in parts."""
+        await self._call("POST", "/end_weight_update", Ignored, {}, admin=True)
 
     async def load_adapter(self, name: str, directory: str) -> None:
         """Read a LoRA adapter from a directory of peft's.

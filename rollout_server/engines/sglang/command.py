@@ -12,6 +12,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from rollout_server.engines.sglang.sparse import LOADER
+
 PRELUDE = (
     "import ctypes, os, signal, sys;"
     "ctypes.CDLL(None).prctl(1, signal.SIGKILL);"
@@ -76,6 +78,8 @@ def build_options(
         options |= {"enable-lora": True, "max-lora-rank": max_lora_rank, "lora-target-modules": lora_target_modules}
         if device == "cpu":
             options["lora-backend"] = "torch_native"  # all others are kernels for accelerators
+    else:
+        options["custom-weight-loader"] = [LOADER]
     if device == "cpu":
         options["sleep-on-idle"] = True  # its scheduler spins otherwise, and a CPU has other work
         options["max-total-tokens"] = seats * context_length  # what it measures to be free is half the machine

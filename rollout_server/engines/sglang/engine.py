@@ -1,8 +1,7 @@
-"""SGLang behind the Engine contract: its lives, and the swap and check of weights within one.
+"""SGLang behind the Engine contract: its lives, the groups that it samples and the versions that it gets.
 
     generate  -->  Generation (seats, requests)  -->  held back until the versions it is of have passed their check
-    load_weights:  file against schema -> pause -> update -> resume -> checksum, canaries -> live
-    an adapter:    file against schema -> load -> canaries -> live; what samples goes on with the one before
+    load_weights  -->  Loading (file, swap, check)  -->  live
 
 Two tasks run beside: `_supervise` gives SGLang one life after another, `Watch` reads its state and tries it when it
 stands still. What fails in a life condemns it; nothing SGLang does takes the rollout server down.
@@ -14,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -35,28 +34,18 @@ from rollout_server.engines.base import (
     LoadReport,
     StagedWeights,
 )
-from rollout_server.engines.base_model import BaseModel
 from rollout_server.engines.choice import SGLANG_FLOOR, version_numbers
 from rollout_server.engines.device import has_amx, resolve_device, resolve_dtype
-from rollout_server.engines.sglang.adapters import Adapters, write_adapter
+from rollout_server.engines.sglang.adapters import Adapters
 from rollout_server.engines.sglang.admission import Admission, Limit
-from rollout_server.engines.sglang.check import Gate, Mismatch
-from rollout_server.engines.sglang.client import CallRefused
 from rollout_server.engines.sglang.generation import Generation, check_request
 from rollout_server.engines.sglang.host import ChildHost, Host, StartFailed, UrlHost
 from rollout_server.engines.sglang.life import Life
+from rollout_server.engines.sglang.loading import Loading
 from rollout_server.engines.sglang.meter import Meter
 from rollout_server.engines.sglang.restarts import HOPELESS, Restarts
-from rollout_server.engines.sglang.schema import check_adapter_file, check_file, read_schema
-from rollout_server.engines.sglang.swap import (
-    check,
-    check_adapter,
-    condemning,
-    gate_kind,
-    link_weights,
-    swap,
-    unlink_weights,
-)
+from rollout_server.engines.sglang.schema import read_schema
+from rollout_server.engines.sglang.sparse import SparseLoads
 from rollout_server.engines.sglang.watch import Watch
 from rollout_server.engines.text import load_tokenizer
 
@@ -82,9 +71,6 @@ class SGLangEngine:
         self._began = Signal()
         self._life: Life | None = None
         self._live: Version | None = None
-        self._gate: Gate | None = None
-        self._linked: set[Path] = set()
-        """Files that have a directory for SGLang beside them."""
         self._generations: dict[str, Generation] = {}
         self._tokens_reported = 0
         self._watch = Watch(self._meter, clock, probe_s=config.engine_probe_s)
@@ -169,86 +155,21 @@ class SGLangEngine:
                 restarts, `live` is None).
             ConfigError: it is an adapter to another base model.
         """
-        dtypes = await asyncio.to_thread(self._check_file, weights)
+        dtypes = await asyncio.to_thread(self._versions.check_file, weights)
         async with self._loading:
             while not self._closed and self._life is None:
                 await self._waits.wait(self._began.wait(), name="engine start", owner="sglang", deadline_s=None)
             life = self._life
             if self._closed or life is None:
                 raise EngineFailure("the engine is closed")
-            load = self._load_adapter(life, weights) if life.adapters else self._load(life, weights, dtypes)
-            return await life.run(load)
+            return await life.run(self._versions.load(life, weights, dtypes))
 
-    async def _load(self, life: Life, weights: StagedWeights, dtypes: set[str]) -> LoadReport:
-        """Swap all weights, then check them while they sample."""
-        assert self._gate is not None
-        self._linked.add(weights.path)
-        directory = await asyncio.to_thread(link_weights, weights.path)
-        async with self._linking(weights.path, life, weights.version):
-            pause_s = await swap(
-                life, directory, weights.version, self._mode, meter=self._meter, waits=self._waits, clock=self._clock
-            )
-            begun_s = self._clock()
-            exact = dtypes == {life.info.dtype}
-            checksum, mismatch = await check(life, weights, self._gate, exact=exact, max_length=self._max_length)
-        return self._went_live(life, weights.version, begun_s, checksum, mismatch, pause_s=pause_s)
-
-    async def _load_adapter(self, life: Life, weights: StagedWeights) -> LoadReport:
-        """Load an adapter beside those that sample and check it; then samples begin with it."""
-        assert self._gate is not None
-        assert life.adapters is not None
-        version = weights.version
-        self._linked.add(weights.path)
-        directory = await asyncio.to_thread(write_adapter, weights, Path(self._config.model))
-        try:
-            async with self._linking(weights.path, life, version, but=CallRefused):
-                await life.adapters.load(version, directory)
-                begun_s = self._clock()
-                checksum, mismatch = await check_adapter(life, weights, self._gate, max_length=self._max_length)
-        except CallRefused as refused:  # it has not sampled yet, and the one before goes on
-            life.adapters.drop(version)
-            raise EngineFailure(f"adapter {version}: {refused}") from refused
-        report = self._went_live(life, version, begun_s, checksum, mismatch)
-        life.sampling = version
-        life.adapters.switch(version)
-        return report
-
-    @contextlib.asynccontextmanager
-    async def _linking(
-        self, file: Path, life: Life, version: Version, *, but: type[EngineFailure] | None = None
-    ) -> AsyncIterator[None]:
-        """Remove in the end what has been made beside the file for SGLang; see `condemning`."""
-        try:
-            with condemning(life, version, but=but):
-                yield
-        finally:
-            await asyncio.to_thread(unlink_weights, file)
-            self._linked.discard(file)
-
-    def _went_live(
-        self, life: Life, version: Version, begun_s: float, checksum: str, mismatch: Mismatch | None,
-        *, pause_s: float = 0.0,
-    ) -> LoadReport:  # fmt: skip
-        """Let samples of a version go that has passed its check, begun at `begun_s`."""
+    def _went_live(self, life: Life, version: Version) -> None:
+        """Let samples of a version go that has passed its check."""
         if life.condemned.done():  # and `live` is None: it must stay so
             raise life.reason()
         self._live = version
         life.has_passed(version)
-        return LoadReport(
-            pause_s=pause_s,
-            check_s=self._clock() - begun_s,
-            checksum=checksum,
-            mismatch_kl=mismatch.kl if mismatch else None,
-            mismatch=mismatch.mean if mismatch else None,
-        )
-
-    def _check_file(self, weights: StagedWeights) -> set[str]:
-        """Check a version against the model, on a thread; return the dtypes that SGLang keeps exactly."""
-        if weights.adapter is None:
-            return check_file(weights.path, self._schema)
-        self._base.check(weights.adapter)
-        check_adapter_file(weights.path, weights.adapter, self._schema, self._config.lora_target_modules)
-        return set()
 
     async def __aenter__(self) -> Self:
         """Read the model's schema, bring SGLang up.
@@ -284,8 +205,7 @@ class SGLangEngine:
         try:
             if self._life is not None:
                 self._life.condemn(EngineFailure("the engine was closed"))
-            for file in tuple(self._linked):
-                await asyncio.to_thread(unlink_weights, file)
+            await self._versions.close()
         finally:
             await self._stack.aclose()
 
@@ -294,8 +214,11 @@ class SGLangEngine:
         config = self._config
         model = Path(config.model)
         self._schema = read_schema(model)
-        self._base = BaseModel(model)
         self._max_length = min(config.max_model_length, self._schema.max_positions or config.max_model_length)
+        self._versions = Loading(
+            config, self._schema, max_length=self._max_length, meter=self._meter, waits=self._waits,
+            clock=self._clock, went_live=self._went_live,
+        )  # fmt: skip
         self._tokenizer_digest = tokenizer_digest(load_tokenizer(model).get_vocab())
         if config.engine_url:
             return UrlHost(config, self._schema, max_length=self._max_length)
@@ -321,8 +244,7 @@ class SGLangEngine:
             await client.close()
             await self._host.stop()
             raise
-        if self._gate is None or self._gate.kind != gate_kind(info):
-            self._gate = Gate(gate_kind(info))
+        self._versions.begin(info)
         self._info = EngineInfo(
             engine="sglang",
             room=self._config.room,
@@ -341,6 +263,7 @@ class SGLangEngine:
             info=info,
             admission=Admission(Limit(self._config.room)),
             tokens_before=self._meter.tokens_finished - sum(load.tokens_decoded for load in loads),
+            sparse=SparseLoads(client, info),
         )
         if self._config.max_lora_rank:
             life.adapters = Adapters(client, life.keep)

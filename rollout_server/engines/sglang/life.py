@@ -18,6 +18,7 @@ from rollout_server.engines.base import EngineFailure
 from rollout_server.engines.sglang.adapters import Adapters
 from rollout_server.engines.sglang.admission import Admission
 from rollout_server.engines.sglang.client import Answer, Client, ServerInfo
+from rollout_server.engines.sglang.sparse import SparseLoads
 
 T = TypeVar("T")
 
@@ -35,6 +36,8 @@ class Life:
     """Done when this life is over, with what to tell."""
     sampling: Version | None = None
     """The version that samples now, whether it has been checked or not."""
+    sparse: SparseLoads
+    """Whether it takes few elements instead of all weights."""
     adapters: Adapters | None = None
     """Where versions are adapters."""
     checked: Version | None = None

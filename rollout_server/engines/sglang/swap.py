@@ -23,6 +23,7 @@ from rollout_server.engines.sglang.check import Gate, Mismatch, WeightsSuspect, 
 from rollout_server.engines.sglang.client import UPDATE_S, ServerInfo
 from rollout_server.engines.sglang.life import Life
 from rollout_server.engines.sglang.meter import Meter
+from rollout_server.engines.sglang.sparse import files_beside
 
 log = logging.getLogger(__name__)
 
@@ -35,6 +36,7 @@ async def swap(
     version: Version,
     mode: UpdateMode,
     *,
+    few: bool,
     meter: Meter,
     waits: Waits,
     clock: Callable[[], float],
@@ -49,6 +51,7 @@ async def swap(
         directory: of `link_weights`.
         version: in it.
         mode: what becomes of running samples.
+        few: only what was staged for it beside, where SGLang takes that; else all weights.
         meter: told of the pause.
         waits: where waiting for samples to end is shown.
         clock: monotonic seconds.
@@ -65,7 +68,9 @@ async def swap(
     try:
         if mode != "drain":
             await life.client.pause(mode)
-        await life.client.update_weights(str(directory), str(version), flush_cache=mode != "in_place")
+        flush_cache = mode != "in_place"
+        if not (few and await life.sparse.apply(directory, str(version), flush_cache=flush_cache)):
+            await life.sparse.load_all(directory, str(version), flush_cache=flush_cache)
         life.put_back += mode == "retract"
         life.sampling = version
         if mode != "drain":
@@ -206,9 +211,11 @@ def link_weights(file: Path) -> Path:
 
 
 def unlink_weights(file: Path) -> None:
-    """Remove what `link_weights` made, or `adapters.write_adapter`; what else is there stays."""
+    """Remove what `link_weights` made, `adapters.write_adapter` and `SparseLoads`; what else is there stays."""
     directory = file.with_suffix("")
     with contextlib.suppress(OSError):
         for name in ("model.safetensors", ADAPTER_WEIGHTS, ADAPTER_CONFIG):
             (directory / name).unlink(missing_ok=True)
+        for path in files_beside(directory):
+            path.unlink(missing_ok=True)
         directory.rmdir()

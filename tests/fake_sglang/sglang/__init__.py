@@ -14,6 +14,7 @@ It answers the calls that rollout_server/engines/sglang/client.py makes as SGLan
                  flushed is a failed update whose weights are there all the same.
                  Adapters are loaded beside each other and stay what they are for whoever samples with them; to unload
                  one waits for its samples.
+- few.py         The custom weight loader: map, compare and apply on the bytes of the file.
 - launch_server.py  Flags (an unknown one: usage, exit code 2), keys from the --config file, HTTP, the worker process
                  `sglang::scheduler` without which nothing is sampled any more, a file of its own in /dev/shm.
 
@@ -51,6 +52,8 @@ class Faults:
     """What every update of the weights fails with."""
     wrong: str = ""
     """"stale": an update keeps the old weights; "other": it loads others than told; both say that all went well."""
+    orders: dict[str, str] = field(default_factory=dict)
+    """Order to the custom weight loader -> what it fails with; empty: it is not answered."""
     foreign: str = ""
     """A label that every token gets instead of its weights'."""
     refuse: dict[str, int] = field(default_factory=dict)

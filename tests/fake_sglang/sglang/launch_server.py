@@ -21,7 +21,8 @@ from sglang.weights import checksum_of
 
 ADMIN = (
     "/abort_request", "/pause_generation", "/continue_generation", "/update_weights_from_disk", "/weights_checker",
-    "/flush_cache", "/load_lora_adapter", "/unload_lora_adapter",
+    "/flush_cache", "/load_lora_adapter", "/unload_lora_adapter", "/begin_weight_update", "/end_weight_update",
+    "/update_weights_from_tensor",
 )  # fmt: skip
 HANG_UP = 0
 Answer = tuple[int, Any]
@@ -36,6 +37,7 @@ def parse(words: list[str]) -> argparse.Namespace:
         parser.add_argument(f"--{name}", type=int, required=True)
     parser.add_argument("--max-lora-rank", type=int)
     parser.add_argument("--lora-target-modules", nargs="*")
+    parser.add_argument("--custom-weight-loader", nargs="*", default=[])
     for name in (
         "enable-lora",
         "skip-tokenizer-init",
@@ -130,6 +132,13 @@ class Server:
         elif path == "/update_weights_from_disk":
             success, message = await scheduler.update(body)
             return 200 if success else 400, {"success": success, "message": message, "num_paused_requests": 0}
+        elif path in ("/begin_weight_update", "/end_weight_update"):
+            success = scheduler.session(path == "/begin_weight_update")
+            return 200 if success else 400, {"success": success, "message": "" if success else "a session is open"}
+        elif path == "/update_weights_from_tensor":
+            assert body["load_format"] in options.custom_weight_loader
+            success, message = await scheduler.update_few(body)
+            return 200 if success else 400, {"success": success, "message": message}
         elif path == "/load_lora_adapter":
             failed = self.faults.fail_update or scheduler.load_adapter(body, options.max_lora_rank)
             return 400 if failed else 200, {"success": not failed, "error_message": failed}

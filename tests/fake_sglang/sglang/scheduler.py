@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
+import os
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from sglang import Faults
+from sglang.few import digest, obey, read_order
 from sglang.weights import INITIAL, adapted, content_of, draw, logprob
 
 Sampled = tuple[int, float]
@@ -49,6 +51,9 @@ class Scheduler:
         self, model: Path, *, vocab_size: int, room: int, max_tokens: int, overlap: bool, faults: Faults
     ) -> None:
         self.content, self.label = content_of(model), INITIAL
+        self._held = bytearray()
+        """Bytes of the file that it has loaded."""
+        self._in_session = False
         self._vocab_size, self._room, self._max_tokens, self._faults = vocab_size, room, max_tokens, faults
         self._overlap = overlap
         self.running: list[Sample] = []
@@ -108,9 +113,43 @@ class Scheduler:
                 await self._moved.wait_for(lambda: not self.running and not self.waiting)
         if self._faults.fail_update:
             return False, self._faults.fail_update
-        content = content_of(Path(body["model_path"]))
+        directory = Path(body["model_path"])
+        self._held = bytearray(next(directory.glob("*.safetensors")).read_bytes())
+        self._take(content_of(directory))
+        return self._end_update(body)
+
+    async def update_few(self, body: dict[str, Any]) -> tuple[bool, str]:
+        """What /update_weights_from_tensor does with our loader. An order that fails is a success for SGLang."""
+        if not self._in_session:
+            return False, "update_weights_from_tensor must run between begin_weight_update() and end_weight_update()"
+        if not self._paused:
+            async with self._moved:
+                await self._moved.wait_for(lambda: not self.running and not self.waiting)
+        (payload,) = body["serialized_named_tensors"]
+        order = read_order(payload)
+        fault = self._faults.orders.get(order["do"])
+        if fault is None:
+            answer = obey(order, self._held)
+            if order["do"] == "apply":
+                self._take(digest(self._held))
+        else:
+            answer = {"failed": fault}
+        if fault != "":
+            Path(order["directory"], f"{order['do']}-{os.getpid()}.json").write_text(json.dumps(answer))
+        return (True, "Success") if body["weight_version"] is None else self._end_update(body)
+
+    def session(self, opens: bool) -> bool:
+        """Begin or end an update in parts."""
+        if self._in_session == opens:
+            return False
+        self._in_session = opens
+        return True
+
+    def _take(self, content: str) -> None:
         if self._faults.wrong != "stale":
             self.content = content if not self._faults.wrong else content[::-1]
+
+    def _end_update(self, body: dict[str, Any]) -> tuple[bool, str]:
         self.label = body["weight_version"]
         if body["flush_cache"] and not self.flush():
             return False, "Weights were updated, but the cache was not flushed."

@@ -18,8 +18,7 @@ import pytest
 
 from protocol.waits import Waits
 from rollout_server.engines.base import EngineFailure, SamplesWithheld, StagedWeights
-from rollout_server.engines.sglang import SGLangEngine, generation, restarts, watch
-from rollout_server.engines.sglang import engine as engine_module
+from rollout_server.engines.sglang import SGLangEngine, generation, loading, restarts, watch
 from rollout_server.engines.sglang.answers import ForeignWeights
 from rollout_server.engines.sglang.host import free_port
 from tests.check import ROOT
@@ -470,7 +469,7 @@ def test_a_load_that_ends_as_its_life_does_leaves_nothing_live(
     tiny_model_dir: Path, weights: MakeWeights, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The life ends with everything done but the last step; who calls the load off is not quick enough."""
-    real = engine_module.unlink_weights
+    real = loading.unlink_weights
 
     async def case() -> None:
         async with child_engine(tiny_model_dir) as (engine, _):
@@ -481,11 +480,11 @@ def test_a_load_that_ends_as_its_life_does_leaves_nothing_live(
                 real(file)
                 loop.call_soon_threadsafe(life.condemn, EngineFailure("it died in this very moment"))
 
-            monkeypatch.setattr(engine_module, "unlink_weights", dies_meanwhile)
+            monkeypatch.setattr(loading, "unlink_weights", dies_meanwhile)
             with pytest.raises(EngineFailure, match="it died in this very moment"):
                 await engine.load_weights(weights(V0))
             assert engine.live is None
-            monkeypatch.setattr(engine_module, "unlink_weights", real)
+            monkeypatch.setattr(loading, "unlink_weights", real)
             await serves(engine, weights(V0))
 
     run(case())
