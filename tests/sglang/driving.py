@@ -72,7 +72,6 @@ class Versions:
             canaries=make_canaries(self.models[version]) if canaries else None,
         )
 
-
     def change(self, number: int, base: StagedWeights, *, share: float = 0.01) -> StagedWeights:
         """Version 1.`number`: that share of every tensor of `base` is other than there."""
         from transformers import AutoModelForCausalLM

@@ -4,20 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import logging
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
-from safetensors.torch import load_file
 
 from protocol.messages import FinishReason
 from protocol.versions import Version
 from rollout_server.engines.base import EngineFailure
-from rollout_server.engines.sglang import SGLangEngine, sparse
-from tests.changes import change_some
+from rollout_server.engines.sglang import SGLangEngine
 from tests.models import build_tiny_model
 from tests.sglang.driving import PROMPT, Versions, attach, logprobs, request, run
 from tests.sglang_cpu.launch import RunningSGLang
