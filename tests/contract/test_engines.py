@@ -7,6 +7,7 @@ interrupted. Waiting is always for a condition, under a deadline.
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import hashlib
 import itertools
 import shutil
@@ -24,10 +25,11 @@ from protocol.versions import Version
 from protocol.waits import Waits
 from rollout_server.config import ScriptedOptions, ServerConfig
 from rollout_server.engines.base import Engine, EngineFailure, GenerationRequest, StagedWeights
+from tests.changes import change_some
 from tests.models import EOS_ID, build_tiny_model, encode
 from tests.sglang_cpu.launch import RunningSGLang
 
-V0, V1, V2 = Version(1, 0), Version(1, 1), Version(1, 2)
+V0, V1, V2, V3 = (Version(1, number) for number in range(4))
 LONG = 400
 """Tokens of a completion that is still under way when the test acts."""
 STOPS = (EOS_ID, *encode("aeiou"))
@@ -42,6 +44,8 @@ class Kind:
     """Other weights for every version."""
     broken: StagedWeights
     """A version that cannot be loaded, as the second load."""
+    change: Callable[[StagedWeights, Version], StagedWeights] | None = None
+    """(a version, the name of another) -> another, which differs in few elements. None: it has no weights."""
     reproducible: bool = True
     """See EngineInfo. Engines that are not can't be held to what a second run samples."""
 
@@ -63,7 +67,7 @@ def transformers_kind(tiny_model_dir: Path, tmp_path: Path) -> Kind:
     def make(room: int) -> Engine:
         return TransformersEngine(tiny_model_dir, room=room, max_model_length=512, dtype="float32", device="cpu")
 
-    return Kind("transformers", make, made_weights(tmp_path), broken_weights(tmp_path))
+    return Kind("transformers", make, made_weights(tmp_path), broken_weights(tmp_path), change_few)
 
 
 def sglang_kind(sglang: RunningSGLang, tmp_path: Path) -> Kind:
@@ -76,7 +80,7 @@ def sglang_kind(sglang: RunningSGLang, tmp_path: Path) -> Kind:
         )  # fmt: skip
         return SGLangEngine(config, Waits())
 
-    return Kind("sglang", make, made_weights(tmp_path), broken_weights(tmp_path), reproducible=False)
+    return Kind("sglang", make, made_weights(tmp_path), broken_weights(tmp_path), change_few, reproducible=False)
 
 
 def made_weights(tmp_path: Path) -> Callable[[Version], StagedWeights]:
@@ -88,6 +92,16 @@ def made_weights(tmp_path: Path) -> Callable[[Version], StagedWeights]:
         return StagedWeights(version=version, path=path, digest=hashlib.sha256(path.read_bytes()).hexdigest())
 
     return weights
+
+
+def change_few(base: StagedWeights, version: Version) -> StagedWeights:
+    from safetensors.torch import load_file, save_file
+
+    path = base.path.with_name(f"{version} of few.safetensors")
+    tensors, changes = change_some(load_file(base.path), share=0.01)
+    save_file(tensors, path)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    return StagedWeights(version=version, path=path, digest=digest, base=base.version, changes=changes)
 
 
 def broken_weights(tmp_path: Path) -> StagedWeights:
@@ -312,6 +326,54 @@ def test_a_failed_load_keeps_the_old_version_whole(kind: Kind) -> None:
             after = await engine.generate(request("g"))
             assert not kind.reproducible or tokens(after) == tokens(before)
             assert {version for c in after for version, _ in c.spans} == {V0}
+
+    run(case())
+
+
+def test_few_changes_are_what_the_whole_file_would_be(kind: Kind) -> None:
+    change = kind.change
+    if change is None:
+        pytest.skip("it has no weights")
+
+    async def case() -> None:
+        async with kind.make(4) as engine:
+            first = kind.weights(V0)
+            few = change(first, V1)
+            whole = dataclasses.replace(few, version=V2, base=None, changes=None)
+            lie = dataclasses.replace(few, version=V3, base=V0)  # what is live by then is another version
+            reports, groups = [], []
+            for before, weights in ((first, few), (kind.weights(V1), whole), (kind.weights(V2), lie)):
+                await engine.load_weights(before)
+                reports.append(await engine.load_weights(weights))
+                assert engine.live == weights.version
+                groups.append(await engine.generate(request("g")))
+            assert len({report.checksum for report in reports}) == 1
+            if kind.reproducible:
+                assert tokens(groups[0]) == tokens(groups[1]) == tokens(groups[2])
+                for one, other in zip(groups[0], groups[1], strict=True):
+                    assert (one.behavior_logprobs == other.behavior_logprobs).all()
+
+    run(case())
+
+
+def test_positions_outside_a_tensor_are_refused_and_nothing_changes(kind: Kind) -> None:
+    change = kind.change
+    if change is None:
+        pytest.skip("it has no weights")
+
+    async def case() -> None:
+        async with kind.make(4) as engine:
+            first = kind.weights(V0)
+            await engine.load_weights(first)
+            before = await engine.generate(request("g"))
+            few = change(first, V1)
+            name = "model.norm.weight"
+            wrong = dataclasses.replace(few, changes={**few.changes, name: np.array([0, 32])})
+            with pytest.raises(EngineFailure, match=f"{name} has positions 0 to 32, allowed are 0 to 31"):
+                await engine.load_weights(wrong)
+            assert engine.live == V0
+            after = await engine.generate(request("g"))
+            assert not kind.reproducible or tokens(after) == tokens(before)
 
     run(case())
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-from collections.abc import Iterator
+import json
+import os
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +17,8 @@ from protocol.messages import FinishReason
 from protocol.versions import Version
 from rollout_server.engines.base import EngineFailure
 from rollout_server.engines.sglang import SGLangEngine
-from tests.models import build_tiny_model
 from tests.sglang.driving import PROMPT, Versions, attach, logprobs, request, run
-from tests.sglang_cpu.launch import RunningSGLang
+from tests.sglang_cpu.launch import ENVIRONMENT, PYTHON, ROOT, RunningSGLang
 
 pytestmark = [pytest.mark.sglang, pytest.mark.timeout(180)]
 TOLERANCE = 1e-5
@@ -137,16 +138,19 @@ def test_positions_that_are_none_are_refused_before_sglang_hears_of_them(
     run(case())
 
 
-@pytest.fixture(scope="module", params=["llama, untied", "two ranks"])
-def other_sglang(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[RunningSGLang]:
-    folder = tmp_path_factory.mktemp("other")
-    if request.param == "two ranks":
-        pytest.skip("filled in below")
-    model = build_tiny_model(folder / "model", architecture="llama", tie_word_embeddings=False)
-    sglang = RunningSGLang.start(model)
-    yield sglang
-    sglang.stop()
-
-
-def test_other_models_are_mapped_as_well(other_sglang: RunningSGLang, tmp_path: Path) -> None:
-    pass
+def test_shards_of_two_ranks_get_what_is_theirs() -> None:
+    """Attention and MLP layers of the real SGLang: columns and rows in halves, keys and values repeated or shared out."""
+    done = subprocess.run(
+        [PYTHON, "-m", "tests.sglang.shards"], capture_output=True, text=True, cwd=ROOT, env=os.environ | ENVIRONMENT
+    )
+    assert done.returncode == 0, done.stderr
+    ranks = json.loads(done.stdout.splitlines()[-1])
+    assert [(rank["rank"], rank["kv_heads"], rank["equal"]) for rank in ranks] == [
+        (0, 2, True), (1, 2, True), (0, 1, True), (1, 1, True),
+    ]  # fmt: skip
+    for rank in ranks:
+        assert rank["compared"] == {"compared": 10}
+        assert 0 < rank["applied"]["elements"] < rank["all"], "a rank is given its own part"
+    boxes = {box[0]: box for box in ranks[1]["boxes"]}
+    assert boxes["o_proj.weight"] == ["o_proj.weight", "o_proj.weight", 16, 0, [32, 16], [32, 1], [16, 1]]
+    assert boxes["k_proj.weight"] == ["k_proj.weight", "qkv_proj.weight", 256, 512, [256], [1], [1]]

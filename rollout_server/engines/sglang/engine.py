@@ -263,10 +263,11 @@ class SGLangEngine:
             info=info,
             admission=Admission(Limit(self._config.room)),
             tokens_before=self._meter.tokens_finished - sum(load.tokens_decoded for load in loads),
-            sparse=SparseLoads(client, info),
         )
         if self._config.max_lora_rank:
             life.adapters = Adapters(client, life.keep)
+        else:
+            life.sparse = SparseLoads(client, info)
         return life
 
     async def _supervise(self, life: Life) -> None:

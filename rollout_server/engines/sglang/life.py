@@ -36,10 +36,10 @@ class Life:
     """Done when this life is over, with what to tell."""
     sampling: Version | None = None
     """The version that samples now, whether it has been checked or not."""
-    sparse: SparseLoads
-    """Whether it takes few elements instead of all weights."""
     adapters: Adapters | None = None
     """Where versions are adapters."""
+    sparse: SparseLoads | None = None
+    """Where they are all weights: the way in of those, and of the few that differ."""
     checked: Version | None = None
     """The newest version that passed its check: what older ones and it have sampled may leave the server."""
     passed: asyncio.Event = field(default_factory=asyncio.Event)

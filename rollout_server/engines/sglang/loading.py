@@ -9,9 +9,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 
+from protocol.logs import event
 from protocol.versions import Version
 from protocol.waits import Waits
 from rollout_server.config import ServerConfig
@@ -24,7 +26,7 @@ from rollout_server.engines.sglang.client import CallRefused, ServerInfo
 from rollout_server.engines.sglang.life import Life
 from rollout_server.engines.sglang.meter import Meter
 from rollout_server.engines.sglang.schema import ModelSchema, check_adapter_file, check_file
-from rollout_server.engines.sglang.sparse import DENSE_ABOVE
+from rollout_server.engines.sglang.sparse import DENSE_ABOVE, SparseLoads
 from rollout_server.engines.sglang.swap import (
     check,
     check_adapter,
@@ -34,6 +36,8 @@ from rollout_server.engines.sglang.swap import (
     swap,
     unlink_weights,
 )
+
+log = logging.getLogger(__name__)
 
 
 class Loading:
@@ -99,11 +103,13 @@ class Loading:
     async def _load(self, life: Life, weights: StagedWeights, dtypes: set[str]) -> LoadReport:
         """Swap weights, all or what differs, then check them while they sample."""
         assert self._gate is not None
-        changes = self._few_changes(life, weights)
+        assert life.sparse is not None
+        changes = self._few_changes(life.sparse, life.sampling, weights)
         async with self._beside(weights.path):
             directory = await asyncio.to_thread(link_weights, weights.path)
             if changes is not None:
-                await asyncio.to_thread(life.sparse.stage, weights.path, changes, directory)
+                staged_bytes = await asyncio.to_thread(life.sparse.stage, weights.path, changes, directory)
+                event(log, "weights_few", version=weights.version, base=weights.base, bytes=staged_bytes)
             with condemning(life, weights.version):
                 pause_s = await swap(
                     life, directory, weights.version, self._config.weight_update_mode, few=changes is not None,
@@ -115,9 +121,9 @@ class Loading:
         self._went_live(life, weights.version)
         return self._report(begun_s, checksum, mismatch, pause_s=pause_s)
 
-    def _few_changes(self, life: Life, weights: StagedWeights) -> Changes | None:
-        """What is to be set of what SGLang has; None where everything is to be loaded."""
-        changes = changes_to(weights, life.sampling) if life.sparse.ready else None
+    def _few_changes(self, sparse: SparseLoads, held: Version | None, weights: StagedWeights) -> Changes | None:
+        """What is to be set of what SGLang holds; None where everything is to be loaded."""
+        changes = changes_to(weights, held) if sparse.ready else None
         return changes if changes is not None and share_of(changes, self._schema.shapes) <= DENSE_ABOVE else None
 
     async def _load_adapter(self, life: Life, weights: StagedWeights) -> LoadReport:

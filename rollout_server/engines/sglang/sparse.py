@@ -84,8 +84,10 @@ class SparseLoads:
         self._client, self._info = client, info
         self._mapped: dict[int, Mapped] = {}
         """By process id; empty until the map is proven."""
-        self.why_not = _unfit(info)
+        self.why_not = ""
         """Why everything is loaded; empty while nothing speaks against it."""
+        if unfit := _unfit(info):
+            self._give_up(unfit)
 
     @property
     def ready(self) -> bool:
@@ -176,8 +178,11 @@ class SparseLoads:
         try:
             yield
         except (NotSparse, CallRefused) as error:
-            self.why_not = str(error)
-            event(log, "engine_not_sparse", level=logging.WARNING, reason=error, text="every version is loaded whole")
+            self._give_up(str(error))
+
+    def _give_up(self, why: str) -> None:
+        self.why_not = why
+        event(log, "engine_not_sparse", reason=why, text="every version is loaded whole")
 
 
 def files_beside(directory: Path) -> list[Path]:
@@ -222,7 +227,7 @@ def place(box: Box, positions: Positions) -> tuple[slice | NDArray[np.intp], Pos
 
 
 def _unfit(info: ServerInfo) -> str:
-    if LOADER not in info.custom_weight_loader:
+    if LOADER not in (info.custom_weight_loader or ()):
         return f"SGLang was started without --custom-weight-loader {LOADER}"
     if info.quantization or info.dp_size > 1 or info.speculative_algorithm:
         return "SGLang quantizes, has data parallelism or a draft model"

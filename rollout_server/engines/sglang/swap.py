@@ -59,6 +59,7 @@ async def swap(
     Raises:
         EngineFailure: SGLang did not do it; what it holds is not known.
     """
+    assert life.sparse is not None
     life.admission.close()
     if mode == "drain":
         await waits.wait(life.admission.idle.wait(), name="drain", owner="sglang", deadline_s=None)

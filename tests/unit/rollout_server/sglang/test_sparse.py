@@ -154,7 +154,7 @@ def test_where_it_cannot_be_everything_is_loaded_and_said_once(
     tiny_model_dir: Path, weights: MakeWeights, caplog: pytest.LogCaptureFixture, faults: dict[str, Any], why: str,
     expected: tuple[int, int],
 ) -> None:  # fmt: skip
-    caplog.set_level(logging.WARNING)
+    caplog.set_level(logging.INFO)
 
     async def case() -> None:
         async with child_engine(tiny_model_dir) as (engine, told):
