@@ -27,7 +27,7 @@ SGLANG_OWN = {
     "config": "is a file with the keys made up for each start",
     "skip-tokenizer-init": "is always set: prompts and completions are token ids",
     "tokenizer-worker-num": "is always 1: pausing is not safe with more",
-    "custom-weight-loader": "is nobody's to set: weights are loaded from files and checked",
+    "custom-weight-loader": "is always the one that brings in what a version changes",
     "weight-version": "is set with every version that the learner sends",
     "enable-lora": "is --max-lora-rank here",
     "max-lora-rank": "is --max-lora-rank here",
@@ -117,7 +117,8 @@ class ServerConfig(Section):
     """What an update of the weights does to samples under way in SGLang. retract: keys and values are computed again,
     later tokens are exactly the new version's. in_place: they are kept. drain: samples end before the swap."""
     engine_url: str = ""
-    """Use the SGLang server at this address instead of starting one; it must see the staging directory."""
+    """Use the SGLang server at this address instead of starting one; it must see the staging directory. Started with
+    --custom-weight-loader rollout_server.inside_sglang.load it can be given changed weights alone."""
     engine_api_key: str = ""
     """Of the server at engine_url. In a --config file it is not seen by others on the host, as a flag it is."""
     engine_admin_key: str = ""

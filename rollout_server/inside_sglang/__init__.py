@@ -20,14 +20,14 @@ from typing import Any
 
 def load(model: Any, named_tensors: Iterable[tuple[str, Any]]) -> None:
     """SGLang's hook: do what the order says, and answer in its directory."""
-    import torch
-
-    from rollout_server.inside_sglang.orders import ORDERS
-
     for text, _ in named_tensors:
         order = json.loads(text)
         directory = Path(order["directory"])
         try:
+            import torch
+
+            from rollout_server.inside_sglang.orders import ORDERS
+
             _check_private(directory)
             with torch.no_grad():
                 answer = ORDERS[order["do"]](model, directory)

@@ -139,7 +139,7 @@ def test_positions_that_are_none_are_refused_before_sglang_hears_of_them(
 
 
 def test_shards_of_two_ranks_get_what_is_theirs() -> None:
-    """Attention and MLP layers of the real SGLang: columns and rows in halves, keys and values repeated or shared out."""
+    """SGLang's own attention and MLP layers: rows and columns in halves, keys and values shared out or repeated."""
     done = subprocess.run(
         [PYTHON, "-m", "tests.sglang.shards"], capture_output=True, text=True, cwd=ROOT, env=os.environ | ENVIRONMENT
     )
