@@ -27,7 +27,7 @@ from rollout_server.engines.changes import Changes, check_changes
 NAMES_SHOWN = 3
 PAGE_BYTES = 4096
 DENSE_ABOVE = 0.03
-"""Share of a tensor's elements. Seen on one CPU thread of a shared machine, 8M elements: setting 1 % takes 0.06 (float32)
+"""Share of a tensor's elements. Seen on one CPU thread of a shared machine, 8M elements: 1 % takes 0.06 (float32)
 and 0.4 (bfloat16) of the time of copying all, 3 % takes 0.6 to 0.9, and 5 % (bfloat16) or 10 % (float32) as long."""
 
 

@@ -56,6 +56,12 @@ def test_adapters_are_made_room_for() -> None:
     assert make_options(max_lora_rank=8, device="cpu")["lora-backend"] == "torch_native"
 
 
+def test_whole_weights_can_come_as_few_changes_and_adapters_cannot() -> None:
+    flags = to_flags(make_options())
+    assert flags[flags.index("--custom-weight-loader") + 1] == "rollout_server.inside_sglang.load"
+    assert "custom-weight-loader" not in make_options(max_lora_rank=8)
+
+
 def test_only_loopback_is_listened_on_and_no_key_is_on_the_command_line() -> None:
     command = build_command(make_options(), parent=17)
     assert command[command.index("--host") + 1] == "127.0.0.1"
