@@ -48,8 +48,8 @@ from protocol.loop_lag import LoopLag
 from protocol.messages import Int32
 from protocol.tasks import on_signals, run_loop
 from protocol.waits import Waits
+from protocol.weights.serving import WeightsServer
 from protocol.weights.staging import clean_staging, default_staging_directory
-from protocol.weights.transfer import WeightsServer
 
 if TYPE_CHECKING:
     from learner.trainer import Trainer

@@ -25,9 +25,9 @@ from protocol.waits import Waits
 from protocol.weights.adapters import AdapterSpec
 from protocol.weights.layout import MappedWeights, build_manifest
 from protocol.weights.manifest import Algorithm, Manifest, TensorSpec
+from protocol.weights.serving import WeightsServer
 from protocol.weights.specs import Layout
 from protocol.weights.staging import staging_path
-from protocol.weights.transfer import WeightsServer
 
 log = logging.getLogger(__name__)
 

@@ -307,7 +307,7 @@ class Simulation:
 
     def server_gone(self, engine: MortalEngine, receiver: SimReceiver) -> None:
         """Witness what its engine has gone through."""
-        receiver._discard()
+        receiver._stage.discard()
         self.witness["versions checked"] += engine.checked
         self.witness["engines restarted"] += engine.restarted
 

@@ -19,7 +19,7 @@ from protocol.messages import Drain, Goodbye, Group, Hello, Ping, Refused, Retur
 from protocol.tasks import run_loop
 from protocol.versions import Version
 from protocol.weights.layout import build_manifest
-from protocol.weights.transfer import WeightsServer
+from protocol.weights.serving import WeightsServer
 from rollout_server.app import drain, group_tasks, open_scorer, run, serve, text_decoder
 from rollout_server.config import ScriptedOptions, ServerConfig
 from rollout_server.scorers import ScriptedScorer

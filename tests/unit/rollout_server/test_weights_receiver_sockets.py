@@ -17,7 +17,7 @@ from protocol.messages import WeightsFailed, WeightsLive, WeightsReady, WeightsS
 from protocol.versions import Version
 from protocol.waits import Waits
 from protocol.weights.layout import build_manifest
-from protocol.weights.transfer import WeightsServer
+from protocol.weights.serving import WeightsServer
 from rollout_server.config import ScriptedOptions
 from rollout_server.engines.scripted import ScriptedEngine
 from rollout_server.weights import WeightsReceiver
