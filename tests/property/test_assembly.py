@@ -220,7 +220,10 @@ def test_verified_neighbor_is_verified_again_when_its_chunk_is_fetched_again(pai
             assert (again.offset, again.length) == (request.offset, request.length)
             for chunk in answers(source, rest):
                 assembly.take_in(wire(chunk))
-    assert [manifest.tensors[failed].spec.name for failed in assembly.failures.elements()] == ["large", "small"]
+    assert [manifest.shipment.blocks[failed].what for failed in assembly.failures.elements()] == [
+        "tensor large",
+        "tensor small",
+    ]
     assert not assembly.done
 
 
