@@ -25,6 +25,7 @@ from learner.compute import Compute
 from learner.config import LearnerConfig
 from learner.coordinator import Coordinator
 from learner.dashboard.terminal import Screen
+from learner.deltas import DeltaChain
 from learner.fleet import Fleet
 from learner.journal import Journal
 from learner.journal_records import IncarnationRecord
@@ -202,6 +203,7 @@ class Learner:
         publisher = Publisher(
             trainer,
             server,
+            DeltaChain(server, coordinator.weights.links, config.delta_weights),
             directory=staging,
             algorithm="xxh3_128" if is_local(config.bind) else "blake3",
             bulk_address=announced_address(server.address),

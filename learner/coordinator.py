@@ -23,9 +23,11 @@ from learner.fleet import Fleet, Health, Server
 from learner.journal_records import EndRecord, Record
 from learner.leases import RunIdentity, eval_lease, train_lease
 from learner.ledger import End, Entry, Ledger, State
+from learner.links import Links
 from learner.progress import Progress
 from learner.prompts import PromptRow, Prompts
 from learner.weights_desk import WeightsDesk
+from protocol.addresses import is_local
 from protocol.channel import Listener
 from protocol.errors import PeerGone, RunStopped
 from protocol.identity import group_id, is_overtaken
@@ -95,8 +97,9 @@ class Coordinator:
         self.reward_functions = tuple(self.config.reward_funcs)
         self.progress = Progress(self.clock())
         self.weights = WeightsDesk(
-            fleet=self.fleet, clock=self.clock, send=self.send, notice=self.notice, went_live=self.went_live
-        )
+            fleet=self.fleet, links=Links(local=is_local(self.config.bind)), clock=self.clock, send=self.send,
+            notice=self.notice, went_live=self.went_live,
+        )  # fmt: skip
         self.counters.update(dict.fromkeys(COUNTED, 0))
         self.ids = {self.train_id(entry.ordinal): entry.ordinal for entry in self.ledger.entries.values()}
 

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from learner.batch_metrics import Row
 from learner.fleet import Fleet, Server
+from learner.links import Links
 from learner.rollover import Rollover
 from protocol.messages import (
     AnyMessage,
@@ -50,6 +51,7 @@ class WeightsDesk:
     """See the module's text. One per coordinator."""
 
     fleet: Fleet
+    links: Links
     clock: Callable[[], float]
     send: Callable[[Server, AnyMessage], bool]
     notice: Notice
@@ -69,11 +71,13 @@ class WeightsDesk:
 
     def joined(self, server: Server) -> None:
         """Tell a server that was welcomed."""
+        self.links.joined(server.name)
         if self.current is not None:
             self.send(server, self.current)
 
     def left(self, server: Server) -> None:
         """Forget a server; its turn is free, with the next tick."""
+        self.links.left(server.name)
         self.rollover.left(server.peer)
 
     def tick(self) -> None:
@@ -104,6 +108,7 @@ class WeightsDesk:
                     self.rollover.staged(peer, version)
             case WeightsLive():
                 self.rollover.swapped(peer, message.version, self.clock())
+                self.links.live(server.name, message)
                 if self.fleet.went_live(peer, message.version):
                     self._note(server, message)
                     self.went_live(message.version)

@@ -24,6 +24,7 @@ from protocol.messages import WeightsFailed, WeightsLive, WeightsLost, WeightsRe
 from protocol.signals import Signal
 from protocol.versions import Version
 from protocol.waits import Waits, WaitTimeout
+from protocol.weights.delta_manifest import read_deltas
 from protocol.weights.fetching import WeightsFetcher
 from protocol.weights.manifest import Manifest
 from rollout_server.engines.base import Canaries, Engine, EngineFailure, StagedWeights
@@ -78,7 +79,7 @@ class WeightsReceiver:
         """Take note of a version that may be fetched.
 
         Raises:
-            MalformedMessage: its manifest is none, or its canaries are of another vocabulary.
+            MalformedMessage: its manifest is none, nor are its deltas, or its canaries are of another vocabulary.
         """
         manifest = Manifest.from_json(ready.manifest.tobytes())
         if manifest.version != ready.version:
@@ -86,7 +87,8 @@ class WeightsReceiver:
         if self._wanted is not None and manifest.version <= self._wanted.version:
             return
         addresses = tuple(resolve_address(address, self._learner) for address in ready.addresses)
-        self._wanted = Wanted(manifest, addresses, self._canaries(ready))
+        deltas = () if ready.deltas is None else read_deltas(ready.deltas.tobytes())
+        self._wanted = Wanted(manifest, addresses, self._canaries(ready), deltas)
         self._stop.set()  # whatever is being fetched is superseded
         self._changed.notify()
 

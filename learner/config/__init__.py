@@ -218,6 +218,9 @@ class NetworkOptions(Section):
     insecure_plaintext: bool = False
     """Allow an address off loopback without keys. Anyone who can reach the port can then read the weights and feed
     you data: for a closed lab only."""
+    delta_weights: Literal["auto", "always", "never"] = "auto"
+    """Send what changed of the weights instead of all of them. auto: where measured density and link speed say that it
+    is sooner there."""
     reward_funcs: list[str] = Field(default_factory=list)
     """Names of the reward functions that every server must have, in order; empty accepts what the first one has."""
     heartbeat_s: float = Field(1.0, gt=0)

@@ -23,6 +23,7 @@ from protocol.weights.push_costs import Costs, LinkSpeed, choose
 
 __all__ = [
     "Costs", "LinkSpeed", "TensorDelta", "apply_tensor", "changed_fraction", "choose", "decode_tensor", "encode_tensor",
+    "num_changed",
 ]  # fmt: skip
 
 DELTA_FORMAT: Final = 1
@@ -82,6 +83,11 @@ def encode_tensor(base: Buffer, new: Buffer, item_bytes: int) -> bytes | None:
     return b"".join((header, sizes, *streams))
 
 
+def num_changed(part: Buffer) -> int:
+    """Return how many elements a part of `encode_tensor` says have changed."""
+    return int(_HEADER.unpack_from(part)[3])
+
+
 def decode_tensor(part: Buffer, *, num_elements: int, item_bytes: int) -> TensorDelta:
     """Read a part of a tensor of `num_elements` elements.
 
@@ -139,7 +145,7 @@ def changed_fraction(base: Buffer, new: Buffer, item_bytes: int) -> float:
 def _share_changed(old: Octets, fresh: Octets, item_bytes: int) -> float:
     dtype = _UNSIGNED[item_bytes]
     differs = old.view(dtype) != fresh.view(dtype)
-    return float(np.count_nonzero(differs)) / max(1, differs.size)
+    return int(np.count_nonzero(differs)) / max(1, int(differs.size))
 
 
 def _find_changes(old: Octets, fresh: Octets, item_bytes: int) -> tuple[Indices, Unsigned]:

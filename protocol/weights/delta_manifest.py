@@ -14,7 +14,17 @@ import msgspec
 
 from protocol.errors import MalformedMessage
 from protocol.versions import Version
-from protocol.weights.manifest import Algorithm, Block, Shipment, block_digests, blocks_of, check_digests
+from protocol.weights.delta import num_changed
+from protocol.weights.manifest import (
+    Algorithm,
+    Block,
+    Manifest,
+    Shipment,
+    block_digests,
+    blocks_of,
+    check_digests,
+    content_digest,
+)
 from protocol.weights.specs import Name, Size
 
 MAX_DELTAS_BYTES = 32 << 20
@@ -26,6 +36,8 @@ class DeltaPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """What differs in one tensor."""
 
     name: Name
+    num_changed: Size
+    """Elements that differ."""
     nbytes: Size
     """Of the encoded part (delta.py)."""
     digests: tuple[str, ...]
@@ -33,16 +45,12 @@ class DeltaPart(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
 
 class DeltaManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
-    """What `base` becomes `version` by. Its bytes are those of the parts, one after the other.
-
-    Example:
-        >>> delta = build_delta_manifest(Version(1, 8), Version(1, 7), "xxh3_128", [("w", b"part")])
-        >>> read_deltas(write_deltas([delta])) == (delta,)
-        True
-    """
+    """What `base` becomes `version` by. Its bytes are those of the parts, one after the other."""
 
     version: Version
     base: Version
+    base_digest: str
+    """`content_digest` of the base: what a receiver must hold, whatever it calls it."""
     algorithm: Algorithm
     parts: tuple[DeltaPart, ...]
     """Of the tensors that differ, in the order of their bytes."""
@@ -51,6 +59,11 @@ class DeltaManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
     def nbytes(self) -> int:
         """Bytes of all parts."""
         return sum(part.nbytes for part in self.parts)
+
+    @property
+    def num_changed(self) -> int:
+        """Elements that differ, of all tensors."""
+        return sum(part.num_changed for part in self.parts)
 
     @property
     def shipment(self) -> Shipment:
@@ -63,15 +76,18 @@ class DeltaManifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_
         return Shipment(self.version, self.base, self.algorithm, offset, blocks)
 
 
-def build_delta_manifest(
-    version: Version, base: Version, algorithm: Algorithm, parts: Iterable[tuple[str, bytes]]
-) -> DeltaManifest:
-    """Hash the encoded parts (name, bytes) and name the result."""
+def build_delta_manifest(version: Version, base: Manifest, parts: Iterable[tuple[str, bytes]]) -> DeltaManifest:
+    """Hash the encoded parts (name, bytes), which turn `base` into `version`, and name the result."""
+    algorithm = base.algorithm
     return DeltaManifest(
         version=version,
-        base=base,
+        base=base.version,
+        base_digest=content_digest(base),
         algorithm=algorithm,
-        parts=tuple(DeltaPart(name, len(part), block_digests(algorithm, memoryview(part))) for name, part in parts),
+        parts=tuple(
+            DeltaPart(name, num_changed(part), len(part), block_digests(algorithm, memoryview(part)))
+            for name, part in parts
+        ),
     )
 
 
@@ -97,17 +113,16 @@ def read_deltas(data: bytes | memoryview) -> tuple[DeltaManifest, ...]:
         raise MalformedMessage(f"deltas: {error}") from None
 
 
-def find_chain(deltas: Iterable[DeltaManifest], base: Version, version: Version) -> tuple[DeltaManifest, ...] | None:
-    """Return the deltas that lead from `base` to `version`, in order; None where they do not reach back so far."""
+def find_chain(deltas: Iterable[DeltaManifest], base_digest: str, version: Version) -> tuple[DeltaManifest, ...] | None:
+    """Return the deltas that lead to `version` from what has that digest, in order; None: there are none."""
     by_version = {delta.version: delta for delta in deltas}
     chain: list[DeltaManifest] = []
-    while version > base:
-        delta = by_version.get(version)
-        if delta is None:
-            return None
+    while (delta := by_version.get(version)) is not None:  # bases are older: it ends
         chain.insert(0, delta)
+        if delta.base_digest == base_digest:
+            return tuple(chain)
         version = delta.base
-    return tuple(chain) if version == base else None
+    return None
 
 
 def _checked(delta: DeltaManifest) -> DeltaManifest:
