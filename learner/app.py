@@ -53,7 +53,8 @@ from protocol.weights.serving import WeightsServer
 from protocol.weights.staging import clean_staging, default_staging_directory
 
 if TYPE_CHECKING:
-    from learner.trainer import Trainer
+    from learner.weights_archive.archive import WeightsArchive
+from learner.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
@@ -198,12 +199,15 @@ class Learner:
         stats, buffer = RunStats(), Buffer()
         arrivals = Arrivals(coordinator, buffer, journal, stats)
         arrivals.restore(start.restored)
+        archive = WeightsArchive(directory.weights_dir, config.keep_versions)
+        coordinator.weights.live_reported = archive.live
         staging = default_staging_directory()
         clean_staging(staging)
         publisher = Publisher(
             trainer,
             server,
-            DeltaChain(server, coordinator.weights.links, config.delta_weights),
+            DeltaChain(server, coordinator.weights.links, config.delta_weights, keep=config.keep_versions > 0),
+            archive,
             directory=staging,
             algorithm="xxh3_128" if is_local(config.bind) else "blake3",
             bulk_address=announced_address(server.address),

@@ -34,6 +34,13 @@ class Published(NamedTuple):
     mapped: MappedWeights
 
 
+class MadeDelta(NamedTuple):
+    """A delta and its bytes."""
+
+    manifest: DeltaManifest
+    data: bytes
+
+
 class DeltaServer(Protocol):
     """Who hands them out (protocol.weights.serving.WeightsServer)."""
 
@@ -50,39 +57,41 @@ class DeltaChain:
     Args:
         server: Hands them out.
         links: What a delta must pay on.
-        mode: `auto` makes a delta where it is sooner there than the whole version, over the slowest link.
+        mode: `auto` serves a delta where it is sooner there than the whole version, over the slowest link.
+        keep: Make one of every version, served or not: somebody keeps them.
     """
 
-    def __init__(self, server: DeltaServer, links: Links, mode: DeltaWeights) -> None:
+    def __init__(self, server: DeltaServer, links: Links, mode: DeltaWeights, *, keep: bool = False) -> None:
         self._server = server
         self._links = links
         self._mode = mode
+        self._keep = keep
         self._costs = Costs()
         self._chain: deque[DeltaManifest] = deque()
         self.density: float | None = None
         """Share of the elements that the newest version changed: counted where there is a delta, else a sample's; None
         where nobody looked."""
 
-    def extend(self, base: Published, new: Published) -> DeltaManifest | None:
-        """Make, serve and return the delta from the version before; None, and no chain any more, if it does not pay."""
+    def extend(self, base: Published, new: Published) -> MadeDelta | None:
+        """Make and return the delta from the version before, and serve it where it pays; else the chain ends."""
         self.density = None
-        if self._mode == "never" or base.mapped.layout != new.mapped.layout:
-            delta = None
-        elif self._mode == "always" or self._pays(base, new):
-            delta = self._encode(base, new)
+        wanted = base.mapped.layout == new.mapped.layout and (self._mode == "always" or self._may_pay(base, new))
+        made = self._encode(base, new) if wanted or self._keep else None
+        if made is not None and wanted and (self._mode == "always" or self._pays(made.manifest, new)):
+            self._serve(made, new.manifest.file_bytes)
         else:
-            delta = None
-        if delta is None:
             self._drop(len(self._chain))
-        return delta
+        return made
 
     def offers(self, version: Version) -> bytes | None:
         """Return the chain to that version, as WeightsReady has it; None: there is none."""
         chain = [delta for delta in self._chain if delta.version <= version]
         return write_deltas(chain) if chain and chain[-1].version == version else None
 
-    def _pays(self, base: Published, new: Published) -> bool:
+    def _may_pay(self, base: Published, new: Published) -> bool:
         """Whether a delta of as many changes as a sample shows would be sooner at the end of the slowest link."""
+        if self._mode == "never":
+            return False
         sizes = {"dense_bytes": new.manifest.file_bytes, "num_elements": _num_elements(new.mapped)}
         link = self._links.slowest
         if choose(num_changed=0, link=link, costs=self._costs, **sizes) == "dense":
@@ -94,8 +103,16 @@ class DeltaChain:
         self.density = changed / max(1, sizes["num_elements"])
         return choose(num_changed=changed, link=link, costs=self._costs, **sizes) == "delta"
 
-    def _encode(self, base: Published, new: Published) -> DeltaManifest | None:
-        """Make the delta, learn from it, and serve it unless it has turned out too large to pay."""
+    def _pays(self, delta: DeltaManifest, new: Published) -> bool:
+        """The same, now that it is made."""
+        chosen = choose(
+            dense_bytes=new.manifest.file_bytes, num_elements=_num_elements(new.mapped), num_changed=delta.num_changed,
+            link=self._links.slowest, costs=self._costs, delta_bytes=delta.nbytes,
+        )  # fmt: skip
+        return chosen == "delta"
+
+    def _encode(self, base: Published, new: Published) -> MadeDelta:
+        """Make the delta, and learn from it."""
         begun_s = time.monotonic()
         parts = list(_encode_parts(base, new))
         delta = build_delta_manifest(new.manifest.version, base.manifest, parts)
@@ -105,21 +122,16 @@ class DeltaChain:
             delta_bytes=delta.nbytes, s=time.monotonic() - begun_s,
         )  # fmt: skip
         self.density = delta.num_changed / max(1, num_elements)
-        if self._mode == "auto":
-            chosen = choose(
-                dense_bytes=new.manifest.file_bytes, num_elements=num_elements, num_changed=delta.num_changed,
-                link=self._links.slowest, costs=self._costs, delta_bytes=delta.nbytes,
-            )  # fmt: skip
-            if chosen == "dense":
-                return None
-        self._server.serve_delta(delta.version, delta.base, b"".join(part for _, part in parts))
+        return MadeDelta(delta, b"".join(part for _, part in parts))
+
+    def _serve(self, made: MadeDelta, file_bytes: int) -> None:
+        delta = made.manifest
+        self._server.serve_delta(delta.version, delta.base, made.data)
         self._chain.append(delta)
-        limit = new.manifest.file_bytes * _CHAIN_SHARE
         while len(self._chain) > 1 and (
-            sum(link.nbytes for link in self._chain) > limit or len(self._chain) > MAX_CHAIN
+            sum(link.nbytes for link in self._chain) > file_bytes * _CHAIN_SHARE or len(self._chain) > MAX_CHAIN
         ):
             self._drop(1)
-        return delta
 
     def _drop(self, count: int) -> None:
         for _ in range(count):

@@ -15,10 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from learner.canaries import Canaries
 from learner.deltas import DeltaChain, Published
+from learner.weights_archive.archive import PublishedRow, WeightsArchive
 from protocol.errors import WeightsError
 from protocol.logs import event
 from protocol.messages import WeightsReady
@@ -64,6 +66,7 @@ class Publisher:
         source: WeightsSource,
         server: WeightsServer,
         deltas: DeltaChain,
+        archive: WeightsArchive,
         *,
         directory: Path,
         algorithm: Algorithm,
@@ -75,6 +78,7 @@ class Publisher:
         self._source = source
         self._server = server
         self._deltas = deltas
+        self._archive = archive
         self._layout = Layout(source.specs())
         self._directory = directory
         self._algorithm = algorithm
@@ -129,7 +133,7 @@ class Publisher:
         """Snapshot, hash, serve, announce one version.
 
         consumes: the trainer's weights      waits for: a free mapping      unblocked by: readers
-        produces: the snapshot future, a delta where it pays, then WeightsReady to every server
+        produces: the snapshot future, a delta where it pays, WeightsReady to every server, then what the run keeps
         """
         loop = asyncio.get_running_loop()
         mapped = await self._free_buffer()
@@ -141,21 +145,23 @@ class Publisher:
             self._thread, build_manifest, version, mapped, self._algorithm, self._source.adapter
         )
         hash_s = loop.time() - begun_s - snapshot_s
-        published, delta = Published(manifest, mapped), None
+        published, made = Published(manifest, mapped), None
         if self._previous is not None:
-            delta = await loop.run_in_executor(self._thread, self._deltas.extend, self._previous, published)
+            made = await loop.run_in_executor(self._thread, self._deltas.extend, self._previous, published)
         self._previous = published
-        event(
-            log, "published", version=version, bytes=manifest.file_bytes, snapshot_s=snapshot_s, hash_s=hash_s,
-            density=self._deltas.density, delta_bytes=None if delta is None else delta.nbytes,
+        row = PublishedRow(
+            version=version, bytes=manifest.file_bytes, density=self._deltas.density,
+            delta_bytes=None if made is None else made.manifest.nbytes, snapshot_s=snapshot_s, hash_s=hash_s,
             delta_s=loop.time() - begun_s - snapshot_s - hash_s,
         )  # fmt: skip
+        event(log, "published", **msgspec.structs.asdict(row))
         self.published += 1
         self._busy.remove(mapped)
         if self._held_at is not None and version.policy_version > self._held_at:
             self._held_back = (published, canaries)  # what was held back before is superseded
         else:
             self._serve(published, canaries)
+        await loop.run_in_executor(self._thread, self._archive.published, row, manifest, made)
 
     def _serve(self, published: Published, canaries: Canaries | None) -> None:
         manifest, mapped = published

@@ -1,7 +1,7 @@
 """The run directory: who owns it, which run it is, and whether the configuration may continue it.
 
     runs/<name>/
-      config.json  metrics.jsonl  summary.json  samples/  checkpoints/  journal/  logs/
+      config.json  metrics.jsonl  summary.json  samples/  checkpoints/  weights/  journal/  logs/
       run.json             run_id, incarnation, and fingerprints of what config.json only names
       learner.lock         held (flock) for life by the one learner of this directory; never removed
 
@@ -31,6 +31,7 @@ FREE_TO_CHANGE = frozenset(
     {
         # where the run is, how long it goes on, and what is written about it
         "output_dir", "run_name", "allow_changed", "max_steps", "save_steps", "save_total_limit",
+        "keep_versions",
         "num_completions_logged", "eval_steps",
         # where the learner listens and how patient it is
         "bind", "insecure_plaintext", "delta_weights", "heartbeat_s", "liveness_s", "server_wait_s",
@@ -138,6 +139,11 @@ class RunDirectory:
     def journal_dir(self) -> Path:
         """See journal.py."""
         return self.path / "journal"
+
+    @property
+    def weights_dir(self) -> Path:
+        """What is kept of the published versions (weights_archive)."""
+        return self.path / "weights"
 
     @property
     def logs_dir(self) -> Path:

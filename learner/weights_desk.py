@@ -57,6 +57,8 @@ class WeightsDesk:
     notice: Notice
     went_live: Callable[[Version], None]
     """Told of every version that a server serves now."""
+    live_reported: Callable[[str, WeightsLive], None] = lambda server, report: None
+    """Told of every report that a version is live, with the server's name."""
     current: WeightsReady | None = None
     """The newest announced version: what a joining server is told."""
     rollover: Rollover = field(default_factory=Rollover)
@@ -109,6 +111,7 @@ class WeightsDesk:
             case WeightsLive():
                 self.rollover.swapped(peer, message.version, self.clock())
                 self.links.live(server.name, message)
+                self.live_reported(server.name, message)
                 if self.fleet.went_live(peer, message.version):
                     self._note(server, message)
                     self.went_live(message.version)

@@ -200,6 +200,9 @@ class RunOptions(Section):
     """Default: made of the model's and the data set's names. An existing run of that name is continued."""
     seed: int = Field(0, ge=0)
     """Of prompt order, of sampling, of the trainer."""
+    keep_versions: int = Field(0, ge=0)
+    """Newest published versions whose deltas are kept on disk: `headway-learner weights` restores any of them as long
+    as a checkpoint is left that they lead to. 0: checkpoints only."""
     save_steps: int = Field(50, ge=1)
     """Checkpoint every so many steps, and at the end."""
     save_total_limit: int = Field(2, ge=1)

@@ -58,10 +58,11 @@ class Versions:
         return Published(build_manifest(Version(1, number), mapped, "xxh3_128"), mapped)
 
     def step(self, share: float) -> bool:
-        """Publish the next version; whether there is a delta to it."""
+        """Publish the next version; whether there is a delta to it to be had."""
         base = self.newest
         self.newest = self.publish(base.manifest.version.policy_version + 1, base, share)
-        return self.chain.extend(base, self.newest) is not None
+        self.chain.extend(base, self.newest)
+        return self.chain.offers(self.newest.manifest.version) is not None
 
 
 @pytest.mark.parametrize("share", [0.0, 0.01, 0.4])

@@ -12,9 +12,10 @@ import pytest
 
 import learner.publish as publish_module
 from learner.canaries import Canaries
-from learner.deltas import DeltaChain
+from learner.deltas import DeltaChain, MadeDelta
 from learner.links import Links
 from learner.publish import BUFFERS, Publisher
+from learner.weights_archive.archive import PublishedRow
 from protocol.errors import WeightsError
 from protocol.messages import WeightsReady
 from protocol.versions import Version
@@ -80,16 +81,30 @@ class FakeSource:
             np.frombuffer(mapped.view(spec.name), np.uint8)[:] = self.value
 
 
+class FakeArchive:
+    """Keeps rows."""
+
+    def __init__(self) -> None:
+        self.rows: list[PublishedRow] = []
+
+    def published(self, row: PublishedRow, manifest: Manifest, made: MadeDelta | None) -> None:
+        assert row.version == manifest.version
+        assert row.delta_bytes == (None if made is None else len(made.data))
+        self.rows.append(row)
+
+
 class Bench:
     """A publisher with everything around it."""
 
     def __init__(self, directory: Path, tasks: asyncio.TaskGroup) -> None:
         self.server, self.source, self.waits = FakeServer(), FakeSource(), Waits()
         self.announced: list[WeightsReady] = []
+        self.archive = FakeArchive()
         self.publisher = Publisher(
             self.source,
             self.server,  # type: ignore[arg-type]
             DeltaChain(self.server, Links(local=True), "always"),
+            self.archive,
             directory=directory,
             algorithm="xxh3_128",
             bulk_address="tcp://127.0.0.1:5556",
