@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from protocol.addresses import is_local, tcp_address
+from protocol.settings import is_set, no_effect
 
 SGLANG_OWN = {
     "model-path": "is --model here",
@@ -36,6 +38,8 @@ SGLANG_OWN = {
 }
 """Arguments of sglang.launch_server that the engine sets itself, and why nobody else may."""
 LORA_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SGLANG_WORDS = ("sglang", "weight_update_mode", "engine_start_s", "engine_probe_s", "engine_log", "max_lora_rank")
+"""Keys that no other engine reads."""
 DATA_PARALLEL = ("dp-size", "data-parallel-size", "dp")
 SGLANG_NUMBERS = {
     "port": (range(65536), "from 0 to 65535 (0, or no port: a free one is found)"),
@@ -153,6 +157,8 @@ class ServerConfig(Section):
             _check_sglang_key(key)
             _check_sglang_number(key, value)
         self._check_adapters()
+        if reason := next(self._unread(), ""):
+            raise ValueError(reason)
         if not self.engine_url:
             return self
         if self.engine not in ("auto", "sglang"):
@@ -184,6 +190,26 @@ class ServerConfig(Section):
                     f"sglang.{key} {value} with max_lora_rank {self.max_lora_rank}: SGLang loads adapters while it runs"
                     " only without data parallelism; start several servers instead, one for each replica"
                 )
+
+    def _unread(self) -> Iterator[str]:
+        """Say which words are set that nothing reads."""
+        if self.engine in ("transformers", "scripted") and not self.engine_url:
+            yield from no_effect(self, SGLANG_WORDS, "engine sglang")
+        if not self.engine_url:
+            yield from no_effect(self, ("engine_api_key", "engine_admin_key"), "engine_url")
+        else:
+            yield from no_effect(
+                self, ("engine_log",), "an SGLang that this server starts, and engine_url names another"
+            )
+        if not self.max_lora_rank:
+            yield from no_effect(self, ("lora_target_modules",), "engine sglang with max_lora_rank")
+        if self.engine != "scripted":
+            yield from no_effect(self, ("scripted",), "engine scripted")
+
+    @property
+    def sglang_words(self) -> list[str]:
+        """Keys that are set and that only engine sglang reads."""
+        return [key for key in SGLANG_WORDS if is_set(self, key)]
 
     @property
     def server_name(self) -> str:

@@ -131,7 +131,7 @@ def make_config(**options: Any) -> LearnerConfig:
     """Two prompts a step, two steps ahead, groups of four."""
     defaults: dict[str, Any] = {
         "model": "model", "dataset": "data.jsonl", "num_generations": NUM_GENERATIONS, "max_completion_length": 8,
-        "prompts_per_step": 2, "max_staleness": 2, "liveness_s": 4.0,
+        "prompts_per_step": 2, "max_staleness": 2, "liveness_s": 4.0, "eval_dataset": "eval.jsonl",
     }  # fmt: skip
     return LearnerConfig(**{**defaults, **options})
 

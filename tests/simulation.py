@@ -109,7 +109,8 @@ class Simulation:
         self.network = MemoryNetwork(plan.seed, plan.faults)
         self.config = LearnerConfig(
             **{
-                "model": "sim", "dataset": "sim", "output_dir": directory, "run_name": "sim", "num_generations": 4,
+                "model": "sim", "dataset": "sim", "eval_dataset": "sim", "output_dir": directory, "run_name": "sim",
+                "num_generations": 4,
                 "max_completion_length": 24, "prompts_per_step": 3, "max_staleness": 2, "max_steps": plan.max_steps,
                 "save_steps": 3, "seed": plan.seed, "liveness_s": LIVENESS_S, "max_skipped_steps": 50,
                 "num_completions_logged": 0, **plan.options,

@@ -7,6 +7,7 @@ ask for the section it needs; keys are flat for the user. Checks that need two f
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from pydantic import Field, model_validator
 from learner.config.algorithm import AlgorithmOptions
 from learner.config.section import Section
 from learner.staleness import Bounds, derive_bounds
+from protocol.settings import is_set, no_effect
 
 
 class ModelOptions(Section):
@@ -66,10 +68,7 @@ class AdapterOptions(Section):
                     " publish adapter (or auto), or train all weights, without use_peft"
                 )
             return self
-        fields = {key: field for key, field in AdapterOptions.model_fields.items() if key.startswith("lora_")}
-        given = [
-            key for key, field in fields.items() if getattr(self, key) != field.get_default(call_default_factory=True)
-        ]
+        given = [key for key in AdapterOptions.model_fields if key.startswith("lora_") and is_set(self, key)]
         if given or self.publish == "adapter":
             what = f"{given[0]} {getattr(self, given[0])!r}" if given else "publish adapter"
             raise ValueError(f"{what} without use_peft: there is no adapter; add use_peft, or leave it out")
@@ -288,8 +287,17 @@ class LearnerConfig(
                 " entropy (importance_sampling_level sequence, a sequence_ or geometric_ importance_sampling_mode,"
                 " loss_function, entropy_coef): use loss_head auto or recompute"
             )
+        if reason := next(self._unread_words(), ""):
+            raise ValueError(reason)
         _ = self.granted_bounds  # refuses what cannot progress
         return self
+
+    def _unread_words(self) -> Iterator[str]:
+        """Say which words are set that nothing reads; AlgorithmOptions has more."""
+        if not self.eval_dataset:
+            yield from no_effect(self, ("eval_dataset_config", *EvaluationOptions.model_fields), "eval_dataset")
+        if not self.share_prefix:
+            yield from no_effect(self, ("attn_implementation",), "share_prefix")
 
     @property
     def name(self) -> str:

@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from learner.config.section import Section
+from protocol.settings import is_set, no_effect
 
 CLIPPED = ("grpo", "bnpo", "dapo", "dr_grpo")
 """Loss types whose surrogate is the clipped one."""
@@ -95,7 +96,8 @@ class AlgorithmOptions(Section):
     kl_in: Literal["loss", "reward"] = "loss"
     """Penalty as a term of the loss, or taken off the reward (by the learner's logprobs at the step's start)."""
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
-    """Default: k3 in the loss, k1 in the reward."""
+    """Default: k3 in the loss, k1 in the reward. k1 in the loss has a gradient of expectation 0: only together with
+    use_bias_correction_kl."""
     use_bias_correction_kl: bool = False
     """Weight the KL in the loss by the ratio: unbiased off policy (DeepSeek-V3.2)."""
     kl_target: float | None = Field(None, gt=0)
@@ -130,7 +132,13 @@ class AlgorithmOptions(Section):
 
     @model_validator(mode="after")
     def _check_objective(self) -> AlgorithmOptions:
-        wrong = chain(self._wrong_surrogate(), self._wrong_advantages(), self._wrong_correction(), self._wrong_kl())
+        wrong = chain(
+            self._wrong_surrogate(),
+            self._wrong_advantages(),
+            self._wrong_correction(),
+            self._wrong_kl(),
+            self._unread(),
+        )
         if reason := next(wrong, ""):
             raise ValueError(reason)
         return self
@@ -245,7 +253,7 @@ class AlgorithmOptions(Section):
             )
         if not self.has_critic:
             for key in ("gamma", "lam", "cliprange_value", "value_learning_rate"):
-                if getattr(self, key) != type(self).model_fields[key].default:
+                if is_set(self, key):
                     yield f"{key} without a critic has no meaning: use advantage_estimator gae, or leave it out"
 
     def _wrong_correction(self) -> Iterator[str]:
@@ -274,6 +282,11 @@ class AlgorithmOptions(Section):
 
     def _wrong_kl(self) -> Iterator[str]:
         """Say what does not go together in KL."""
+        if self.beta and self.kl_in == "loss" and self.kl_kind == "k1" and not self.use_bias_correction_kl:
+            yield (
+                "kl_estimator k1 with kl_in loss: the expectation of its gradient is zero, so it would pull towards"
+                " nothing; use k3, or k1 with kl_in reward, or add use_bias_correction_kl"
+            )
         if self.kl_in == "reward" and self.kl_kind != "k1":
             yield f"kl_estimator {self.kl_estimator} with kl_in reward: only k1 sums over a completion; use k1"
         if self.kl_in == "reward" and self.use_bias_correction_kl:
@@ -286,3 +299,27 @@ class AlgorithmOptions(Section):
                     yield f"{key} without a reference policy: set beta above 0, or leave it out"
             if self.kl_in == "reward":
                 yield "kl_in reward with beta 0 takes nothing off: set beta above 0, or leave it out"
+
+    def _unread(self) -> Iterator[str]:
+        """Say which words are set that nothing reads."""
+        clips = self.loss_type in CLIPPED and not self.loss_function
+        ranges = self.correction not in ("none", "second_moment")
+        bounds = ("importance_sampling_clip_max", "importance_sampling_clip_min")
+        moves = ("ref_model_sync_steps", "ref_model_mixup_alpha")
+        smooth = ("sapo_temperature_pos", "sapo_temperature_neg")
+        for is_read, keys, needs in (
+            (clips, ("epsilon",), f"a clipped loss_type ({', '.join(CLIPPED)}) without loss_function"),
+            (clips or self.loss_type == "cispo", ("epsilon_high",), "a loss_type that clips, or cispo"),
+            (self.loss_type == "sapo", smooth, "loss_type sapo"),
+            (ranges, bounds, "an importance_sampling_mode that truncates or masks by a range"),
+            (
+                self.correction == "second_moment",
+                ("second_moment_threshold",),
+                "importance_sampling_mode second_moment",
+            ),
+            (self.beta > 0, ("kl_estimator",), "beta above 0"),
+            (self.kl_target is not None, ("kl_horizon",), "kl_target"),
+            (self.sync_ref_model, moves, "sync_ref_model"),
+        ):
+            if not is_read:
+                yield from no_effect(self, keys, needs)

@@ -217,8 +217,9 @@ def test_every_word_is_reached(option):
         "delta": {}, "kl_in": {"beta": 0.2}, "kl_estimator": {"beta": 0.2}, "use_bias_correction_kl": {"beta": 0.2},
         "proximal_logprobs": {"anchor": "proximal", "num_iterations": 2},
         "importance_sampling_mode": {"anchor": "proximal"},
+        "importance_sampling_clip_max": {"anchor": "proximal"}, "importance_sampling_clip_min": {"anchor": "proximal"},
     }  # fmt: skip
-    extra = {"epsilon_high": 5.0} if value == "cispo" else {}
+    extra = {"cispo": {"epsilon_high": 5.0}, "k1": {"use_bias_correction_kl": True}}.get(value, {})
     LearnerConfig(**{**needs.get(key, {}), **extra, key: value})
 
 

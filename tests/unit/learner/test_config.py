@@ -178,6 +178,57 @@ def test_refused_objectives(options, says):
         make(**options)
 
 
+MASK, RANGE = (
+    {"importance_sampling_mode": "token_mask"},
+    "an importance_sampling_mode that truncates or masks by a range",
+)
+SAPO, CISPO, OWN = {"loss_type": "sapo"}, {"loss_type": "cispo", "epsilon_high": 5.0}, {"loss_function": "m:f"}
+FOLLOW = {"sync_ref_model": True, "beta": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("word", "unread", "read", "needs"),
+    [
+        ({"importance_sampling_clip_max": 3.0}, {}, MASK, RANGE),
+        ({"importance_sampling_clip_max": 3.0}, {"importance_sampling_mode": "second_moment"}, PROXIMAL, RANGE),
+        ({"importance_sampling_clip_min": 0.5}, {}, MASK, RANGE),
+        ({"second_moment_threshold": 0.1}, MASK, {"importance_sampling_mode": "second_moment"}, "mode second_moment"),
+        ({"epsilon": 0.3}, SAPO, {}, r"a clipped loss_type \(grpo, bnpo, dapo, dr_grpo\) without loss_function"),
+        ({"epsilon": 0.3}, CISPO, {}, "a clipped loss_type"),
+        ({"epsilon": 0.3}, OWN, {}, "a clipped loss_type"),
+        ({"epsilon_high": 0.3}, SAPO, {}, "a loss_type that clips, or cispo"),
+        ({"epsilon_high": 0.3}, OWN, {"loss_type": "cispo"}, "a loss_type that clips, or cispo"),
+        ({"sapo_temperature_pos": 2.0}, {}, SAPO, "loss_type sapo"),
+        ({"sapo_temperature_neg": 2.0}, CISPO, SAPO, "loss_type sapo"),
+        ({"kl_estimator": "k3"}, {}, PENALTY, "beta above 0"),
+        ({"kl_horizon": 10}, PENALTY, {**PENALTY, "kl_target": 0.1}, "kl_target"),
+        ({"ref_model_sync_steps": 9}, PENALTY, FOLLOW, "sync_ref_model"),
+        ({"ref_model_mixup_alpha": 1.0}, PENALTY, FOLLOW, "sync_ref_model"),
+        ({"eval_steps": 5}, {}, {"eval_dataset": "e.jsonl"}, "eval_dataset"),
+        ({"eval_size": 5}, {}, {"eval_dataset": "e.jsonl"}, "eval_dataset"),
+        ({"eval_temperature": 1.0}, {}, {"eval_dataset": "e.jsonl"}, "eval_dataset"),
+        ({"eval_dataset_config": {"size": 5}}, {}, {"eval_dataset": "reasoning_gym:gcd"}, "eval_dataset"),
+        ({"attn_implementation": "flex_attention"}, {"share_prefix": False}, {}, "share_prefix"),
+    ],
+)
+def test_a_word_that_nothing_reads_is_refused_and_where_it_is_read_it_is_not(word, unread, read, needs):
+    (key,) = word
+    with pytest.raises(ValidationError, match=f"{key} has no effect here: it needs .*{needs}.*, or leave {key} out"):
+        make(**unread, **word)
+    make(**read, **word)
+    default = {key: make().model_dump()[key]}
+    assert make(**unread, **default) == make(**unread), "a resolved configuration has every word"
+
+
+def test_k1_in_the_loss_pulls_towards_nothing():
+    with pytest.raises(
+        ValidationError, match=r"k1 with kl_in loss: .* use k3, or k1 with kl_in reward, or add use_bias"
+    ):
+        make(**PENALTY, kl_estimator="k1")
+    make(**PENALTY, kl_estimator="k1", use_bias_correction_kl=True)
+    make(**PENALTY, kl_estimator="k1", kl_in="reward")
+
+
 @pytest.mark.parametrize(
     ("options", "correction"),
     [
