@@ -1,6 +1,7 @@
 """The learner process: builds the parts in order, runs one TaskGroup, ends in one place.
 
 Start: run directory (lock) -> model (compute thread) -> prompts -> incarnation grown and on disk -> sockets -> loops.
+What is refused is refused before the incarnation: until then nothing is written (rundir.py).
 End: train_loop returns -> last version live, final evaluation -> Drain and Goodbye -> loops end -> sockets close.
 Stopped by a signal: the step under way ends, a checkpoint is written, Goodbye; the same command goes on from there.
 """
@@ -44,6 +45,7 @@ from learner.summary import print_summary, write_summary
 from learner.trackers import JsonlTracker, SampleWriter
 from protocol.addresses import is_local, parse_address, tcp_address
 from protocol.channel import Listener, bulk_address, check_address, listen
+from protocol.free_address import check_free
 from protocol.logs import configure_logging
 from protocol.loop_lag import LoopLag
 from protocol.messages import Int32
@@ -77,12 +79,15 @@ def run(
         RunStopped: the run ended itself, naming its last checkpoint.
     """
     check_address(config.bind, config.insecure_plaintext)
+    check_free(config.bind)
     directory = RunDirectory.open(config)
     try:
+        configure_logging("learner", stderr=False)  # a run that is refused before it has begun leaves no log
         with Screen() as screen:
-            configure_logging("learner", directory.logs_dir / "learner.log", stderr=False)
             return run_loop(lambda: Learner(config, directory, screen, make_trainer, keep_alive).main())
     finally:
+        if not directory.begun:
+            configure_logging("learner")
         directory.close()
 
 
@@ -94,6 +99,7 @@ class Loaded:
     prompts: Prompts
     eval_rows: Sequence[PromptRow | None]
     canary_tokens: Int32
+    stop_token_ids: tuple[int, ...]
     checkpoint: Checkpoint | None
     incarnation: int
 
@@ -144,13 +150,15 @@ class Learner:
         config, directory = self.config, self.directory
         checkpoint = await asyncio.to_thread(latest_checkpoint, directory.checkpoints_dir)
         self.screen.print_notice(opening_line(config, checkpoint))
-        trainer = await self.compute(self.make_trainer, config, checkpoint=checkpoint.path if checkpoint else None)
+        checkpoint_dir = checkpoint.path if checkpoint else None
+        trainer = await self.compute(self.make_trainer, config, checkpoint=checkpoint_dir)
         directory.require_unfinished(trainer.policy_version, config.max_steps)
+        if notice := critic_notice(config, checkpoint_dir):
+            self.screen.print_notice(notice)
         prompts = open_prompts(config, trainer.tokenizer)
         eval_prompts = open_prompts(config, trainer.tokenizer, evaluation=True) if config.eval_dataset else None
         fingerprints = {"dataset": prompts.fingerprint, "tokenizer": trainer.tokenizer_digest}
-        if trainer.adapter is not None:
-            fingerprints["model"] = trainer.adapter.base_digest
+        fingerprints |= await asyncio.to_thread(frozen_fingerprint, config, trainer, checkpoint_dir)
         if eval_prompts is not None:
             fingerprints["eval_dataset"] = eval_prompts.fingerprint
         directory.check_fingerprints(fingerprints)
@@ -160,9 +168,17 @@ class Learner:
             prompts=prompts,
             eval_rows=await asyncio.to_thread(all_rows, eval_prompts) if eval_prompts else (),
             canary_tokens=await asyncio.to_thread(choose_canaries, prompts, max_length=longest),
+            stop_token_ids=stop_token_ids(trainer.tokenizer, config.stop, trainer.eos_token_ids),
             checkpoint=checkpoint,
-            incarnation=directory.begin_incarnation(),  # on disk before a socket opens: it fences off the dead
+            incarnation=self._begin(),
         )
+
+    def _begin(self) -> int:
+        """Write the run down, now that nothing of it can be refused any more; return its incarnation."""
+        check_free(self.config.bind)  # again: loading took long
+        incarnation = self.directory.begin_incarnation()  # on disk before a socket opens: it fences off the dead
+        configure_logging("learner", self.directory.logs_dir / "learner.log", stderr=False)
+        return incarnation
 
     async def _build(
         self, loaded: Loaded, channel: Listener, server: WeightsServer, journal: Journal, tasks: asyncio.TaskGroup
@@ -181,7 +197,7 @@ class Learner:
             vocab_size=trainer.vocab_size,
             model_digest=trainer.model_digest,
             tokenizer_digest=trainer.tokenizer_digest,
-            stop_token_ids=stop_token_ids(trainer.tokenizer, config.stop, trainer.eos_token_ids),
+            stop_token_ids=loaded.stop_token_ids,
             lora_rank=trainer.adapter.r if trainer.adapter else 0,
         )
         coordinator = Coordinator(
@@ -251,6 +267,23 @@ def load_trainer(config: LearnerConfig, *, checkpoint: Path | None) -> Trainer:
     from learner.trainer import Trainer
 
     return Trainer(config, checkpoint=checkpoint)
+
+
+def critic_notice(config: LearnerConfig, checkpoint: Path | None) -> str:
+    """What is said where a critic begins in the middle of a run; else empty."""
+    if not config.has_critic:
+        return ""
+    from learner.critic import beginning
+
+    return beginning(checkpoint)
+
+
+def frozen_fingerprint(config: LearnerConfig, trainer: Trainer, checkpoint: Path | None) -> dict[str, str]:
+    """Digest what the run needs of config.model beside a checkpoint: an adapter's base, or the reference."""
+    from learner.reference import reference_digest
+
+    digest = trainer.adapter.base_digest if trainer.adapter else reference_digest(config, checkpoint)
+    return {"model": digest} if digest else {}
 
 
 def opening_line(config: LearnerConfig, checkpoint: Checkpoint | None) -> str:

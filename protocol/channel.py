@@ -1,4 +1,4 @@
-"""All sockets are made here: the control plane's on the event loop, the bulk plane's for one thread each.
+"""All sockets that carry messages: the control plane's on the event loop, the bulk plane's for one thread each.
 
 This file knows ZeroMQ and event loops; it must not know what messages mean (codec.py turns them into frames)
 nor who sends which. Flow control is by leases and requests, never by high-water marks: those drop silently.
@@ -10,9 +10,7 @@ import asyncio
 import functools
 import itertools
 import secrets
-import socket as stdlib_socket
 from collections.abc import Sequence
-from pathlib import Path
 from types import TracebackType
 from typing import Final, Protocol, Self
 
@@ -29,6 +27,7 @@ from protocol.addresses import (
 from protocol.codec import MAX_FRAME_BYTES, Buffer, decode, encode
 from protocol.connection_watch import ConnectionWatch
 from protocol.errors import ConfigError, PeerGone, PeerSilent, ProtocolError
+from protocol.free_address import IN_USE, check_ipc_path_free, remove_ipc_socket
 from protocol.loop_socket import LoopSocket
 from protocol.messages import AnyMessage
 
@@ -54,7 +53,6 @@ RECONNECT_MS, RECONNECT_MAX_MS = 100, 2000
 ZMTP_HEARTBEAT_MS, ZMTP_TIMEOUT_MS = 5000, 20000
 """ZeroMQ's own heartbeats only collect dead connections; liveness is decided by Ping and Pong."""
 
-_IN_USE = "another process has it: stop that one or choose another address"
 _pair_numbers = itertools.count()
 
 
@@ -174,6 +172,11 @@ class _ZmqListener(_ZmqChannel):
         _bind(socket, self._address, self._insecure_plaintext)
         self._address = bound_address(socket)
         return LoopSocket(socket)
+
+    async def close(self) -> None:
+        if not self._context.closed:
+            remove_ipc_socket(self._address)
+        await super().close()
 
     @property
     def address(self) -> str:
@@ -306,7 +309,7 @@ def _bind(socket: zmq.Socket[bytes], address: str, insecure_plaintext: bool) -> 
         check_address(address, insecure_plaintext)
         transport, host, port = parse_address(address)
         if transport == "ipc":
-            _check_ipc_path_free(host)
+            check_ipc_path_free(host)
             socket.bind(address)
         else:
             socket.set(zmq.IPV6, ":" in host)
@@ -316,7 +319,7 @@ def _bind(socket: zmq.Socket[bytes], address: str, insecure_plaintext: bool) -> 
         raise
     except zmq.ZMQError as error:
         socket.close()
-        why = _IN_USE if error.errno == zmq.EADDRINUSE else error.strerror
+        why = IN_USE if error.errno == zmq.EADDRINUSE else error.strerror
         raise ConfigError(f"cannot listen on {address}: {why}") from None
 
 
@@ -335,17 +338,3 @@ def _connect(socket: zmq.Socket[bytes], address: str, insecure_plaintext: bool) 
     except zmq.ZMQError as error:
         socket.close()
         raise ConfigError(f"cannot connect to {address}: {error.strerror}") from None
-
-
-def _check_ipc_path_free(path: str) -> None:
-    """Refuse a path in use: ZeroMQ would unlink what lies there, a live peer's socket or a user's file."""
-    if path.startswith("@") or not Path(path).exists():
-        return
-    if not Path(path).is_socket():
-        raise ConfigError(f"cannot listen on ipc://{path}: a file that is no socket lies there")
-    with stdlib_socket.socket(stdlib_socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except OSError:
-            return  # nobody accepts: left behind by a process that died
-    raise ConfigError(f"cannot listen on ipc://{path}: another process has it: stop that one or choose another address")

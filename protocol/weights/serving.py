@@ -19,6 +19,7 @@ import zmq
 from protocol.channel import bound_address, bulk_server_socket, wake_pair
 from protocol.codec import decode, encode
 from protocol.errors import ProtocolError, WeightsError
+from protocol.free_address import remove_ipc_socket
 from protocol.messages import UInt8, WeightsChunk, WeightsRequest
 from protocol.versions import Version
 from protocol.weights.chunks import CHUNK_BYTES
@@ -117,6 +118,7 @@ class WeightsServer:
         """
         if self._waker.closed:
             return
+        remove_ipc_socket(self.address)
         if self._thread.is_alive():
             self._waker.send(b"")
         self._waker.close()
