@@ -27,7 +27,7 @@ def expected_steps(ids: list[int]) -> list[float]:
 
 def test_every_step_that_a_function_judged_trains(lab: Lab) -> None:
     server = lab.server(reward_funcs=[reward("parity_of_pairs"), reward("parity")], reward_weights=list(WEIGHTS))
-    learner = lab.learner(advantage_estimator="process", filter_zero_std=True, max_steps=3, log_completions=8)
+    learner = lab.learner(advantage_estimator="process", filter_zero_std=True, max_steps=3, num_completions_logged=8)
     assert learner.wait_exit(START_S + RUN_S) == 0, learner.tail() + server.tail()
     assert server.wait_exit(END_S) == 0
 

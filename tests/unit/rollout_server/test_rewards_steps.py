@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import textwrap
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -12,6 +15,7 @@ from transformers import AutoTokenizer
 from rollout_server.rewards.steps import step_tokens
 
 STOP = 256
+README = Path(__file__).parents[3] / "rollout_server" / "README.md"
 
 
 def decode_bytes(ids):
@@ -70,3 +74,19 @@ def test_a_tokenizer_of_the_shelf(tiny_model_dir):
     for end, token in zip(ends, step_tokens(text, ends, ids, decode), strict=True):
         assert decode(ids[: token + 1]).startswith(text[:end])
         assert token == len(ids) - 1 or not decode(ids[:token]).startswith(text[:end])
+
+
+def test_the_example_of_the_readme_judges_every_sum(tiny_model_dir):
+    source = README.read_text().partition("    import re\n")[2].partition("\n\n- An answer")[0]
+    names: dict[str, Any] = {"re": re}
+    exec(textwrap.dedent("    import re\n" + source).replace("DIR", str(tiny_model_dir)), names)
+    encode, eos = names["TOKENIZER"], names["TOKENIZER"].eos_token_id
+    ids = [[*encode(text, add_special_tokens=False)["input_ids"], eos] for text in ("1+2=3 4+4=9", "no", "5+5=10 ")]
+    texts = [names["decode"](of) for of in ids]
+    first, second, third = names["sums"](texts, ids)
+    assert [reward for _, reward in first] == [1.0, 0.0]
+    assert names["decode"](ids[0][: first[0][0] + 1]).endswith("=3")
+    assert first[1][0] == len(ids[0]) - 1, "the stop token"
+    assert second is None
+    assert [reward for _, reward in third] == [1.0]
+    assert third[0][0] < len(ids[2]) - 1
