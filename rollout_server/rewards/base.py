@@ -125,12 +125,14 @@ def combine_steps(scores: Scores, weights: Sequence[float], lengths: Sequence[in
     if not any(valued[n, f] and weights[f] for n, f in scores.steps):
         return None
     ends = np.cumsum(lengths)
-    rewards_T = np.full(ends[-1], np.nan)
+    sums_T, ends_T = np.zeros(ends[-1]), np.zeros(ends[-1], np.bool_)
     for n in np.flatnonzero(valued.any(axis=1) & (np.asarray(lengths) > 0)).tolist():
-        rewards = rewards_T[ends[n] - lengths[n] : ends[n]]
+        sums, is_end = sums_T[ends[n] - lengths[n] : ends[n]], ends_T[ends[n] - lengths[n] : ends[n]]
         for f in np.flatnonzero(valued[n] & (np.asarray(weights) != 0)).tolist():
-            for token, reward in scores.steps.get((n, f), [(-1, float(scores.values[n, f]))]):
-                rewards[token] = np.nan_to_num(rewards[token]) + weights[f] * reward
-        if np.isnan(rewards).all():
-            rewards[-1] = 0.0
-    return rewards_T.astype(np.float32)
+            steps = scores.steps.get((n, f)) or [(lengths[n] - 1, float(scores.values[n, f]))]
+            tokens = np.fromiter((token for token, _ in steps), np.int64, len(steps))
+            rewards = np.fromiter((reward for _, reward in steps), np.float64, len(steps))
+            np.add.at(sums, tokens, weights[f] * rewards)
+            is_end[tokens] = True
+        is_end[-1] |= not is_end.any()
+    return np.where(ends_T, sums_T, np.nan).astype(np.float32)
