@@ -206,7 +206,7 @@ class Group(Message, frozen=True, kw_only=True):
     loss_mask: UInt8 | None = None
     """[T] 0 for tokens an environment or a tool wrote; None: every token was sampled by the policy."""
     step_rewards: Float32 | None = None
-    """[T] process reward given at that token."""
+    """[T] process reward of the step that ends with that token, NaN where none does; None: rewards are outcomes."""
     sampling_mask: UInt8 | None = None
     """Reserved: the support of truncated sampling."""
     routed_experts: UInt16 | None = None

@@ -321,8 +321,8 @@ class LearnerConfig(
 
     @property
     def group_bytes(self) -> int:
-        """Upper bound of one group in memory: token, logprob, mask and one span per token, and its prompt."""
-        per_token = 4 + 4 + 1 + 12
+        """Upper bound of one group in memory: token, logprob, mask, step reward, a span per token, and its prompt."""
+        per_token = 4 + 4 + 1 + 4 + 12
         return self.num_generations * (self.max_completion_length * per_token + 64) + 4 * self.max_prompt_length
 
     @property

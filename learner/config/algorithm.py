@@ -30,6 +30,7 @@ _SCALES: dict[str, tuple[RewardScale, ...]] = {
     "rloo": ("none",),
     "reinforce_plus_plus_baseline": ("batch",),
     "gae": ("batch",),
+    "process": ("group", "none"),
 }
 """What each estimator can be divided by; the first is its own."""
 
@@ -57,10 +58,12 @@ class AlgorithmOptions(Section):
     """sapo, tokens of a positive advantage: the larger, the sooner the gradient fades off policy."""
     sapo_temperature_neg: float = Field(1.05, gt=0)
     """sapo, all other tokens."""
-    advantage_estimator: Literal["grpo", "rloo", "reinforce_plus_plus_baseline", "gae"] = "grpo"
+    advantage_estimator: Literal["grpo", "rloo", "reinforce_plus_plus_baseline", "gae", "process"] = "grpo"
     """Baseline of a reward: the mean of its group, that of the others in its group, or the group's mean and then
     whitened over all tokens of the step. gae is PPO: a critic, a second model of the size of the first with a value
-    head, judges every token; groups are then only samples, and equal rewards train, too (filter_zero_std = false)."""
+    head, judges every token; groups are then only samples, and equal rewards train, too (filter_zero_std = false).
+    process: each step's reward is compared with those of all steps of the group, and a token has the sum of the steps
+    that end at or after it; for reward functions that return steps."""
     gamma: float = Field(1.0, gt=0, le=1)
     """gae: discount of the reward for every token between."""
     lam: float = Field(0.95, ge=0, le=1)
@@ -151,7 +154,8 @@ class AlgorithmOptions(Section):
     @property
     def reward_scale(self) -> RewardScale:
         """scale_rewards, or what the loss and the estimator define."""
-        if self.scale_rewards is None and self.loss_type == "dr_grpo" and self.advantage_estimator == "grpo":
+        by_group = self.advantage_estimator in ("grpo", "process")
+        if self.scale_rewards is None and self.loss_type == "dr_grpo" and by_group:
             return "none"
         return self.scale_rewards or _SCALES[self.advantage_estimator][0]
 
@@ -178,6 +182,11 @@ class AlgorithmOptions(Section):
     def has_critic(self) -> bool:
         """Whether a second model is trained beside the policy."""
         return self.advantage_estimator == "gae"
+
+    @property
+    def compares_steps(self) -> bool:
+        """Whether the rewards of steps are compared, not those of completions."""
+        return self.advantage_estimator == "process"
 
     @property
     def min_scored(self) -> int:
@@ -233,6 +242,12 @@ class AlgorithmOptions(Section):
             )
         if self.advantage_function and (self.advantage_estimator != "grpo" or self.scale_rewards is not None):
             yield "advantage_function takes the place of advantage_estimator and scale_rewards: leave those out"
+        if (self.has_critic or self.compares_steps) and self.importance_sampling_level == "sequence":
+            yield (
+                f"importance_sampling_level sequence with advantage_estimator {self.advantage_estimator}: a"
+                " completion's ratio goes with a completion's advantage, and there is one for each token; use"
+                " importance_sampling_level token"
+            )
         yield from self._wrong_critic()
         for key in ("loss_function", "advantage_function"):
             path = getattr(self, key)
@@ -245,11 +260,6 @@ class AlgorithmOptions(Section):
             yield (
                 "advantage_estimator gae with filter_zero_std: against a critic, equal rewards have a gradient, too,"
                 " and without them it would learn wrong values; set filter_zero_std false"
-            )
-        if self.has_critic and self.importance_sampling_level == "sequence":
-            yield (
-                "importance_sampling_level sequence with advantage_estimator gae: a completion's ratio goes with a"
-                " completion's advantage, and gae has one for each token; use importance_sampling_level token"
             )
         if not self.has_critic:
             for key in ("gamma", "lam", "cliprange_value", "value_learning_rate"):
@@ -289,6 +299,11 @@ class AlgorithmOptions(Section):
             )
         if self.kl_in == "reward" and self.kl_kind != "k1":
             yield f"kl_estimator {self.kl_estimator} with kl_in reward: only k1 sums over a completion; use k1"
+        if self.kl_in == "reward" and self.compares_steps:
+            yield (
+                "kl_in reward with advantage_estimator process: a token's KL is no step to be compared with others; use"
+                " kl_in loss, as DeepSeekMath does"
+            )
         if self.kl_in == "reward" and self.use_bias_correction_kl:
             yield "use_bias_correction_kl is for the KL in the loss: leave it out, or use kl_in loss"
         if self.kl_in == "reward" and self.proximal_logprobs == "loglinear":

@@ -130,6 +130,7 @@ SAMPLES: dict[str, AnyMessage] = {
         sampling_mask=octets(1, 0, 1, 1, 0, 1, 1, 1).reshape(4, 2),
         routed_experts=np.array([[1, 2], [3, 4], [5, 6], [7, 65535]], np.uint16),
     ),
+    "group_step_rewards": Group(**GROUP, step_rewards=floats(float("nan"), 0.5, 0.0, float("nan"))),
     "ack": Ack(group_id=ID, attempt=2, status=AckStatus.STALE, reason="sampled by orphaned weights 1.8"),
     "return": Return(group_id=ID, attempt=2, reason="drain", fault=False),
     "cancel": Cancel(group_id=ID, attempt=2, reason="deadline"),

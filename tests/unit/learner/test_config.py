@@ -61,7 +61,7 @@ def small(buffer_groups: float, **options) -> LearnerConfig:
 
 def test_a_worst_case_group_has_a_span_per_token():
     config = make(num_generations=2, max_completion_length=10, max_prompt_length=100)
-    assert config.group_bytes == 2 * (10 * (4 + 4 + 1 + 12) + 64) + 4 * 100
+    assert config.group_bytes == 2 * (10 * (4 + 4 + 1 + 4 + 12) + 64) + 4 * 100
 
 
 @pytest.mark.parametrize(
@@ -118,6 +118,7 @@ def test_refused_pairs(options, says):
 PROXIMAL, GSPO, PENALTY = {"anchor": "proximal"}, {"importance_sampling_level": "sequence"}, {"beta": 0.1}
 TIS = {"importance_sampling_mode": "token_truncate"}
 PPO = {"advantage_estimator": "gae", "filter_zero_std": False}
+STEPS = {"advantage_estimator": "process"}
 
 
 @pytest.mark.parametrize(
@@ -140,6 +141,14 @@ PPO = {"advantage_estimator": "gae", "filter_zero_std": False}
         ),
         ({**PPO, **GSPO}, "sequence with advantage_estimator gae: .* use importance_sampling_level token"),
         ({**PPO, "advantage_function": "m:f"}, "leave those out"),
+        (
+            {**STEPS, "scale_rewards": "batch"},
+            "batch with advantage_estimator process: it is defined with group or none",
+        ),
+        ({**STEPS, **GSPO}, "sequence with advantage_estimator process: .* use importance_sampling_level token"),
+        ({**STEPS, **PENALTY, "kl_in": "reward"}, "process: a token's KL is no step .*; use kl_in loss"),
+        ({**STEPS, "lam": 0.9}, "lam without a critic"),
+        ({**STEPS, "advantage_function": "m:f"}, "leave those out"),
         ({"lam": 0.9}, "lam without a critic has no meaning: use advantage_estimator gae, or leave it out"),
         ({"gamma": 0.9}, "gamma without a critic"),
         ({"cliprange_value": 0.1}, "cliprange_value without a critic"),
@@ -249,6 +258,9 @@ def test_what_an_estimator_divides_by_is_its_own_unless_given():
     assert make(advantage_estimator="rloo").reward_scale == "none"
     assert make(advantage_estimator="reinforce_plus_plus_baseline").reward_scale == "batch"
     assert make(scale_rewards="batch").reward_scale == "batch"
+    assert make(**STEPS).reward_scale == "group"
+    assert make(**STEPS, loss_type="dr_grpo").reward_scale == "none"
+    assert make(**STEPS, loss_type="dr_grpo", scale_rewards="group").reward_scale == "group"
 
 
 def test_the_estimator_of_the_kl_goes_with_its_place():
@@ -285,6 +297,14 @@ def test_what_a_critic_changes():
     for combined in ({"anchor": "proximal", "num_iterations": 2}, {"loss_type": "cispo", "epsilon_high": 5.0},
                      {"beta": 0.1, "kl_in": "reward"}, {"entropy_coef": 0.01}, {"loss_function": "m:f"}):  # fmt: skip
         assert make(**PPO, **combined).has_critic
+
+
+def test_steps_go_with_everything_that_looks_at_tokens():
+    for options in ({}, {"anchor": "proximal", "num_iterations": 2}, {"beta": 0.1}, {"scale_rewards": "none"},
+                    {"loss_type": "cispo", "epsilon_high": 5.0}, {"loss_function": "m:f"}):  # fmt: skip
+        assert make(**STEPS, **options).compares_steps
+    assert make(**STEPS).token_level
+    assert not make().compares_steps
 
 
 def test_names_are_made_of_model_and_data():
