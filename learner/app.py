@@ -43,6 +43,7 @@ from learner.rundir import RunDirectory
 from learner.stats import RunStats
 from learner.summary import print_summary, write_summary
 from learner.trackers import JsonlTracker, SampleWriter
+from learner.weights_archive.archive import WeightsArchive
 from protocol.addresses import is_local, parse_address, tcp_address
 from protocol.channel import Listener, bulk_address, check_address, listen
 from protocol.free_address import check_free
@@ -55,8 +56,7 @@ from protocol.weights.serving import WeightsServer
 from protocol.weights.staging import clean_staging, default_staging_directory
 
 if TYPE_CHECKING:
-    from learner.weights_archive.archive import WeightsArchive
-from learner.trainer import Trainer
+    from learner.trainer import Trainer
 
 log = logging.getLogger(__name__)
 
