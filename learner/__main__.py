@@ -16,6 +16,7 @@ commands:
   train   train a model on the groups that rollout servers stream in (--dry-run only shows what would run)
   demo    train a small model on this machine: writes two configurations, starts a server and a learner
   bench   compare objectives on this machine: bench ppo-vs-grpo
+  keygen  make the key of a learner whose servers are on other hosts
 
 {PROG} COMMAND --help lists a command's flags.
 """
@@ -46,7 +47,11 @@ def dispatch(argv: Sequence[str]) -> int:
         return demo(rest, prog=f"{PROG} demo")
     if command == "bench":
         return bench(rest)
-    raise ConfigError(f"unknown command {command!r}: allowed are train, demo and bench")
+    if command == "keygen":
+        from protocol.keygen import keygen
+
+        return keygen(rest, prog=f"{PROG} keygen", side="learner")
+    raise ConfigError(f"unknown command {command!r}: allowed are train, demo, bench and keygen")
 
 
 def bench(argv: Sequence[str]) -> int:

@@ -12,6 +12,7 @@ import contextlib
 import gc
 import logging
 import signal
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +24,7 @@ from learner.canaries import choose_canaries
 from learner.checkpoint import Checkpoint, latest_checkpoint
 from learner.compute import Compute
 from learner.config import LearnerConfig
-from learner.coordinator import Coordinator
+from learner.coordinator import NOTICES_KEPT, Coordinator
 from learner.dashboard.terminal import Screen
 from learner.fleet import Fleet
 from learner.journal import Journal
@@ -46,6 +47,7 @@ from protocol.channel import Listener, bulk_address, check_address, listen
 from protocol.logs import configure_logging
 from protocol.loop_lag import LoopLag
 from protocol.messages import Int32
+from protocol.security import PLAIN, Security, load_security
 from protocol.tasks import on_signals, run_loop
 from protocol.waits import Waits
 from protocol.weights.staging import clean_staging, default_staging_directory
@@ -74,12 +76,15 @@ def run(
         ConfigError: something in the configuration cannot work.
         RunStopped: the run ended itself, naming its last checkpoint.
     """
-    check_address(config.bind, config.insecure_plaintext)
+    security = load_security(
+        key=config.key, allowed_keys=config.allowed_keys, insecure_plaintext=config.insecure_plaintext
+    )
+    check_address(config.bind, off_host=security.off_host)
     directory = RunDirectory.open(config)
     try:
         with Screen() as screen:
             configure_logging("learner", directory.logs_dir / "learner.log", stderr=False)
-            return run_loop(lambda: Learner(config, directory, screen, make_trainer, keep_alive).main())
+            return run_loop(lambda: Learner(config, directory, screen, security, make_trainer, keep_alive).main())
     finally:
         directory.close()
 
@@ -104,10 +109,13 @@ class Learner:
         config: LearnerConfig,
         directory: RunDirectory,
         screen: Screen,
+        security: Security = PLAIN,
         make_trainer: Callable[..., Trainer] | None = None,
         keep_alive: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
+        self.security = security
+        self.notices: deque[str] = deque(maxlen=NOTICES_KEPT)
         self.directory = directory
         self.screen = screen
         self.make_trainer = make_trainer or load_trainer
@@ -122,9 +130,8 @@ class Learner:
             stack.push_async_callback(self.compute.close)
             loaded = await self._load()
             gc.freeze()  # what is loaded stays: a full collection of it would hold the loop for 100 ms (I9)
-            insecure = self.config.insecure_plaintext
-            channel = await stack.enter_async_context(listen(self.config.bind, insecure_plaintext=insecure))
-            server = stack.enter_context(WeightsServer(bulk_address(channel.address), insecure_plaintext=insecure))
+            channel = await stack.enter_async_context(listen(self.config.bind, self.security, tell=self.notices.append))
+            server = stack.enter_context(WeightsServer(bulk_address(channel.address), self.security))
             journal = await asyncio.to_thread(Journal.open, self.directory.journal_dir)
             stack.push_async_callback(journal.close)
             async with asyncio.TaskGroup() as tasks:
@@ -192,6 +199,7 @@ class Learner:
             prompts=loaded.prompts,
             eval_rows=loaded.eval_rows,
             canary_tokens=loaded.canary_tokens,
+            notices=self.notices,
             rows=await asyncio.to_thread(rows_under_way, loaded.prompts, ledger),
         )
         stats, buffer = RunStats(), Buffer()

@@ -29,6 +29,7 @@ from protocol.channel import bound_address, bulk_client_socket, bulk_server_sock
 from protocol.codec import decode, encode
 from protocol.errors import ConfigError, ProtocolError, Superseded, WeightsError
 from protocol.messages import UInt8, WeightsChunk, WeightsRequest
+from protocol.security import PLAIN, Security
 from protocol.versions import Version
 from protocol.weights.assembly import Assembly, FetchCounters
 from protocol.weights.layout import MappedWeights
@@ -66,13 +67,13 @@ class WeightsServer:
     `serve`, `withdraw` and `is_free` may be called from any thread and never block.
     """
 
-    def __init__(self, address: str, *, insecure_plaintext: bool = False) -> None:
+    def __init__(self, address: str, security: Security = PLAIN) -> None:
         """Bind and start.
 
         Raises:
             ConfigError: the address is refused or in use.
         """
-        self._socket = bulk_server_socket(address, insecure_plaintext=insecure_plaintext)
+        self._socket = bulk_server_socket(address, security)
         self._polled, self._waker = wake_pair()
         self.address = bound_address(self._socket)
         self.counters = ServeCounters()
@@ -208,9 +209,9 @@ class FetchReport:
 class WeightsFetcher:
     """Fetches versions into mappings, in the thread that calls it; one fetch at a time."""
 
-    def __init__(self, *, insecure_plaintext: bool = False) -> None:
+    def __init__(self, security: Security = PLAIN) -> None:
         self.counters = FetchCounters()
-        self._insecure_plaintext = insecure_plaintext
+        self._security = security
 
     def fetch(
         self,
@@ -260,7 +261,7 @@ class WeightsFetcher:
 
     def _connect(self, address: str) -> zmq.Socket[bytes]:
         try:
-            return bulk_client_socket(address, insecure_plaintext=self._insecure_plaintext)
+            return bulk_client_socket(address, self._security)
         except ConfigError as error:  # here it is the learner's word, not this user's configuration
             raise WeightsError(f"weights cannot be fetched: {error}") from error
 
