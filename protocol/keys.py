@@ -5,7 +5,7 @@
     a list     any number of such lines; what comes after the key names its owner, and may be left out
 
 KEY is 32 bytes of Curve25519 in Z85 (rfc.zeromq.org/spec/32): 40 printable characters. Lines that are empty or begin
-with `#` are comments; a key may begin with `#`, too, and then has 40 characters. A list is read again when its file
+with `#` are comments (no key does: its first five characters would be above 2**32). A list is read again when its file
 changes. This file knows nothing of sockets.
 """
 
@@ -62,7 +62,7 @@ class KeyPair:
             raise ConfigError(f"key {path}: {error.strerror}; {_HOW}") from None
         if mode & 0o077:
             raise ConfigError(f"key {path}: others than its owner may read it (mode {mode:04o}): chmod 600 {path}")
-        lines = [line.split() for line in text.splitlines() if line.strip() and not is_comment(line)]
+        lines = [line.split() for line in text.splitlines() if not is_comment(line)]
         if len(lines) != 1 or len(lines[0]) != 2 or lines[0][0] != SECRET or not is_key(lines[0][1]):
             raise ConfigError(
                 f"key {path}: holds no secret key, which is one line `{SECRET} KEY`: name the file that ends in .key"
@@ -165,7 +165,7 @@ def parse_public_keys(text: str, where: str) -> dict[str, str]:
     """
     names: dict[str, str] = {}
     for number, line in enumerate(text.splitlines(), 1):
-        if not line.strip() or is_comment(line):
+        if is_comment(line):
             continue
         key, *rest = line.split(maxsplit=1)
         if key == SECRET:
@@ -181,9 +181,8 @@ def parse_public_keys(text: str, where: str) -> dict[str, str]:
 
 
 def is_comment(line: str) -> bool:
-    """Whether a line is no key: it begins with `#`, and its first word has not the length of a key."""
-    first = line.split(maxsplit=1)[0]
-    return first.startswith("#") and len(first) != KEY_CHARACTERS
+    """Whether a line says nothing."""
+    return not line.strip() or line.lstrip().startswith("#")
 
 
 def is_key(text: str) -> bool:

@@ -75,7 +75,7 @@ class ScriptedOptions(Section):
 
 
 class ServerConfig(Section):
-    """Serve rollouts: lease prompts, sample groups, score them, stream them back. `headway-server keygen` makes keys."""
+    """Serve rollouts: lease prompts, sample groups, score and return them. `headway-server keygen DIR` makes keys."""
 
     learner: str = "tcp://127.0.0.1:5555"
     """Address of the learner."""
