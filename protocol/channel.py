@@ -154,6 +154,7 @@ class _ZmqChannel:
 
     _socket: LoopSocket
     _watch: ConnectionWatch | None
+    _door: Door | None = None
 
     def __init__(self, address: str, security: Security) -> None:
         self._address = address
@@ -178,6 +179,8 @@ class _ZmqChannel:
     async def close(self) -> None:
         self._shut(LINGER_MS)
         await asyncio.to_thread(self._context.term)  # returns when all has left, or after LINGER_MS
+        if self._door is not None:
+            await asyncio.to_thread(self._door.join)
 
     async def __aenter__(self) -> Self:
         return self
@@ -206,7 +209,8 @@ class _ZmqListener(_ZmqChannel):
         self._socket = LoopSocket(socket, with_key=self._security.pair is not None)
         if self._security.pair is not None:
             self._watch = None  # the door watches it
-            Door(self._context).guard(socket, self._security, self._tell)
+            self._door = Door(self._context)
+            self._door.guard(socket, self._security, self._tell)
         else:
             self._watch = ConnectionWatch(socket, on_break=lambda: None, on_failure=self._handshake_failed)
         bind(socket, self._address, self._security)

@@ -129,7 +129,8 @@ class Door:
         self._coming: deque[Entrance] = deque()
         self._entrances: dict[zmq.Socket[bytes], Entrance] = {}
         self._poller = zmq.Poller()
-        threading.Thread(target=self._run, name="door", daemon=True).start()
+        self._thread = threading.Thread(target=self._run, name="door", daemon=True)
+        self._thread.start()
 
     def guard(
         self, socket: zmq.Socket[bytes], security: Security, tell: Callable[[str], None] = lambda text: None
@@ -144,6 +145,10 @@ class Door:
         monitor.set(zmq.LINGER, 0)
         monitor.connect(endpoint)
         self._coming.append(Entrance(security, security.allowed, domain, monitor, tell, security.allowed.names))
+
+    def join(self) -> None:
+        """Wait for its end, which follows the context's."""
+        self._thread.join()
 
     def _run(self) -> None:
         self._poller.register(self._zap, zmq.POLLIN)
