@@ -146,7 +146,7 @@ class ServerConfig(Section):
     def _check_pairs(self) -> ServerConfig:
         if (self.key is None) != (self.learner_key is None):
             raise ValueError(
-                f"key {self.key} and learner_key {self.learner_key}: give both or none, for each side proves who it is"
+                f"key {self.key} and learner_key {self.learner_key}: give both or none; each side proves who it is"
             )
         if self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
             raise ValueError(
