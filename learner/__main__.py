@@ -17,6 +17,7 @@ commands:
   demo    train a small model on this machine: writes two configurations, starts a server and a learner
   weights list the versions that a run has published, verify or restore them: weights RUN_DIR
   bench   compare objectives on this machine: bench ppo-vs-grpo
+  keygen  make the key of a learner whose servers are on other hosts
 
 {PROG} COMMAND --help lists a command's flags.
 """
@@ -51,7 +52,11 @@ def dispatch(argv: Sequence[str]) -> int:
         return weights(rest, prog=f"{PROG} weights")
     if command == "bench":
         return bench(rest)
-    raise ConfigError(f"unknown command {command!r}: allowed are train, demo, weights and bench")
+    if command == "keygen":
+        from protocol.keygen import keygen
+
+        return keygen(rest, prog=f"{PROG} keygen", side="learner")
+    raise ConfigError(f"unknown command {command!r}: allowed are train, demo, weights, bench and keygen")
 
 
 def bench(argv: Sequence[str]) -> int:

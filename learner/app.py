@@ -13,6 +13,7 @@ import contextlib
 import gc
 import logging
 import signal
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +25,7 @@ from learner.canaries import choose_canaries
 from learner.checkpoint import Checkpoint, latest_checkpoint
 from learner.compute import Compute
 from learner.config import LearnerConfig
-from learner.coordinator import Coordinator
+from learner.coordinator import NOTICES_KEPT, Coordinator
 from learner.dashboard.terminal import Screen
 from learner.deltas import DeltaChain
 from learner.fleet import Fleet
@@ -50,6 +51,7 @@ from protocol.free_address import check_free
 from protocol.logs import configure_logging
 from protocol.loop_lag import LoopLag
 from protocol.messages import Int32
+from protocol.security import PLAIN, Security, load_security
 from protocol.tasks import on_signals, run_loop
 from protocol.waits import Waits
 from protocol.weights.serving import WeightsServer
@@ -78,13 +80,16 @@ def run(
         ConfigError: something in the configuration cannot work.
         RunStopped: the run ended itself, naming its last checkpoint.
     """
-    check_address(config.bind, config.insecure_plaintext)
+    security = load_security(
+        key=config.key, allowed_keys=config.allowed_keys, insecure_plaintext=config.insecure_plaintext
+    )
+    check_address(config.bind, off_host=security.off_host)
     check_free(config.bind)
     directory = RunDirectory.open(config)
     try:
         configure_logging("learner", stderr=False)  # a run that is refused before it has begun leaves no log
         with Screen() as screen:
-            return run_loop(lambda: Learner(config, directory, screen, make_trainer, keep_alive).main())
+            return run_loop(lambda: Learner(config, directory, screen, security, make_trainer, keep_alive).main())
     finally:
         if not directory.begun:
             configure_logging("learner")
@@ -112,10 +117,13 @@ class Learner:
         config: LearnerConfig,
         directory: RunDirectory,
         screen: Screen,
+        security: Security = PLAIN,
         make_trainer: Callable[..., Trainer] | None = None,
         keep_alive: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
+        self.security = security
+        self.notices: deque[str] = deque(maxlen=NOTICES_KEPT)
         self.directory = directory
         self.screen = screen
         self.make_trainer = make_trainer or load_trainer
@@ -130,9 +138,8 @@ class Learner:
             stack.push_async_callback(self.compute.close)
             loaded = await self._load()
             gc.freeze()  # what is loaded stays: a full collection of it would hold the loop for 100 ms (I9)
-            insecure = self.config.insecure_plaintext
-            channel = await stack.enter_async_context(listen(self.config.bind, insecure_plaintext=insecure))
-            server = stack.enter_context(WeightsServer(bulk_address(channel.address), insecure_plaintext=insecure))
+            channel = await stack.enter_async_context(listen(self.config.bind, self.security, tell=self.notices.append))
+            server = stack.enter_context(WeightsServer(bulk_address(channel.address), self.security))
             journal = await asyncio.to_thread(Journal.open, self.directory.journal_dir)
             stack.push_async_callback(journal.close)
             async with asyncio.TaskGroup() as tasks:
@@ -210,6 +217,7 @@ class Learner:
             prompts=loaded.prompts,
             eval_rows=loaded.eval_rows,
             canary_tokens=loaded.canary_tokens,
+            notices=self.notices,
             rows=await asyncio.to_thread(rows_under_way, loaded.prompts, ledger),
         )
         stats, buffer = RunStats(), Buffer()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from learner.admission import why_refused
+from learner.admission import NameOwners, why_refused
 from learner.batch import Batch
 from learner.config import LearnerConfig
 from learner.evaluation import Evaluation
@@ -87,6 +87,7 @@ class Coordinator:
     """Ends to be journaled with the next append."""
     counters: Counter[str] = field(default_factory=Counter)
     notices: deque[str] = field(default_factory=lambda: deque(maxlen=NOTICES_KEPT))
+    names: NameOwners = field(default_factory=NameOwners)
     first_lease_s: float | None = None
     quarantined_in_a_row: int = 0
     progress: Progress = field(init=False)
@@ -132,7 +133,8 @@ class Coordinator:
         older = self.fleet.named(hello.server)
         if older is not None and is_overtaken(hello.session, older.hello.session):
             return  # of a connection given up since: nothing orders the messages of different connections
-        refusal = why_refused(hello, self.identity, self.reward_functions)
+        refusal = self.names.why_refused(hello.server, self.channel.owner_of(peer), self.channel.knows)
+        refusal = refusal or why_refused(hello, self.identity, self.reward_functions)
         if refusal is not None:
             code, reason = refusal
             self.counters["servers_refused"] += 1

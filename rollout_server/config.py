@@ -79,7 +79,7 @@ class ScriptedOptions(Section):
 
 
 class ServerConfig(Section):
-    """Serve rollouts: lease prompts from the learner, sample groups, score them, stream them back."""
+    """Serve rollouts: lease prompts, sample groups, score and return them. `headway-server keygen DIR` makes keys."""
 
     learner: str = "tcp://127.0.0.1:5555"
     """Address of the learner."""
@@ -113,8 +113,12 @@ class ServerConfig(Section):
     """Where incoming weights are assembled; default a private directory on /dev/shm, else the temporary directory."""
     log_file: Path | None = None
     """Also write the log there."""
+    key: Path | None = None
+    """Secret key of this server, made by `headway-server keygen DIR`: needed where the learner is on another host."""
+    learner_key: Path | None = None
+    """Public key of the learner, the .pub file that its keygen wrote; several lines while its key is being changed."""
     insecure_plaintext: bool = False
-    """Allow a learner address or an engine_url off loopback, unencrypted: for a closed lab only."""
+    """Allow a learner address without keys, or an engine_url, off loopback, unencrypted: for a closed lab only."""
     drain_s: float = Field(30.0, ge=0)
     """After SIGTERM or the learner's Drain: finish groups for so long, then return them."""
     weight_update_mode: Literal["retract", "in_place", "drain"] = "retract"
@@ -144,6 +148,10 @@ class ServerConfig(Section):
 
     @model_validator(mode="after")
     def _check_pairs(self) -> ServerConfig:
+        if (self.key is None) != (self.learner_key is None):
+            raise ValueError(
+                f"key {self.key} and learner_key {self.learner_key}: give both or none; each side proves who it is"
+            )
         if self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
             raise ValueError(
                 f"reward_weights has {len(self.reward_weights)} entries for {len(self.reward_funcs)} reward_funcs:"

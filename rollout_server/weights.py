@@ -21,6 +21,7 @@ from protocol.channel import resolve_address
 from protocol.errors import MalformedMessage, WeightsError
 from protocol.logs import event
 from protocol.messages import WeightsFailed, WeightsLive, WeightsLost, WeightsReady, WeightsStaged, WeightsSwap
+from protocol.security import PLAIN, Security
 from protocol.signals import Signal
 from protocol.versions import Version
 from protocol.waits import Waits, WaitTimeout
@@ -47,12 +48,12 @@ class WeightsReceiver:
     """Makes the newest announced version live."""
 
     def __init__(
-        self, engine: Engine, waits: Waits, *, learner: str, directory: Path, insecure_plaintext: bool
+        self, engine: Engine, waits: Waits, *, learner: str, directory: Path, security: Security = PLAIN
     ) -> None:
         self._engine = engine
         self._waits = waits
         self._learner = learner
-        self._stage = Stage(directory, WeightsFetcher(insecure_plaintext=insecure_plaintext))
+        self._stage = Stage(directory, WeightsFetcher(security))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._wanted: Wanted | None = None
         self._waiting: Version | None = None

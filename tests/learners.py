@@ -56,6 +56,7 @@ class FakeListener:
     def __init__(self) -> None:
         self.sent: list[tuple[bytes, AnyMessage]] = []
         self.gone: set[bytes] = set()
+        self.owners: dict[bytes, str] = {}
         self.inbox: asyncio.Queue[tuple[bytes, AnyMessage | ProtocolError]] = asyncio.Queue()
 
     def send(self, peer: bytes, message: AnyMessage) -> None:
@@ -65,6 +66,12 @@ class FakeListener:
 
     async def recv(self) -> tuple[bytes, AnyMessage | ProtocolError]:
         return await self.inbox.get()
+
+    def owner_of(self, peer: bytes) -> str:
+        return self.owners.get(peer, "")
+
+    def knows(self, owner: str) -> bool:
+        return owner in self.owners.values()
 
     def to(self, peer: bytes, kind: type[T]) -> list[T]:
         """Messages of a kind that were sent to a peer, in order."""

@@ -252,7 +252,7 @@ class SimReceiver(WeightsReceiver):
     """The real one, without its thread and its socket."""
 
     def __init__(self, engine: MortalEngine, waits: Waits, dice: random.Random, directory: Path) -> None:
-        super().__init__(engine, waits, learner="ipc:///memory", directory=directory, insecure_plaintext=False)
+        super().__init__(engine, waits, learner="ipc:///memory", directory=directory)
         self._thread = SimThread(dice)  # type: ignore[assignment]
         self._stage._fetcher = SimFetcher()  # type: ignore[assignment]
 
@@ -280,6 +280,12 @@ class SimListener:
 
     async def recv(self) -> Any:
         return await self._listener.recv()
+
+    def owner_of(self, peer: bytes) -> str:
+        return self._listener.owner_of(peer)
+
+    def knows(self, owner: str) -> bool:
+        return self._listener.knows(owner)
 
     async def close(self) -> None:
         await self._listener.close()

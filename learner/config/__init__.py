@@ -217,6 +217,11 @@ class NetworkOptions(Section):
 
     bind: str = "tcp://127.0.0.1:5555"
     """tcp://HOST:PORT or ipc:///PATH; weights go over the next port (or PATH-weights)."""
+    key: Path | None = None
+    """Secret key of this learner, which `headway-learner keygen DIR` makes: needed where servers are on other hosts."""
+    allowed_keys: Path | None = None
+    """File with the public keys of the servers that may connect, one a line: the lines of their .pub files. Read again
+    when it changes; a key that is removed loses its connections."""
     insecure_plaintext: bool = False
     """Allow an address off loopback without keys. Anyone who can reach the port can then read the weights and feed
     you data: for a closed lab only."""
@@ -253,6 +258,10 @@ class LearnerConfig(
             raise ValueError(
                 f"top_p {self.top_p}, top_k {self.top_k}, min_p {self.min_p}: training needs the whole softmax"
                 " (top_p 1, top_k 0, min_p 0), else behavior logprobs are not those of the policy"
+            )
+        if (self.key is None) != (self.allowed_keys is None):
+            raise ValueError(
+                f"key {self.key} and allowed_keys {self.allowed_keys}: give both or none; each side proves who it is"
             )
         if self.liveness_s < 2 * self.heartbeat_s:
             raise ValueError(f"liveness_s {self.liveness_s} must be at least twice heartbeat_s {self.heartbeat_s}")

@@ -24,6 +24,7 @@ import zmq
 from protocol.channel import bulk_client_socket
 from protocol.codec import encode
 from protocol.errors import ConfigError, Superseded, WeightsError
+from protocol.security import PLAIN, Security
 from protocol.weights.assembly import Assembly, FetchCounters
 from protocol.weights.chunks import CHUNK_BYTES
 from protocol.weights.manifest import Shipment
@@ -50,9 +51,9 @@ class FetchReport:
 class WeightsFetcher:
     """Fetches versions into memory, in the thread that calls it; one fetch at a time."""
 
-    def __init__(self, *, insecure_plaintext: bool = False) -> None:
+    def __init__(self, security: Security = PLAIN) -> None:
         self.counters = FetchCounters()
-        self._insecure_plaintext = insecure_plaintext
+        self._security = security
 
     def fetch(
         self,
@@ -102,7 +103,7 @@ class WeightsFetcher:
 
     def _connect(self, address: str) -> zmq.Socket[bytes]:
         try:
-            return bulk_client_socket(address, insecure_plaintext=self._insecure_plaintext)
+            return bulk_client_socket(address, self._security)
         except ConfigError as error:  # here it is the learner's word, not this user's configuration
             raise WeightsError(f"weights cannot be fetched: {error}") from error
 

@@ -21,6 +21,7 @@ from protocol.codec import decode, encode
 from protocol.errors import ProtocolError, WeightsError
 from protocol.free_address import remove_ipc_socket
 from protocol.messages import UInt8, WeightsChunk, WeightsRequest
+from protocol.security import PLAIN, Security
 from protocol.versions import Version
 from protocol.weights.chunks import CHUNK_BYTES
 from protocol.weights.layout import MappedWeights
@@ -49,13 +50,13 @@ class WeightsServer:
     `serve`, `serve_delta`, `withdraw` and `is_free` may be called from any thread and never block.
     """
 
-    def __init__(self, address: str, *, insecure_plaintext: bool = False) -> None:
+    def __init__(self, address: str, security: Security = PLAIN) -> None:
         """Bind and start.
 
         Raises:
             ConfigError: the address is refused or in use.
         """
-        self._socket = bulk_server_socket(address, insecure_plaintext=insecure_plaintext)
+        self._socket = bulk_server_socket(address, security)
         self._polled, self._waker = wake_pair()
         self.address = bound_address(self._socket)
         self.counters = ServeCounters()

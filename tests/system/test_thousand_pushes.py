@@ -180,7 +180,6 @@ class Play:
             self.waits,
             learner="tcp://127.0.0.1:1",
             directory=directory,
-            insecure_plaintext=False,
         )
 
     def announce(self, ready: WeightsReady) -> None:

@@ -104,6 +104,8 @@ def test_a_config_does_not_change():
         ({"top_p": 0.9}, r"top_p 0\.9, top_k 0, min_p 0\.0: training needs the whole softmax"),
         ({"top_k": 50}, "top_k 50, min_p 0.0: training needs the whole softmax"),
         ({"min_p": 0.1}, "min_p 0.1: training needs the whole softmax"),
+        ({"key": "a.key"}, "key a.key and allowed_keys None: give both or none"),
+        ({"allowed_keys": "a"}, "key None and allowed_keys a: give both or none"),
         ({"liveness_s": 1.5}, "liveness_s 1.5 must be at least twice heartbeat_s 1.0"),
         ({"max_staleness": 0, "reorder_window": 9}, "reorder_window 9 alone allows a staleness of 1"),
         ({"max_staleness": 1, "weight_sync_steps": 4}, "weight_sync_steps 4 with S = 1 steps ahead would deadlock"),

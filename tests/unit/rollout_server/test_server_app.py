@@ -128,6 +128,19 @@ def test_an_address_off_loopback_is_refused_before_anything_starts() -> None:
         run(ServerConfig(learner="tcp://192.168.0.1:5555", engine="scripted"))
 
 
+@pytest.mark.parametrize("half", ["key", "learner_key"])
+def test_one_half_of_the_keys_is_refused(tmp_path: Path, half: str) -> None:
+    with pytest.raises(ValueError, match="give both or none; each side proves who it is"):
+        ServerConfig(**{half: tmp_path / "a"})
+
+
+def test_a_key_file_that_cannot_be_used_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "a.key").write_text("")
+    config = ServerConfig(key=tmp_path / "a.key", learner_key=tmp_path / "b.pub", engine="scripted")
+    with pytest.raises(ConfigError, match=r"a\.key: others than its owner may read it \(mode 0644\): chmod 600"):
+        run(config)
+
+
 # --- the whole
 
 

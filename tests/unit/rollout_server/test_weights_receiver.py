@@ -169,7 +169,7 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
     """Run a scenario with a receiver whose loop is running, on a virtual clock."""
     executor, fetcher = HandExecutor(), FakeFetcher()
     monkeypatch.setattr(rollout_server.weights, "ThreadPoolExecutor", lambda *args, **kwargs: executor)
-    monkeypatch.setattr(rollout_server.weights, "WeightsFetcher", lambda **kwargs: fetcher)
+    monkeypatch.setattr(rollout_server.weights, "WeightsFetcher", lambda security: fetcher)
     first = build_manifest(Version(1, 0), make_weights(tmp_path / "published", seed=1), "xxh3_128")
 
     def ready(
@@ -190,7 +190,6 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
             waits,
             learner=DIALED,
             directory=tmp_path / "staging",
-            insecure_plaintext=False,
         )
         r = Receiving(receiver, engine, fetcher, executor, ready)
         loops = [asyncio.create_task(loop) for loop in (receiver.loop(), receiver.engine_loop(), r.play_learner())]

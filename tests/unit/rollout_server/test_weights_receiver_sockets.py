@@ -29,9 +29,7 @@ SOON_S = 10.0
 @contextlib.asynccontextmanager
 async def real_receiver(tmp_path: Path) -> AsyncIterator[tuple[WeightsReceiver, ScriptedEngine]]:
     async with ScriptedEngine(ScriptedOptions(), room=4) as engine:
-        receiver = WeightsReceiver(
-            engine, Waits(), learner="ipc:///nowhere", directory=tmp_path / "staging", insecure_plaintext=False
-        )
+        receiver = WeightsReceiver(engine, Waits(), learner="ipc:///nowhere", directory=tmp_path / "staging")
         loop = asyncio.create_task(receiver.loop())
         try:
             yield receiver, engine
