@@ -73,6 +73,8 @@ class LinkSpeed:
 
     def after_transfer(self, num_bytes: int, s: float) -> Self:
         """Return the speed with what one transfer took."""
+        if math.isinf(self.bytes_per_s):
+            return self
         return replace(self, bytes_per_s=self.bytes_per_s * _drift(num_bytes / s / self.bytes_per_s))
 
 
@@ -106,5 +108,9 @@ def choose(
 
 
 def _drift(ratio: float) -> float:
-    """Return the factor by which a cost moves that was just seen as `ratio` times what it was taken for."""
-    return math.exp(_LEARNING * math.log(max(ratio, 1e-3)))
+    """Return the factor by which a figure moves that was just seen as `ratio` times what it was taken for.
+
+    An exponential mean of the logarithm: twice as slow and twice as fast weigh the same, and one odd push, of which at
+    most a factor of 1000 is believed, moves little.
+    """
+    return math.exp(_LEARNING * math.log(min(max(ratio, 1e-3), 1e3)))
