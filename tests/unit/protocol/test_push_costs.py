@@ -59,11 +59,18 @@ def test_costs_move_toward_what_is_seen():
         )
         costs = costs.after_applying(num_changed=5_000_000, s=0.25).after_hashing(num_bytes=GB, s=0.5)
         link = link.after_transfer(125_000_000, 1.0)
-    assert costs.encode_s(GB, 5_000_000) == pytest.approx(1.5)
+    assert costs.encode_s(GB, 5_000_000) == pytest.approx(1.5, rel=0.01)
     assert costs.delta_bytes(GB // 2, 5_000_000) == pytest.approx(9_000_000)
     assert costs.apply_s_per_change == pytest.approx(0.25 / 5e6)
     assert costs.hash_s_per_byte == pytest.approx(0.5 / GB)
     assert link.bytes_per_s == pytest.approx(125e6, rel=1e-4)
+
+
+def test_a_push_of_few_changes_says_little_about_what_a_change_costs():
+    few = {"num_elements": GB // 2, "num_changed": 1000, "delta_bytes": 2000}
+    slow = COSTS.after_encoding(dense_bytes=GB, s=3 * COSTS.encode_s(GB, 1000), **few)
+    assert slow.compare_s_per_byte == pytest.approx(3**0.3 * COSTS.compare_s_per_byte, rel=0.01)
+    assert slow.encode_s_per_change == pytest.approx(COSTS.encode_s_per_change, rel=0.01)
 
 
 def test_one_odd_push_does_not_turn_the_tables():
