@@ -42,7 +42,7 @@ def trained() -> Pair:
 
     torch.manual_seed(0)
     config = Qwen3Config(
-        vocab_size=32_768, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
+        vocab_size=16_384, hidden_size=256, intermediate_size=768, num_hidden_layers=4, num_attention_heads=4,
         num_key_value_heads=2, head_dim=64, tie_word_embeddings=True,
     )  # fmt: skip
     model = Qwen3ForCausalLM(config)
@@ -52,10 +52,10 @@ def trained() -> Pair:
         flat = torch.cat([p.detach().flatten() for p in model.parameters()])
         return flat.to(torch.bfloat16).view(torch.int16).numpy().view(np.uint16).copy()
 
-    base = bits()
-    for _ in range(WARM_UP_STEPS):
-        base = bits()
-        tokens = torch.randint(0, config.vocab_size, (4, 64))
+    for number in range(WARM_UP_STEPS + 1):
+        if number == WARM_UP_STEPS:
+            base = bits()
+        tokens = torch.randint(0, config.vocab_size, (2, 64))
         model(input_ids=tokens, labels=tokens).loss.backward()
         optimizer.step()
         optimizer.zero_grad()
