@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -65,7 +66,7 @@ def apply_chain(
     for tensors in decoded:
         for name, tensor in tensors.items():
             apply_tensor(tensor, staged.view(name))
-    changes = {
+    changes: Changes = {
         name: _union([tensors[name].indices for tensors in decoded if name in tensors]) for name in _names(decoded)
     }
     return Applied(changes, reports, decode_s + time.monotonic() - begun_s)
@@ -97,5 +98,6 @@ def _names(decoded: Sequence[Mapping[str, TensorDelta]]) -> list[str]:
     return list(dict.fromkeys(name for tensors in decoded for name in tensors))
 
 
-def _union(positions: Sequence[npt.NDArray[np.int64]]) -> npt.NDArray[np.int64]:
-    return positions[0] if len(positions) == 1 else np.unique(np.concatenate(positions))
+def _union(positions: Sequence[npt.NDArray[np.unsignedinteger[Any] | np.int64]]) -> npt.NDArray[np.int64]:
+    together = positions[0] if len(positions) == 1 else np.unique(np.concatenate(positions))
+    return together.astype(np.int64, copy=False)
