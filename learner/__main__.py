@@ -15,7 +15,9 @@ usage: {PROG} COMMAND [--config FILE] [flags]
 commands:
   train   train a model on the groups that rollout servers stream in (--dry-run only shows what would run)
   demo    train a small model on this machine: writes two configurations, starts a server and a learner
+  weights list the versions that a run has published, verify or restore them: weights RUN_DIR
   bench   compare objectives on this machine: bench ppo-vs-grpo
+  keygen  make the key of a learner whose servers are on other hosts
 
 {PROG} COMMAND --help lists a command's flags.
 """
@@ -44,9 +46,17 @@ def dispatch(argv: Sequence[str]) -> int:
         from learner.demo.run import demo
 
         return demo(rest, prog=f"{PROG} demo")
+    if command == "weights":
+        from learner.weights_archive.command import weights
+
+        return weights(rest, prog=f"{PROG} weights")
     if command == "bench":
         return bench(rest)
-    raise ConfigError(f"unknown command {command!r}: allowed are train, demo and bench")
+    if command == "keygen":
+        from protocol.keygen import keygen
+
+        return keygen(rest, prog=f"{PROG} keygen", side="learner")
+    raise ConfigError(f"unknown command {command!r}: allowed are train, demo, weights, bench and keygen")
 
 
 def bench(argv: Sequence[str]) -> int:

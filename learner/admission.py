@@ -2,10 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from learner.leases import RunIdentity
 from protocol.messages import Hello
+
+
+class NameOwners:
+    """Whose key a server's name belongs to: the first that used it, for as long as the allow-list has that owner."""
+
+    def __init__(self) -> None:
+        self._owners: dict[str, str] = {}
+
+    def why_refused(self, name: str, owner: str, known: Callable[[str], bool]) -> tuple[str, str] | None:
+        """Return (code, reason) when the name is somebody else's, else None, and bind it.
+
+        Args:
+            name: what the server calls itself.
+            owner: who its key says it is; empty where there are no keys.
+            known: whether the allow-list still has an owner.
+        """
+        if not owner:
+            return None
+        bound = self._owners.setdefault(name, owner)
+        if bound == owner or not known(bound):
+            self._owners[name] = owner
+            return None
+        return "name_in_use", (
+            f"the name {name} belongs to the key of {bound}, and this server came with that of {owner}: give it another"
+            " --name, or both keys the same name in the allow-list"
+        )
 
 
 def why_refused(hello: Hello, run: RunIdentity, reward_functions: Sequence[str]) -> tuple[str, str] | None:

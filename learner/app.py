@@ -1,6 +1,7 @@
 """The learner process: builds the parts in order, runs one TaskGroup, ends in one place.
 
 Start: run directory (lock) -> model (compute thread) -> prompts -> incarnation grown and on disk -> sockets -> loops.
+What is refused is refused before the incarnation: until then nothing is written (rundir.py).
 End: train_loop returns -> last version live, final evaluation -> Drain and Goodbye -> loops end -> sockets close.
 Stopped by a signal: the step under way ends, a checkpoint is written, Goodbye; the same command goes on from there.
 """
@@ -12,6 +13,7 @@ import contextlib
 import gc
 import logging
 import signal
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,8 +25,9 @@ from learner.canaries import choose_canaries
 from learner.checkpoint import Checkpoint, latest_checkpoint
 from learner.compute import Compute
 from learner.config import LearnerConfig
-from learner.coordinator import Coordinator
+from learner.coordinator import NOTICES_KEPT, Coordinator
 from learner.dashboard.terminal import Screen
+from learner.deltas import DeltaChain
 from learner.fleet import Fleet
 from learner.journal import Journal
 from learner.journal_records import IncarnationRecord
@@ -41,15 +44,18 @@ from learner.rundir import RunDirectory
 from learner.stats import RunStats
 from learner.summary import print_summary, write_summary
 from learner.trackers import JsonlTracker, SampleWriter
+from learner.weights_archive.archive import WeightsArchive
 from protocol.addresses import is_local, parse_address, tcp_address
 from protocol.channel import Listener, bulk_address, check_address, listen
+from protocol.free_address import check_free
 from protocol.logs import configure_logging
 from protocol.loop_lag import LoopLag
 from protocol.messages import Int32
+from protocol.security import PLAIN, Security, load_security
 from protocol.tasks import on_signals, run_loop
 from protocol.waits import Waits
+from protocol.weights.serving import WeightsServer
 from protocol.weights.staging import clean_staging, default_staging_directory
-from protocol.weights.transfer import WeightsServer
 
 if TYPE_CHECKING:
     from learner.trainer import Trainer
@@ -74,13 +80,19 @@ def run(
         ConfigError: something in the configuration cannot work.
         RunStopped: the run ended itself, naming its last checkpoint.
     """
-    check_address(config.bind, config.insecure_plaintext)
+    security = load_security(
+        key=config.key, allowed_keys=config.allowed_keys, insecure_plaintext=config.insecure_plaintext
+    )
+    check_address(config.bind, off_host=security.off_host)
+    check_free(config.bind)
     directory = RunDirectory.open(config)
     try:
+        configure_logging("learner", stderr=False)  # a run that is refused before it has begun leaves no log
         with Screen() as screen:
-            configure_logging("learner", directory.logs_dir / "learner.log", stderr=False)
-            return run_loop(lambda: Learner(config, directory, screen, make_trainer, keep_alive).main())
+            return run_loop(lambda: Learner(config, directory, screen, security, make_trainer, keep_alive).main())
     finally:
+        if not directory.begun:
+            configure_logging("learner")
         directory.close()
 
 
@@ -92,6 +104,7 @@ class Loaded:
     prompts: Prompts
     eval_rows: Sequence[PromptRow | None]
     canary_tokens: Int32
+    stop_token_ids: tuple[int, ...]
     checkpoint: Checkpoint | None
     incarnation: int
 
@@ -104,10 +117,13 @@ class Learner:
         config: LearnerConfig,
         directory: RunDirectory,
         screen: Screen,
+        security: Security = PLAIN,
         make_trainer: Callable[..., Trainer] | None = None,
         keep_alive: Callable[[], None] | None = None,
     ) -> None:
         self.config = config
+        self.security = security
+        self.notices: deque[str] = deque(maxlen=NOTICES_KEPT)
         self.directory = directory
         self.screen = screen
         self.make_trainer = make_trainer or load_trainer
@@ -122,9 +138,8 @@ class Learner:
             stack.push_async_callback(self.compute.close)
             loaded = await self._load()
             gc.freeze()  # what is loaded stays: a full collection of it would hold the loop for 100 ms (I9)
-            insecure = self.config.insecure_plaintext
-            channel = await stack.enter_async_context(listen(self.config.bind, insecure_plaintext=insecure))
-            server = stack.enter_context(WeightsServer(bulk_address(channel.address), insecure_plaintext=insecure))
+            channel = await stack.enter_async_context(listen(self.config.bind, self.security, tell=self.notices.append))
+            server = stack.enter_context(WeightsServer(bulk_address(channel.address), self.security))
             journal = await asyncio.to_thread(Journal.open, self.directory.journal_dir)
             stack.push_async_callback(journal.close)
             async with asyncio.TaskGroup() as tasks:
@@ -142,13 +157,15 @@ class Learner:
         config, directory = self.config, self.directory
         checkpoint = await asyncio.to_thread(latest_checkpoint, directory.checkpoints_dir)
         self.screen.print_notice(opening_line(config, checkpoint))
-        trainer = await self.compute(self.make_trainer, config, checkpoint=checkpoint.path if checkpoint else None)
+        checkpoint_dir = checkpoint.path if checkpoint else None
+        trainer = await self.compute(self.make_trainer, config, checkpoint=checkpoint_dir)
         directory.require_unfinished(trainer.policy_version, config.max_steps)
+        if notice := critic_notice(config, checkpoint_dir):
+            self.screen.print_notice(notice)
         prompts = open_prompts(config, trainer.tokenizer)
         eval_prompts = open_prompts(config, trainer.tokenizer, evaluation=True) if config.eval_dataset else None
         fingerprints = {"dataset": prompts.fingerprint, "tokenizer": trainer.tokenizer_digest}
-        if trainer.adapter is not None:
-            fingerprints["model"] = trainer.adapter.base_digest
+        fingerprints |= await asyncio.to_thread(frozen_fingerprint, config, trainer, checkpoint_dir)
         if eval_prompts is not None:
             fingerprints["eval_dataset"] = eval_prompts.fingerprint
         directory.check_fingerprints(fingerprints)
@@ -158,9 +175,17 @@ class Learner:
             prompts=prompts,
             eval_rows=await asyncio.to_thread(all_rows, eval_prompts) if eval_prompts else (),
             canary_tokens=await asyncio.to_thread(choose_canaries, prompts, max_length=longest),
+            stop_token_ids=stop_token_ids(trainer.tokenizer, config.stop, trainer.eos_token_ids),
             checkpoint=checkpoint,
-            incarnation=directory.begin_incarnation(),  # on disk before a socket opens: it fences off the dead
+            incarnation=self._begin(),
         )
+
+    def _begin(self) -> int:
+        """Write the run down, now that nothing of it can be refused any more; return its incarnation."""
+        check_free(self.config.bind)  # again: loading took long
+        incarnation = self.directory.begin_incarnation()  # on disk before a socket opens: it fences off the dead
+        configure_logging("learner", self.directory.logs_dir / "learner.log", stderr=False)
+        return incarnation
 
     async def _build(
         self, loaded: Loaded, channel: Listener, server: WeightsServer, journal: Journal, tasks: asyncio.TaskGroup
@@ -179,7 +204,7 @@ class Learner:
             vocab_size=trainer.vocab_size,
             model_digest=trainer.model_digest,
             tokenizer_digest=trainer.tokenizer_digest,
-            stop_token_ids=stop_token_ids(trainer.tokenizer, config.stop, trainer.eos_token_ids),
+            stop_token_ids=loaded.stop_token_ids,
             lora_rank=trainer.adapter.r if trainer.adapter else 0,
         )
         coordinator = Coordinator(
@@ -192,16 +217,21 @@ class Learner:
             prompts=loaded.prompts,
             eval_rows=loaded.eval_rows,
             canary_tokens=loaded.canary_tokens,
+            notices=self.notices,
             rows=await asyncio.to_thread(rows_under_way, loaded.prompts, ledger),
         )
         stats, buffer = RunStats(), Buffer()
         arrivals = Arrivals(coordinator, buffer, journal, stats)
         arrivals.restore(start.restored)
+        archive = WeightsArchive(directory.weights_dir, config.keep_versions)
+        coordinator.weights.live_reported = archive.live
         staging = default_staging_directory()
         clean_staging(staging)
         publisher = Publisher(
             trainer,
             server,
+            DeltaChain(server, coordinator.weights.links, config.delta_weights, keep=config.keep_versions > 0),
+            archive,
             directory=staging,
             algorithm="xxh3_128" if is_local(config.bind) else "blake3",
             bulk_address=announced_address(server.address),
@@ -245,6 +275,23 @@ def load_trainer(config: LearnerConfig, *, checkpoint: Path | None) -> Trainer:
     from learner.trainer import Trainer
 
     return Trainer(config, checkpoint=checkpoint)
+
+
+def critic_notice(config: LearnerConfig, checkpoint: Path | None) -> str:
+    """What is said where a critic begins in the middle of a run; else empty."""
+    if not config.has_critic:
+        return ""
+    from learner.critic import beginning
+
+    return beginning(checkpoint)
+
+
+def frozen_fingerprint(config: LearnerConfig, trainer: Trainer, checkpoint: Path | None) -> dict[str, str]:
+    """Digest what the run needs of config.model beside a checkpoint: an adapter's base, or the reference."""
+    from learner.reference import reference_digest
+
+    digest = trainer.adapter.base_digest if trainer.adapter else reference_digest(config, checkpoint)
+    return {"model": digest} if digest else {}
 
 
 def opening_line(config: LearnerConfig, checkpoint: Checkpoint | None) -> str:

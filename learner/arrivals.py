@@ -60,6 +60,7 @@ class Arrivals:
         """Whole groups, not yet judged. An honest fleet cannot fill it: it never sends more than was leased."""
         self.restored: dict[int, TrainGroup] = {}
         """Groups of an earlier incarnation, by ordinal, whose prompt has not been granted again yet."""
+        self._told_of_steps = False
 
     def receive(self, peer: bytes, group: Group) -> None:
         """Take in a message: a whole group, or a part of one."""
@@ -173,8 +174,6 @@ class Arrivals:
         leased = (config.eval_temperature or 1.0) if evaluation else config.temperature  # greedy logprobs have T = 1
         if group.temperature != leased:
             raise InvalidGroup(f"group {group.ordinal}: temperature {group.temperature:g}, leased at {leased:g}")
-        if group.step_rewards is not None and not evaluation:
-            raise InvalidGroup(f"group {group.ordinal}: step_rewards, and no objective of this learner trains on them")
         for version in group_versions(group):
             if coordinator.is_unborn(version):
                 raise InvalidGroup(f"group {group.ordinal}: sampled by version {version}, which was never trained")
@@ -244,7 +243,9 @@ class Arrivals:
             filter_zero_std=config.filter_zero_std,
             mask_truncated_completions=config.mask_truncated_completions,
             min_scored=config.min_scored,
+            compares_steps=config.compares_steps,
         )
+        self._tell_of_steps(group.group)
         if reason is None:
             self._buffer.offer(group)
             return
@@ -252,6 +253,19 @@ class Arrivals:
         coordinator.ended(entry, End.FILTERED, reason)
         self._stats.record_filtered(group.group)
         event(log, "group_filtered", ordinal=group.ordinal, reason=reason)
+
+    def _tell_of_steps(self, group: Group) -> None:
+        """Say once when groups bring steps that nobody compares, or none where they are compared."""
+        estimator, has_steps = self._coordinator.config.advantage_estimator, group.step_rewards is not None
+        if has_steps and estimator not in ("process", "gae"):
+            text = f"has step rewards: advantage_estimator {estimator} trains on their sum, process on each of them"
+        elif not has_steps and estimator == "process":
+            text = "has no step rewards: its rewards count as one step each, and advantage_estimator process is grpo"
+        else:
+            return
+        if not self._told_of_steps:
+            self._told_of_steps = True
+            self._coordinator.notice("step_rewards", f"group {group.ordinal} {text}", ordinal=group.ordinal)
 
 
 def _oldest(group: Group) -> int:

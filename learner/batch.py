@@ -8,7 +8,7 @@ import numpy as np
 import numpy.typing as npt
 
 from protocol.completions import group_versions
-from protocol.messages import FinishReason, Group, Int32
+from protocol.messages import FinishReason, Float32, Group, Int32
 
 Bool = npt.NDArray[np.bool_]
 
@@ -72,3 +72,19 @@ def completions_that_train(group: Group, *, mask_truncated_completions: bool) ->
     if mask_truncated_completions:
         trains_G &= group.finish_reasons != FinishReason.LENGTH
     return trains_G
+
+
+def step_rewards(group: Group) -> Float32:
+    """Return the reward of the step that ends with each token, [T], NaN where none does.
+
+    An outcome is one step that ends with its completion's last token.
+
+    Args:
+        group: whole and validated.
+    """
+    if group.step_rewards is not None:
+        return group.step_rewards
+    rewards_T: Float32 = np.full(group.completion_tokens.size, np.nan, np.float32)
+    judged = (group.scored > 0) & (group.completion_lengths > 0)
+    rewards_T[np.cumsum(group.completion_lengths)[judged] - 1] = group.rewards[judged]
+    return rewards_T

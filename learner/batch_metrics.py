@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from learner.batch import Batch
+from learner.batch import Batch, step_rewards
 from protocol.messages import FinishReason, Group, RewardStatus
 
 Row = dict[str, float | list[int]]
@@ -34,7 +34,8 @@ def reward_metrics(groups: Sequence[Group]) -> Row:
 
     `reward_std` is, as in TRL, the mean over groups of their sample standard deviation (ddof 1), over groups with two
     scored completions or more; `frac_reward_zero_std` is the share of those whose rewards are all equal. The
-    `rewards/{function}` values are of calls with status OK.
+    `rewards/{function}` values are of calls with status OK. Where steps are judged a completion's reward is the sum of
+    its steps'; `step_reward` is the mean of those, and `completions/mean_steps` how many a scored completion has.
 
     Args:
         groups: whole groups that name the same reward functions (made sure of when a server says Hello).
@@ -59,6 +60,12 @@ def reward_metrics(groups: Sequence[Group]) -> Row:
         )
         row[f"rewards/{name}/mean"] = mean(values)
         row[f"rewards/{name}/std"] = float(values.std(ddof=1)) if values.size >= 2 else math.nan
+    judged = [group for group in groups if group.step_rewards is not None]
+    if judged:
+        steps = _concatenate([step_rewards(group) for group in judged])
+        steps = steps[~np.isnan(steps)]
+        row["step_reward"] = mean(steps)
+        row["completions/mean_steps"] = steps.size / max(1, sum(int(np.count_nonzero(g.scored)) for g in judged))
     return row
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
-from learner.batch import TrainGroup, completions_that_train
+from learner.batch import TrainGroup, completions_that_train, step_rewards
 from protocol.messages import Group
 
 
@@ -39,16 +39,26 @@ class Buffer:
 
 
 def why_filtered(
-    group: Group, *, filter_zero_std: bool, mask_truncated_completions: bool = False, min_scored: int = 2
+    group: Group,
+    *,
+    filter_zero_std: bool,
+    mask_truncated_completions: bool = False,
+    min_scored: int = 2,
+    compares_steps: bool = False,
 ) -> str | None:
     """Say why a group has nothing to train on, or None.
 
-    Zero variance is judged on the task reward alone, over the completions that would train.
+    Zero variance is judged on the task reward alone, over the completions that would train; where steps are compared,
+    on the rewards of all their steps.
     """
-    rewards = group.rewards[completions_that_train(group, mask_truncated_completions=mask_truncated_completions)]
+    trains_G = completions_that_train(group, mask_truncated_completions=mask_truncated_completions)
+    rewards = group.rewards[trains_G]
     if rewards.size < min_scored:
         what = "scored and not truncated" if mask_truncated_completions else "scored"
         return f"{rewards.size} of {group.num_generations} completions {what}"
+    if compares_steps:
+        rewards = step_rewards(group)[np.repeat(trains_G, group.completion_lengths)]
+        rewards = rewards[~np.isnan(rewards)]
     if filter_zero_std and bool(np.all(rewards == rewards[0])):
-        return f"all rewards are {float(rewards[0]):g}"
+        return f"all {'step ' if compares_steps else ''}rewards are {float(rewards[0]):g}"
     return None

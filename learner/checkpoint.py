@@ -268,7 +268,7 @@ def _newest_first(checkpoints_dir: Path, *, unreadable_first: bool = False) -> l
     intact one is looked for, so that it is reported.
     """
     keys: dict[Path, tuple[float, int, bool]] = {}
-    for path in checkpoints_dir.iterdir():
+    for path in checkpoints_dir.iterdir() if checkpoints_dir.exists() else ():  # not there before a run has begun
         if not (match := _NAME.fullmatch(path.name)):
             continue
         try:

@@ -16,7 +16,8 @@ class TrainCommand(LearnerConfig):
     """Train a language model with GRPO on groups that rollout servers stream in."""
 
     dry_run: bool = False
-    """Show the resolved configuration, what follows from it and the memory it needs; start nothing."""
+    """Show the resolved configuration, what follows from it, the memory it needs, what this machine lacks for it and
+    what was not checked; start nothing. Under torchrun, no rank waits for another."""
 
     @property
     def config(self) -> LearnerConfig:
@@ -44,10 +45,10 @@ def train(argv: Sequence[str], *, prog: str) -> int:
         report_error(place, error)
         return 0
     if command.dry_run:
-        from learner.dry_run import describe
+        from learner.dry_run import dry_run
 
         if place is None or place.leads:
-            print(describe(config))
+            dry_run(config, place)
         return 0
     if place is not None:
         from learner.ranks.launch import train_on_ranks

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 
 import msgspec
 
-from learner.admission import why_refused
+from learner.admission import NameOwners, why_refused
 from learner.batch import Batch
 from learner.config import LearnerConfig
 from learner.evaluation import Evaluation
@@ -23,9 +23,11 @@ from learner.fleet import Fleet, Health, Server
 from learner.journal_records import EndRecord, Record
 from learner.leases import RunIdentity, eval_lease, train_lease
 from learner.ledger import End, Entry, Ledger, State
+from learner.links import Links
 from learner.progress import Progress
 from learner.prompts import PromptRow, Prompts
 from learner.weights_desk import WeightsDesk
+from protocol.addresses import is_local
 from protocol.channel import Listener
 from protocol.errors import PeerGone, RunStopped
 from protocol.identity import group_id, is_overtaken
@@ -85,6 +87,7 @@ class Coordinator:
     """Ends to be journaled with the next append."""
     counters: Counter[str] = field(default_factory=Counter)
     notices: deque[str] = field(default_factory=lambda: deque(maxlen=NOTICES_KEPT))
+    names: NameOwners = field(default_factory=NameOwners)
     first_lease_s: float | None = None
     quarantined_in_a_row: int = 0
     progress: Progress = field(init=False)
@@ -95,8 +98,9 @@ class Coordinator:
         self.reward_functions = tuple(self.config.reward_funcs)
         self.progress = Progress(self.clock())
         self.weights = WeightsDesk(
-            fleet=self.fleet, clock=self.clock, send=self.send, notice=self.notice, went_live=self.went_live
-        )
+            fleet=self.fleet, links=Links(local=is_local(self.config.bind)), clock=self.clock, send=self.send,
+            notice=self.notice, went_live=self.went_live,
+        )  # fmt: skip
         self.counters.update(dict.fromkeys(COUNTED, 0))
         self.ids = {self.train_id(entry.ordinal): entry.ordinal for entry in self.ledger.entries.values()}
 
@@ -129,7 +133,8 @@ class Coordinator:
         older = self.fleet.named(hello.server)
         if older is not None and is_overtaken(hello.session, older.hello.session):
             return  # of a connection given up since: nothing orders the messages of different connections
-        refusal = why_refused(hello, self.identity, self.reward_functions)
+        refusal = self.names.why_refused(hello.server, self.channel.owner_of(peer), self.channel.knows)
+        refusal = refusal or why_refused(hello, self.identity, self.reward_functions)
         if refusal is not None:
             code, reason = refusal
             self.counters["servers_refused"] += 1

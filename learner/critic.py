@@ -33,6 +33,16 @@ DIRECTORY = "critic"
 WEIGHTS_FILE = "critic.safetensors"
 
 
+def beginning(checkpoint: Path | None) -> str:
+    """Say that a run which has trained without a critic gets one now; empty where it had one, or has only begun."""
+    if checkpoint is None or (checkpoint / DIRECTORY).exists():
+        return ""
+    return (
+        f"advantage_estimator gae: {checkpoint.name} has no critic, so a new one begins, as a copy of the policy that"
+        " expects a reward of 0 everywhere: it has to learn before its advantages are better than the rewards alone"
+    )
+
+
 class Critic:
     """Single-threaded: the compute thread's.
 

@@ -1,4 +1,4 @@
-"""What `train --dry-run` prints: the resolved configuration, what follows from it, and the memory it needs.
+"""What `train --dry-run` prints: the resolved configuration, what follows from it, the memory it needs, what is here.
 
 Imports no torch and reads no weights, so it also answers where neither fits.
 """
@@ -10,21 +10,36 @@ from pathlib import Path
 
 from learner.config import LearnerConfig
 from learner.model.memory import ITEM_BYTES, memory_estimate
+from learner.preflight import check_start, found, unchecked
+from learner.ranks.place import Place
 from protocol.errors import ConfigError
 
 
-def describe(config: LearnerConfig) -> str:
+def dry_run(config: LearnerConfig, place: Place | None) -> None:
+    """Print the text of a dry run, then refuse what a start would be refused for, as far as it can be known.
+
+    Raises:
+        ConfigError: A start would be refused.
+    """
+    print(describe(config, place), flush=True)
+    check_start(config, place)
+
+
+def describe(config: LearnerConfig, place: Place | None = None) -> str:
     """Return the text of a dry run.
 
     Raises:
-        ConfigError: The model's directory is missing, or holds no model that can be measured.
+        ConfigError: The model's directory is missing, or holds no model that can be measured; the run directory holds a
+            run that began differently.
     """
     sections = {
         "configuration": [config.model_dump_json(indent=2)],
         "asynchrony": list(_asynchrony(config)),
         "memory of the learner, estimated": list(_memory(config)),
+        "here": [_line(*words) for words in found(config)],
     }
-    return "\n\n".join("\n".join([f"{title}:", *lines]) for title, lines in sections.items())
+    text = "\n\n".join("\n".join([f"{title}:", *lines]) for title, lines in sections.items())
+    return f"{text}\n\n{unchecked(config, place)}"
 
 
 def _asynchrony(config: LearnerConfig) -> Iterator[str]:

@@ -7,6 +7,7 @@ and the directory is synced after, so that neither the bytes nor the name can be
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 
 
@@ -19,14 +20,28 @@ def write_atomic(path: Path, data: bytes) -> None:
     Raises:
         OSError: the disk refused; the old file is untouched and the temporary one is gone.
     """
-    temporary = path.with_name(f"{path.name}.tmp")
+    write_all_atomic({path: data})
+
+
+def write_all_atomic(files: Mapping[Path, bytes]) -> None:
+    """Replace several files of one directory, each as `write_atomic` does, or none where the disk has no room for all.
+
+    In order: who dies between two of them leaves the first ones new and the others old.
+
+    Raises:
+        OSError: the disk refused.
+    """
+    temporaries = {path.with_name(f"{path.name}.tmp"): path for path in files}
     try:
-        write_synced(temporary, data)
-        temporary.replace(path)
+        for temporary, path in temporaries.items():
+            write_synced(temporary, files[path])
+        for temporary, path in temporaries.items():
+            temporary.replace(path)
     except OSError:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
         raise
-    fsync_directory(path.parent)
+    fsync_directory(next(iter(files)).parent)
 
 
 def write_synced(path: Path, data: bytes) -> None:

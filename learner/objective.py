@@ -31,7 +31,7 @@ from learner.grpo.kl import adapted_beta, kl_in_reward, kl_k1, kl_k2, kl_k3
 from learner.grpo.loss import LossTokens, Surrogate, TokenLoss, grpo_loss
 from learner.grpo.surrogates import cispo_surrogate, clipped_surrogate, sapo_surrogate
 from learner.model.packing import StepTokens
-from learner.token_rewards import judge_tokens, overlong_punishment
+from learner.token_rewards import judge_steps, judge_tokens, overlong_punishment
 from learner.user_functions import Loss, load_advantages, load_loss
 
 AGGREGATIONS: dict[str, Aggregation] = {
@@ -57,7 +57,7 @@ class StepTensors:
     staleness_T: Tensor
     """Versions between the weights that sampled the token and those at the start of the step."""
     advantages_PG: Tensor
-    """[P, G], not flat, of the whole step: for samples/. With a critic, means over a completion's tokens."""
+    """[P, G], not flat, of the whole step: for samples/. Where each token has its own, means over a completion's."""
     advantages_T: Tensor
     weights_T: Tensor
     reference_logprobs_T: Tensor | None = None
@@ -151,12 +151,14 @@ class Objective:
             assert reference_logprobs_T is not None, "beta is above 0"
             kl_T, reference_logprobs_T = kl_k1(proximal_logprobs_T, reference_logprobs_T), None
         returns_T = None
-        if values_T is None:
-            advantages_PG = self._advantages(step, kl_T)
-            advantages_T = advantages_PG[torch.from_numpy(step.trains_PG)][completion_T]
-        else:
+        if values_T is not None:
             judged = judge_tokens(step, values_T, self._config, beta=self.beta, kl_T=kl_T)
             advantages_T, returns_T, advantages_PG = judged
+        elif self._config.compares_steps:
+            advantages_T, advantages_PG = judge_steps(step, self._config)
+        else:
+            advantages_PG = self._advantages(step, kl_T)
+            advantages_T = advantages_PG[torch.from_numpy(step.trains_PG)][completion_T]
         behavior_weight_T = None
         if proximal_logprobs_T is not None and self._config.correction != "none":
             behavior_weight_T = self._correction(
@@ -285,8 +287,8 @@ class Objective:
                 tokens_PG = torch.zeros(trains_PG.shape, dtype=torch.int64)
                 tokens_PG[trains_PG] = torch.bincount(completion_T, minlength=num_completions)
                 return reinforce_plus_plus_advantages(rewards_PG, trains_PG, tokens_PG)
-            case "gae":
-                raise AssertionError("a critic has judged the step")
+            case "gae" | "process":
+                raise AssertionError("judged token by token")
 
     def _weights(self, part: StepTokens, tokens_per_update: float) -> Tensor:
         return token_weights(

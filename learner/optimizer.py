@@ -43,8 +43,8 @@ def check_library(optim: str) -> None:
     """
     if optim in BITSANDBYTES and importlib.util.find_spec("bitsandbytes") is None:
         raise ConfigError(
-            f"optim {optim!r} needs bitsandbytes, which is not installed: install it (pip install bitsandbytes), or"
-            " use optim = 'adamw'"
+            f"optim {optim!r} needs bitsandbytes, which is not installed: pip install '.[optim]' in headway's"
+            " directory, or use optim = 'adamw'"
         )
 
 

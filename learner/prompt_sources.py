@@ -155,7 +155,9 @@ class GymRows:
         try:
             import reasoning_gym
         except ImportError as error:
-            raise ConfigError(f"{self.name} needs the package reasoning-gym: pip install 'headway[rewards]'") from error
+            raise ConfigError(
+                f"{self.name} needs the package reasoning-gym: pip install '.[rewards]' in headway's directory"
+            ) from error
         tasks = reasoning_gym.factory.DATASETS
         if self._task not in tasks:
             near = ", ".join(difflib.get_close_matches(self._task, tasks, n=3)) or "see the package's documentation"

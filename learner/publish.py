@@ -2,7 +2,8 @@
 
 `start(version)` returns at once. The snapshot is taken beside the next forward/backward; `wait_previous` must be
 awaited before the optimizer changes the weights again, so that a version's bytes are always those of one step (I5).
-Snapshot, hashing and serving each have their thread; only announcing happens on the event loop.
+Snapshot, hashing, what differs from the version before, and serving happen on threads; only announcing on the event
+loop.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
 
+import msgspec
 import numpy as np
 
 from learner.canaries import Canaries
+from learner.deltas import DeltaChain, Published
+from learner.weights_archive.archive import PublishedRow, WeightsArchive
 from protocol.errors import WeightsError
 from protocol.logs import event
 from protocol.messages import WeightsReady
@@ -24,10 +28,10 @@ from protocol.versions import Version
 from protocol.waits import Waits
 from protocol.weights.adapters import AdapterSpec
 from protocol.weights.layout import MappedWeights, build_manifest
-from protocol.weights.manifest import Algorithm, Manifest, TensorSpec
+from protocol.weights.manifest import Algorithm, TensorSpec
+from protocol.weights.serving import WeightsServer
 from protocol.weights.specs import Layout
 from protocol.weights.staging import staging_path
-from protocol.weights.transfer import WeightsServer
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +65,8 @@ class Publisher:
         self,
         source: WeightsSource,
         server: WeightsServer,
+        deltas: DeltaChain,
+        archive: WeightsArchive,
         *,
         directory: Path,
         algorithm: Algorithm,
@@ -71,6 +77,8 @@ class Publisher:
     ) -> None:
         self._source = source
         self._server = server
+        self._deltas = deltas
+        self._archive = archive
         self._layout = Layout(source.specs())
         self._directory = directory
         self._algorithm = algorithm
@@ -84,7 +92,9 @@ class Publisher:
         """Chosen, and neither served nor held back yet: being written or hashed."""
         self._snapshot: asyncio.Future[None] | None = None
         self._held_at: int | None = None
-        self._held_back: tuple[Manifest, MappedWeights, Canaries | None] | None = None
+        self._held_back: tuple[Published, Canaries | None] | None = None
+        self._previous: Published | None = None
+        """What was published last, announced or held back: what the next version is compared with."""
         self.current: WeightsReady | None = None
         """The newest announced version: what a joining server is told."""
         self.published = 0
@@ -123,7 +133,7 @@ class Publisher:
         """Snapshot, hash, serve, announce one version.
 
         consumes: the trainer's weights      waits for: a free mapping      unblocked by: readers
-        produces: the snapshot future, then WeightsReady to every server
+        produces: the snapshot future, a delta where it pays, WeightsReady to every server, then what the run keeps
         """
         loop = asyncio.get_running_loop()
         mapped = await self._free_buffer()
@@ -134,25 +144,36 @@ class Publisher:
         manifest = await loop.run_in_executor(
             self._thread, build_manifest, version, mapped, self._algorithm, self._source.adapter
         )
-        event(
-            log, "published", version=version, bytes=manifest.file_bytes, snapshot_s=snapshot_s,
-            hash_s=loop.time() - begun_s - snapshot_s,
+        hash_s = loop.time() - begun_s - snapshot_s
+        published, made = Published(manifest, mapped), None
+        if self._previous is not None:
+            made = await loop.run_in_executor(self._thread, self._deltas.extend, self._previous, published)
+        self._previous = published
+        row = PublishedRow(
+            version=version, bytes=manifest.file_bytes, density=self._deltas.density,
+            delta_bytes=None if made is None else made.manifest.nbytes, snapshot_s=snapshot_s, hash_s=hash_s,
+            delta_s=loop.time() - begun_s - snapshot_s - hash_s,
         )  # fmt: skip
+        event(log, "published", **msgspec.structs.asdict(row))
         self.published += 1
         self._busy.remove(mapped)
         if self._held_at is not None and version.policy_version > self._held_at:
-            self._held_back = (manifest, mapped, canaries)  # what was held back before is superseded
+            self._held_back = (published, canaries)  # what was held back before is superseded
         else:
-            self._serve(manifest, mapped, canaries)
+            self._serve(published, canaries)
+        await loop.run_in_executor(self._thread, self._archive.published, row, manifest, made)
 
-    def _serve(self, manifest: Manifest, mapped: MappedWeights, canaries: Canaries | None) -> None:
+    def _serve(self, published: Published, canaries: Canaries | None) -> None:
+        manifest, mapped = published
         self._server.serve(manifest, mapped)
+        deltas = self._deltas.offers(manifest.version)
         self.current = WeightsReady(
             version=manifest.version,
             manifest=np.frombuffer(manifest.to_json(), np.uint8),
             addresses=(self._bulk_address,),
             canary_tokens=None if canaries is None else canaries.tokens,
             canary_logprobs=None if canaries is None else canaries.logprobs,
+            deltas=None if deltas is None else np.frombuffer(deltas, np.uint8),
         )
         self._announce(self.current)
 
@@ -160,10 +181,10 @@ class Publisher:
         """A mapping that nobody reads: at most BUFFERS exist; the wait for one ends when a slow reader is done."""
         deadline_s = asyncio.get_running_loop().time() + FREE_BUFFER_S
         while True:
-            held = self._held_back[1] if self._held_back else None
+            kept = self._previous.mapped if self._previous else None  # what is held back is the previous one
             for mapped in self._buffers:
                 # The server knows nothing of busy ones: the previous version may still be hashed when this one begins.
-                if mapped is not held and mapped not in self._busy and self._server.is_free(mapped):
+                if mapped is not kept and mapped not in self._busy and self._server.is_free(mapped):
                     self._busy.add(mapped)
                     return mapped
             if len(self._buffers) < BUFFERS:

@@ -8,6 +8,7 @@ reference is the policy's own base model, and costs no memory.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -20,10 +21,11 @@ from transformers import PreTrainedModel
 from learner.config import LearnerConfig
 from learner.model.adapters import Adapter
 from learner.model.export import unique_tensors
-from learner.model.load import load_model
+from learner.model.load import directory_of, load_model
 from learner.model.packing import MicroBatch, StepTokens
 from learner.model.policy import Policy
 from protocol.errors import ConfigError
+from protocol.weights.base_model import base_digest
 
 REFERENCE_FILE = "reference.safetensors"
 
@@ -136,3 +138,24 @@ def make_reference(config: LearnerConfig, policy: Policy, adapter: Adapter | Non
     if adapter is not None:
         return BaseReference(policy, adapter)
     return Reference(config, device=policy.device, share_prefix=policy.shares_prefix)
+
+
+def reference_digest(config: LearnerConfig, checkpoint: Path | None) -> str:
+    """Digest the files of the configured model where the reference is read from them; empty where it is not.
+
+    Not of an adapter's base, whose digest the adapter has. Reads all weights, a second or so per GB.
+
+    Raises:
+        WeightsError: a file cannot be read.
+    """
+    saved = config.sync_ref_model and checkpoint is not None and (checkpoint / REFERENCE_FILE).exists()
+    if not config.beta or saved:
+        return ""
+    directory = directory_of(config.model)
+    if any(directory.glob("*.safetensors")):
+        return base_digest(directory)
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(directory.glob("*.bin")):  # torch's older format
+        with path.open("rb") as file:
+            digest.update(hashlib.file_digest(file, "blake2b").digest())
+    return digest.hexdigest()

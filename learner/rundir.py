@@ -1,21 +1,19 @@
 """The run directory: who owns it, which run it is, and whether the configuration may continue it.
 
     runs/<name>/
-      config.json  metrics.jsonl  summary.json  samples/  checkpoints/  journal/  logs/
+      config.json  metrics.jsonl  summary.json  samples/  checkpoints/  weights/  journal/  logs/
       run.json             run_id, incarnation, and fingerprints of what config.json only names
-      learner.lock         held (flock) for life by the one learner of this directory; never removed
+      learner.lock         held (flock) for life by the one learner of this directory; see run_lock.py
 
 The incarnation is the fencing token of invariant I5: it grows, synced, before a socket opens, so that servers can
-tell this learner from a dead one. This file knows paths and configuration; it must not know what the other parts
-write into their directories.
+tell this learner from a dead one. Until then nothing is written but the lock, and `close` takes that back: a start that
+is refused for whatever reason leaves the disk as it was. This file knows paths and configuration; it must not know what
+the other parts write into their directories.
 """
 
 from __future__ import annotations
 
-import fcntl
-import os
 import secrets
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -24,16 +22,21 @@ import blake3
 import msgspec
 
 from learner.config import LearnerConfig
-from learner.durable import write_atomic
+from learner.durable import write_all_atomic
+from learner.run_lock import RunLock
 from protocol.errors import ConfigError
 
+CONFIG_FILE, RUN_FILE = "config.json", "run.json"
 FREE_TO_CHANGE = frozenset(
     {
         # where the run is, how long it goes on, and what is written about it
         "output_dir", "run_name", "allow_changed", "max_steps", "save_steps", "save_total_limit",
+        "keep_versions",
         "num_completions_logged", "eval_steps",
         # where the learner listens and how patient it is
-        "bind", "insecure_plaintext", "heartbeat_s", "liveness_s", "server_wait_s", "collective_timeout_s",
+        "bind", "key", "allowed_keys", "insecure_plaintext", "delta_weights", "heartbeat_s", "liveness_s",
+        "server_wait_s",
+        "collective_timeout_s",
         # where and how fast the same numbers are computed
         "device", "token_budget", "share_prefix",
     }
@@ -56,47 +59,42 @@ class Identity(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 class RunDirectory:
     """An open run directory. The lock is held until `close`, or until the process ends in whatever way.
 
+    Nothing is written before `begin_incarnation`: what can be checked is checked by then.
+
     Example:
         >>> run = RunDirectory.open(config)
         >>> run.check_fingerprints({"dataset": prompts.fingerprint, "tokenizer": tokenizer_fingerprint})
         >>> incarnation = run.begin_incarnation()      # before the first socket
     """
 
-    def __init__(self, path: Path, lock: int, identity: Identity, config: LearnerConfig) -> None:
-        self.path = path
+    def __init__(self, lock: RunLock, identity: Identity, config: LearnerConfig) -> None:
+        self.path = config.run_dir
         self.continued = identity.incarnation > 0
-        """Whether a learner began this run before. One that was only configured may still change in any way."""
+        """Whether a learner began this run before."""
+        self.begun = False
+        """Whether this one has."""
         self.config_fingerprint = config_fingerprint(config)
         """Goes into every checkpoint."""
         self._lock = lock
         self._identity = identity
-        self._allow_changed = frozenset(config.allow_changed)
+        self._config = config
 
     @classmethod
     def open(cls, config: LearnerConfig) -> Self:
-        """Make or continue `config.run_dir`: lock it, compare the configuration, write the resolved one.
+        """Lock `config.run_dir` and compare the configuration with the run that is there, if one is.
 
         Raises:
             ConfigError: another learner holds it; a key that matters has changed; it cannot be written.
         """
-        path = config.run_dir
         try:
-            for name in ("samples", "checkpoints", "journal", "logs"):
-                (path / name).mkdir(parents=True, exist_ok=True)
-            lock = _lock(path / "learner.lock")
+            lock = RunLock(config.run_dir)
             try:
-                identity = _read_identity(path / "run.json") or Identity(run_id=secrets.token_hex(16))
-                run = cls(path, lock, identity, config)
-                if run.continued:
-                    _check_config(run.config_path, config)
-                write_atomic(run.config_path, msgspec.json.format(config.model_dump_json().encode(), indent=2))
-                run._save(identity)
+                return cls(lock, read_run(config) or Identity(run_id=secrets.token_hex(16)), config)
             except BaseException:  # whatever it is, a refused learner must not keep the lock
-                os.close(lock)
+                lock.undo()
                 raise
         except OSError as error:
-            raise _unwritable(path, error) from error
-        return run
+            raise _unwritable(config.run_dir, error) from error
 
     @property
     def run_id(self) -> str:
@@ -111,7 +109,7 @@ class RunDirectory:
     @property
     def config_path(self) -> Path:
         """The resolved configuration."""
-        return self.path / "config.json"
+        return self.path / CONFIG_FILE
 
     @property
     def metrics_path(self) -> Path:
@@ -139,12 +137,17 @@ class RunDirectory:
         return self.path / "journal"
 
     @property
+    def weights_dir(self) -> Path:
+        """What is kept of the published versions (weights_archive)."""
+        return self.path / "weights"
+
+    @property
     def logs_dir(self) -> Path:
         """Log files of this process."""
         return self.path / "logs"
 
     def check_fingerprints(self, fingerprints: Mapping[str, str]) -> None:
-        """Compare the contents that config.json only names with what the run began with, and remember them.
+        """Compare the contents that config.json only names with what the run began with; they are written at its start.
 
         Args:
             fingerprints: key -> digest. The key is the one to put into allow_changed: dataset, tokenizer, ...
@@ -158,12 +161,10 @@ class RunDirectory:
             {
                 key: (f"content {known[key]}", f"content {digest}")
                 for key, digest in fingerprints.items()
-                if key in known and known[key] != digest and key not in self._allow_changed
+                if key in known and known[key] != digest and key not in self._config.allow_changed
             },
         )
-        if dict(fingerprints).items() <= known.items():
-            return
-        self._save_or_refuse(msgspec.structs.replace(self._identity, fingerprints={**known, **fingerprints}))
+        self._identity = msgspec.structs.replace(self._identity, fingerprints={**known, **fingerprints})
 
     def require_unfinished(self, policy_version: int, max_steps: int) -> None:
         """Go on while there is something left: steps, or the last evaluation, which ends with summary.json.
@@ -171,9 +172,7 @@ class RunDirectory:
         Raises:
             ConfigError: the run is over.
         """
-        if policy_version < max_steps:
-            self.summary_path.unlink(missing_ok=True)  # of the run as it was before max_steps was raised
-        elif self.summary_path.exists():
+        if policy_version >= max_steps and self.summary_path.exists():
             raise ConfigError(
                 f"run {self.path} has trained its {policy_version} steps: raise max_steps to go on, or choose another"
                 " run_name"
@@ -182,26 +181,56 @@ class RunDirectory:
     def begin_incarnation(self) -> int:
         """Return this learner's incarnation, above all earlier ones and on disk. Before a socket opens, once.
 
+        Everything is written here: the places of the run, the resolved configuration, run.json. All has been checked.
+
         Raises:
-            ConfigError: the directory cannot be written.
+            ConfigError: the directory cannot be written; it is left as it was.
         """
-        incarnation = self._identity.incarnation + 1
-        self._save_or_refuse(msgspec.structs.replace(self._identity, incarnation=incarnation))
-        return incarnation
+        identity = msgspec.structs.replace(self._identity, incarnation=self._identity.incarnation + 1)
+        files = {
+            self.config_path: msgspec.json.format(self._config.model_dump_json().encode(), indent=2),
+            self.path / RUN_FILE: msgspec.json.format(msgspec.json.encode(identity), indent=2),
+        }
+        made: list[Path] = []
+        try:
+            for place in (self.samples_dir, self.checkpoints_dir, self.journal_dir, self.logs_dir):
+                if not place.is_dir():
+                    place.mkdir()
+                    made.append(place)
+            write_all_atomic(files)
+            self.summary_path.unlink(missing_ok=True)  # of the run as it was before max_steps was raised
+        except OSError as error:
+            for place in made:
+                place.rmdir()
+            raise _unwritable(self.path, error) from error
+        self._identity, self.begun = identity, True
+        return identity.incarnation
 
     def close(self) -> None:
-        """Let another learner have the directory."""
-        os.close(self._lock)
+        """Let another learner have the directory; one that has not begun leaves it as it was."""
+        if self.begun:
+            self._lock.release()
+        else:
+            self._lock.undo()
 
-    def _save(self, identity: Identity) -> None:
-        write_atomic(self.path / "run.json", msgspec.json.format(msgspec.json.encode(identity), indent=2))
-        self._identity = identity
 
-    def _save_or_refuse(self, identity: Identity) -> None:
-        try:
-            self._save(identity)
-        except OSError as error:
-            raise _unwritable(self.path, error) from error
+def read_run(config: LearnerConfig) -> Identity | None:
+    """Return which run `config.run_dir` holds, if this configuration may continue it; None: no run has begun there.
+
+    Raises:
+        ConfigError: it holds a run that began with another configuration, or damaged files.
+        OSError: the files cannot be read.
+    """
+    path = config.run_dir / RUN_FILE
+    if not path.exists():
+        return None
+    try:
+        identity = msgspec.json.decode(path.read_bytes(), type=Identity)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise _damaged(path, error) from error
+    if identity.incarnation > 0:
+        _check_config(config.run_dir / CONFIG_FILE, config)
+    return identity
 
 
 def config_fingerprint(config: LearnerConfig) -> str:
@@ -223,7 +252,7 @@ def _check_config(path: Path, config: LearnerConfig) -> None:
     try:
         before = msgspec.json.decode(path.read_bytes(), type=dict[str, Any])
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is damaged ({error}): restore it, or choose another run_name") from error
+        raise _damaged(path, error) from error
     changes: dict[str, tuple[object, object]] = {}
     for key, value in _plain(config).items():
         # A key that an older headway did not have yet was, in effect, at its default.
@@ -244,32 +273,8 @@ def _refuse_changes(run_dir: Path, changes: Mapping[str, tuple[object, object]])
     )
 
 
-def _read_identity(path: Path) -> Identity | None:
-    if not path.exists():
-        return None
-    try:
-        return msgspec.json.decode(path.read_bytes(), type=Identity)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path} is damaged ({error}): restore it, or choose another run_name") from error
-
-
-def _lock(path: Path) -> int:
-    """Lock a file until its descriptor closes. The file stays: removing it would let two learners lock two files."""
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if not isinstance(error, BlockingIOError):  # no locks on this file system
-            os.close(descriptor)
-            raise
-        holder = os.pread(descriptor, 200, 0).decode(errors="replace").strip() or "a process that just started"
-        os.close(descriptor)
-        raise ConfigError(
-            f"{path.parent} is in use by another learner ({holder}): stop it, or choose another run_name"
-        ) from None
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-    return descriptor
+def _damaged(path: Path, error: Exception) -> ConfigError:
+    return ConfigError(f"{path} is damaged ({error}): restore it, or choose another run_name")
 
 
 def _unwritable(path: Path, error: OSError) -> ConfigError:

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
+import numpy as np
 
 from learner.batch import Batch, TrainGroup
 from learner.batch_metrics import Row
 from learner.durable import write_atomic
 from protocol.completions import Completion, unpack_completions
-from protocol.messages import Int32, RewardStatus
+from protocol.messages import Group, Int32, RewardStatus
 
 
 class JsonlTracker:
@@ -101,6 +102,7 @@ class SampleWriter:
             "prompt": train.prompt,
             "completion": self._decode(completion.completion_tokens),
             "reward": float(group.rewards[i]) if group.scored[i] else None,
+            "step_rewards": _steps(group, i),
             "rewards": {
                 name: {
                     "value": float(group.reward_values[i, f]),
@@ -116,6 +118,15 @@ class SampleWriter:
 
     def _path(self, step: int) -> Path:
         return self._directory / f"step_{step:06d}.jsonl"
+
+
+def _steps(group: Group, i: int) -> list[tuple[int, float]] | None:
+    """Say with which tokens the steps of a completion end, and what each earned; None where nobody judged steps."""
+    if group.step_rewards is None:
+        return None
+    end = int(group.completion_lengths[: i + 1].sum())
+    rewards = group.step_rewards[end - int(group.completion_lengths[i]) : end]
+    return [(token, float(rewards[token])) for token in np.flatnonzero(~np.isnan(rewards)).tolist()]
 
 
 def _whole_lines(path: Path) -> list[bytes]:

@@ -13,6 +13,7 @@ from typing import Protocol
 
 from learner.batch_metrics import Row
 from learner.fleet import Fleet, Server
+from learner.links import Links
 from learner.rollover import Rollover
 from protocol.messages import (
     AnyMessage,
@@ -50,11 +51,14 @@ class WeightsDesk:
     """See the module's text. One per coordinator."""
 
     fleet: Fleet
+    links: Links
     clock: Callable[[], float]
     send: Callable[[Server, AnyMessage], bool]
     notice: Notice
     went_live: Callable[[Version], None]
     """Told of every version that a server serves now."""
+    live_reported: Callable[[str, WeightsLive], None] = lambda server, report: None
+    """Told of every report that a version is live, with the server's name."""
     current: WeightsReady | None = None
     """The newest announced version: what a joining server is told."""
     rollover: Rollover = field(default_factory=Rollover)
@@ -69,11 +73,13 @@ class WeightsDesk:
 
     def joined(self, server: Server) -> None:
         """Tell a server that was welcomed."""
+        self.links.joined(server.name)
         if self.current is not None:
             self.send(server, self.current)
 
     def left(self, server: Server) -> None:
         """Forget a server; its turn is free, with the next tick."""
+        self.links.left(server.name)
         self.rollover.left(server.peer)
 
     def tick(self) -> None:
@@ -104,6 +110,8 @@ class WeightsDesk:
                     self.rollover.staged(peer, version)
             case WeightsLive():
                 self.rollover.swapped(peer, message.version, self.clock())
+                self.links.live(server.name, message)
+                self.live_reported(server.name, message)
                 if self.fleet.went_live(peer, message.version):
                     self._note(server, message)
                     self.went_live(message.version)

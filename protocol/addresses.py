@@ -1,7 +1,7 @@
 """Addresses of the two planes: what is allowed, and how one follows from another. Pure; makes no sockets.
 
-An address is `tcp://HOST:PORT` (port 0 or `*`: any free one, for listening) or `ipc://PATH`. Traffic is not
-authenticated or encrypted yet, so anything but loopback and ipc is refused unless the user says otherwise.
+An address is `tcp://HOST:PORT` (port 0 or `*`: any free one, for listening) or `ipc://PATH`. Without keys traffic is
+neither authenticated nor encrypted, so anything but loopback and ipc is refused then, unless the user says otherwise.
 """
 
 from __future__ import annotations
@@ -13,19 +13,20 @@ from protocol.errors import ConfigError, MalformedMessage
 WILDCARD_HOSTS = ("*", "0.0.0.0", "::")  # noqa: S104 - recognized, never a default
 
 
-def check_address(address: str, insecure_plaintext: bool) -> None:
+def check_address(address: str, *, off_host: bool) -> None:
     """Refuse an address that would carry weights and rollouts unprotected off this host.
 
     Raises:
-        ConfigError: no address, or not loopback without `insecure_plaintext`.
+        ConfigError: no address, or not loopback although traffic may not leave the host (`off_host`).
     """
     transport, host, _ = parse_address(address)
-    if transport == "ipc" or insecure_plaintext or _is_loopback(host):
+    if transport == "ipc" or off_host or _is_loopback(host):
         return
     raise ConfigError(
-        f"address {address}: {host} is not loopback, and connections are neither authenticated nor encrypted"
-        " yet (keys come in a later version). Use tcp://127.0.0.1:PORT or ipc://PATH. In a closed lab only, add"
-        " --insecure-plaintext: whoever reaches the port can then read the weights and feed the learner data"
+        f"address {address}: {host} is not loopback, and without keys whoever reaches the port can read the weights and"
+        " feed the learner data. Make a key on each host, `headway-learner keygen DIR` and `headway-server keygen DIR`,"
+        " and name them: the learner's --key and --allowed-keys, a server's --key and --learner-key. Or use"
+        " tcp://127.0.0.1:PORT or ipc://PATH; in a closed lab only, --insecure-plaintext"
     )
 
 

@@ -1,36 +1,40 @@
-"""All sockets are made here: the control plane's on the event loop, the bulk plane's for one thread each.
+"""The control plane's two ends on the event loop: one listens, the others dial.
 
 This file knows ZeroMQ and event loops; it must not know what messages mean (codec.py turns them into frames)
-nor who sends which. Flow control is by leases and requests, never by high-water marks: those drop silently.
+nor who sends which. Sockets are made in sockets.py, those of the bulk plane too.
 """
 
 from __future__ import annotations
 
 import asyncio
-import functools
-import itertools
+import logging
 import secrets
-import socket as stdlib_socket
-from collections.abc import Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 from types import TracebackType
 from typing import Final, Protocol, Self
 
 import zmq
 
-from protocol.addresses import (
-    WILDCARD_HOSTS,
-    bulk_address,
-    check_address,
-    parse_address,
-    resolve_address,
-    tcp_address,
-)
-from protocol.codec import MAX_FRAME_BYTES, Buffer, decode, encode
+from protocol.addresses import bulk_address, check_address, resolve_address
+from protocol.codec import Buffer, decode, encode
 from protocol.connection_watch import ConnectionWatch
+from protocol.door import Door
 from protocol.errors import ConfigError, PeerGone, PeerSilent, ProtocolError
+from protocol.free_address import remove_ipc_socket
+from protocol.keys import KEY_CHARACTERS
+from protocol.logs import event
 from protocol.loop_socket import LoopSocket
 from protocol.messages import AnyMessage
+from protocol.security import PLAIN, Said, Security, is_mismatch, why_refused, why_turned_away
+from protocol.sockets import (
+    bind,
+    bound_address,
+    bulk_client_socket,
+    bulk_server_socket,
+    connect,
+    new_socket,
+    wake_pair,
+)
 
 __all__ = [
     "Dialer",
@@ -46,16 +50,10 @@ __all__ = [
     "wake_pair",
 ]
 
+log = logging.getLogger(__name__)
+
 LINGER_MS: Final = 1000
 """How long a cleanly closed socket may go on sending what it still has (the Goodbye)."""
-HANDSHAKE_MS: Final = 3000
-"""A connection whose ZMTP handshake takes longer is closed, so that idle ones hold no descriptors."""
-RECONNECT_MS, RECONNECT_MAX_MS = 100, 2000
-ZMTP_HEARTBEAT_MS, ZMTP_TIMEOUT_MS = 5000, 20000
-"""ZeroMQ's own heartbeats only collect dead connections; liveness is decided by Ping and Pong."""
-
-_IN_USE = "another process has it: stop that one or choose another address"
-_pair_numbers = itertools.count()
 
 
 class Channel(Protocol):
@@ -83,6 +81,8 @@ class Listener(Channel, Protocol):
     async def recv(self) -> tuple[bytes, AnyMessage | ProtocolError]:
         """Wait for (peer id, message). What is no message comes as a value: one bad peer stops nothing.
 
+        A peer id stands for one connection and, where there are keys, for one key: nobody else's message has it.
+
         Raises:
             PeerGone: this end was closed.
         """
@@ -93,6 +93,12 @@ class Listener(Channel, Protocol):
         Raises:
             PeerGone: no such peer is connected, or no longer.
         """
+
+    def owner_of(self, peer: bytes) -> str:
+        """Who that peer has proved to be: the name beside its key in the allow-list, or the key. Empty without keys."""
+
+    def knows(self, owner: str) -> bool:
+        """Whether the allow-list still has a key of that owner."""
 
 
 class Dialer(Channel, Protocol):
@@ -118,43 +124,64 @@ class Dialer(Channel, Protocol):
         """Drop the connection and what is queued on it; open another under a fresh routing id."""
 
 
-def listen(address: str, *, insecure_plaintext: bool = False) -> Listener:
+def _nobody(text: str) -> None:
+    """Show a line to nobody: it is in the log."""
+
+
+def listen(address: str, security: Security = PLAIN, *, tell: Callable[[str], None] = _nobody) -> Listener:
     """Listen at `address` on the running event loop.
+
+    `tell` is called, on any thread, with each line about a peer that was refused; the log has them, too.
 
     Raises:
         ConfigError: the address is refused or in use.
     """
-    return _ZmqListener(address, insecure_plaintext)
+    return _ZmqListener(address, security, tell)
 
 
-def dial(address: str, *, insecure_plaintext: bool = False) -> Dialer:
+def dial(address: str, security: Security = PLAIN) -> Dialer:
     """Connect to `address` on the running event loop; the listener need not be there yet.
+
+    Who is refused says so in the log, and tries again with every `reconnect`.
 
     Raises:
         ConfigError: the address is refused.
     """
-    return _ZmqDialer(address, insecure_plaintext)
+    return _ZmqDialer(address, security)
 
 
 class _ZmqChannel:
-    """A ZeroMQ context (its own I/O thread) with one socket at a time."""
+    """A ZeroMQ context (its own I/O thread) with one socket at a time, watched."""
 
-    def __init__(self, address: str, insecure_plaintext: bool) -> None:
+    _socket: LoopSocket
+    _watch: ConnectionWatch | None
+    _door: Door | None = None
+
+    def __init__(self, address: str, security: Security) -> None:
         self._address = address
-        self._insecure_plaintext = insecure_plaintext
+        self._security = security
+        self._said = Said()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
-            self._socket = self._open()
+            self._open()
         except ConfigError:
+            self._shut(0)
             self._context.term()
             raise
 
-    def _open(self) -> LoopSocket:
+    def _open(self) -> None:
         raise NotImplementedError
 
+    def _shut(self, linger_ms: int) -> None:
+        if self._watch is not None:
+            self._watch.close()
+        self._socket.close(linger_ms)
+
     async def close(self) -> None:
-        self._socket.close(LINGER_MS)
+        self._shut(LINGER_MS)
         await asyncio.to_thread(self._context.term)  # returns when all has left, or after LINGER_MS
+        if self._door is not None:
+            await asyncio.to_thread(self._door.join)
 
     async def __aenter__(self) -> Self:
         return self
@@ -166,14 +193,34 @@ class _ZmqChannel:
 
 
 class _ZmqListener(_ZmqChannel):
-    """ROUTER. Handover stays off: nobody takes over the routing id of a live connection."""
+    """ROUTER. Handover stays off: nobody takes over the routing id of a live connection.
 
-    def _open(self) -> LoopSocket:
-        socket = _new_socket(self._context, zmq.ROUTER)
+    With keys a peer id is the sender's key and its routing id, so that a routing id which somebody else comes by later
+    stands for nobody.
+    """
+
+    def __init__(self, address: str, security: Security, tell: Callable[[str], None]) -> None:
+        self._tell = tell
+        self._key_length = KEY_CHARACTERS if security.pair else 0
+        super().__init__(address, security)
+
+    def _open(self) -> None:
+        socket = new_socket(self._context, zmq.ROUTER)
         socket.set(zmq.ROUTER_MANDATORY, 1)
-        _bind(socket, self._address, self._insecure_plaintext)
+        self._socket = LoopSocket(socket, with_key=self._security.pair is not None)
+        if self._security.pair is not None:
+            self._watch = None  # the door watches it
+            self._door = Door(self._context)
+            self._door.guard(socket, self._security, self._tell)
+        else:
+            self._watch = ConnectionWatch(socket, on_break=lambda: None, on_failure=self._handshake_failed)
+        bind(socket, self._address, self._security)
         self._address = bound_address(socket)
-        return LoopSocket(socket)
+
+    async def close(self) -> None:
+        if not self._context.closed:
+            remove_ipc_socket(self._address)
+        await super().close()
 
     @property
     def address(self) -> str:
@@ -182,29 +229,39 @@ class _ZmqListener(_ZmqChannel):
     async def recv(self) -> tuple[bytes, AnyMessage | ProtocolError]:
         frames = await self._socket.recv()
         assert frames is not None, "there is no limit on silence here"
-        return frames[0], _decode(frames[1:])
+        if not self._key_length:
+            return frames[0], _decode(frames[1:])
+        return frames[0] + frames[1], _decode(frames[2:])
 
     def send(self, peer: bytes, message: AnyMessage) -> None:
         try:
-            self._socket.send([peer, *encode(message)])
+            self._socket.send([peer[self._key_length :], *encode(message)])
         except zmq.ZMQError as error:
             raise PeerGone(f"peer {peer!r} is not connected: {error.strerror}") from None
+
+    def owner_of(self, peer: bytes) -> str:
+        allowed = self._security.allowed
+        return allowed.owner(peer[: self._key_length].decode("ascii")) if self._key_length and allowed else ""
+
+    def knows(self, owner: str) -> bool:
+        return self._security.allowed is not None and self._security.allowed.knows(owner)
+
+    def _handshake_failed(self, what: int, value: int) -> None:
+        if self._said.is_new(f"{what} {value}"):
+            text = why_refused(self._security, f"a peer at {self._address}", what, value)
+            event(log, "handshake_failed", level=logging.WARNING, text=text)
+            self._tell(text)
 
 
 class _ZmqDialer(_ZmqChannel):
     """DEALER, under a routing id of its own making for every connection it opens."""
 
-    def _open(self) -> LoopSocket:
-        socket = _new_socket(self._context, zmq.DEALER)
+    def _open(self) -> None:
+        socket = new_socket(self._context, zmq.DEALER)
         socket.set(zmq.ROUTING_ID, secrets.token_hex(8).encode())
-        _connect(socket, self._address, self._insecure_plaintext)
-        opened = LoopSocket(socket)
-        self._watch = ConnectionWatch(socket, opened.break_off)
-        return opened
-
-    async def close(self) -> None:
-        self._watch.close()
-        await super().close()
+        self._socket = LoopSocket(socket)
+        self._watch = ConnectionWatch(socket, on_break=self._socket.break_off, on_failure=self._handshake_failed)
+        connect(socket, self._address, self._security)
 
     async def recv(self, silence_s: float | None = None) -> AnyMessage | ProtocolError:
         socket = self._socket
@@ -223,13 +280,24 @@ class _ZmqDialer(_ZmqChannel):
     def send(self, message: AnyMessage) -> None:
         try:
             self._socket.send(encode(message))
+        except zmq.Again:
+            return  # the handshake was refused, and ZeroMQ tries no more: `reconnect` would drop what is queued anyway
         except zmq.ZMQError as error:
             raise PeerGone(f"cannot send to {self._address}: {error.strerror}") from None
 
     def reconnect(self) -> None:
-        self._watch.close()
-        self._socket.close(0)
-        self._socket = self._open()
+        self._shut(0)
+        self._open()
+
+    def _handshake_failed(self, what: int, value: int) -> None:
+        """Say why. A learner whose key is being changed has one of several: the next connection tries the next one."""
+        trusted = self._security.trusted
+        known = what == zmq.EVENT_HANDSHAKE_FAILED_AUTH or is_mismatch(what, value)
+        if trusted is not None and not known and trusted.turn():
+            self._socket.give_up()
+        elif self._said.is_new(f"{what} {value}"):
+            text = why_turned_away(self._security, self._address, what, value)
+            event(log, "handshake_failed", level=logging.WARNING, text=text)
 
 
 def _decode(frames: Sequence[Buffer]) -> AnyMessage | ProtocolError:
@@ -237,115 +305,3 @@ def _decode(frames: Sequence[Buffer]) -> AnyMessage | ProtocolError:
         return decode(frames)
     except ProtocolError as error:
         return error.with_traceback(None)  # which would keep the frames alive
-
-
-def bound_address(socket: zmq.Socket[bytes]) -> str:
-    """Return the address a socket is bound to, with the port the system chose."""
-    return socket.get_string(zmq.LAST_ENDPOINT)
-
-
-def bulk_server_socket(address: str, *, insecure_plaintext: bool = False) -> zmq.Socket[bytes]:
-    """Return a ROUTER bound to `address` for the one thread that serves weights.
-
-    Sending to a peer that has gone raises zmq.ZMQError (EHOSTUNREACH). Never blocks: the requests not yet
-    answered bound what is queued. Close with `socket.close()`; nothing lingers, since transfers resume.
-
-    Raises:
-        ConfigError: the address is refused or in use.
-    """
-    socket = _new_socket(_bulk_context(), zmq.ROUTER)
-    socket.set(zmq.ROUTER_MANDATORY, 1)
-    _bind(socket, address, insecure_plaintext)
-    return socket
-
-
-def bulk_client_socket(address: str, *, insecure_plaintext: bool = False) -> zmq.Socket[bytes]:
-    """Return a DEALER connected to `address` for the one thread that fetches weights.
-
-    Raises:
-        ConfigError: the address is refused.
-    """
-    socket = _new_socket(_bulk_context(), zmq.DEALER)
-    _connect(socket, address, insecure_plaintext)
-    return socket
-
-
-def wake_pair() -> tuple[zmq.Socket[bytes], zmq.Socket[bytes]]:
-    """Return two connected PAIR sockets: one for a bulk thread to poll, one for its owner to wake it with."""
-    endpoint = f"inproc://wake-{next(_pair_numbers)}"
-    polled, waker = _new_socket(_bulk_context(), zmq.PAIR), _new_socket(_bulk_context(), zmq.PAIR)
-    polled.bind(endpoint)
-    waker.connect(endpoint)
-    return polled, waker
-
-
-@functools.cache
-def _bulk_context() -> zmq.Context[zmq.Socket[bytes]]:
-    """Return the bulk plane's own I/O thread: gigabytes of weights must not hold up a heartbeat."""
-    return zmq.Context()
-
-
-def _new_socket(context: zmq.Context[zmq.Socket[bytes]], kind: int) -> zmq.Socket[bytes]:
-    socket = context.socket(kind)
-    socket.set(zmq.LINGER, 0)
-    socket.set(zmq.SNDHWM, 0)
-    socket.set(zmq.RCVHWM, 0)
-    socket.set(zmq.MAXMSGSIZE, MAX_FRAME_BYTES)
-    socket.set(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)
-    socket.set(zmq.RECONNECT_IVL, RECONNECT_MS)
-    socket.set(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
-    socket.set(zmq.HEARTBEAT_IVL, ZMTP_HEARTBEAT_MS)
-    socket.set(zmq.HEARTBEAT_TIMEOUT, ZMTP_TIMEOUT_MS)
-    socket.set(zmq.HEARTBEAT_TTL, ZMTP_TIMEOUT_MS)
-    return socket
-
-
-def _bind(socket: zmq.Socket[bytes], address: str, insecure_plaintext: bool) -> None:
-    """Bind, or close the socket and say in one line why not."""
-    try:
-        check_address(address, insecure_plaintext)
-        transport, host, port = parse_address(address)
-        if transport == "ipc":
-            _check_ipc_path_free(host)
-            socket.bind(address)
-        else:
-            socket.set(zmq.IPV6, ":" in host)
-            socket.bind(tcp_address("127.0.0.1" if host == "localhost" else host, port))
-    except ConfigError:
-        socket.close()
-        raise
-    except zmq.ZMQError as error:
-        socket.close()
-        why = _IN_USE if error.errno == zmq.EADDRINUSE else error.strerror
-        raise ConfigError(f"cannot listen on {address}: {why}") from None
-
-
-def _connect(socket: zmq.Socket[bytes], address: str, insecure_plaintext: bool) -> None:
-    """Connect (which never waits), or close the socket and say in one line why not."""
-    try:
-        check_address(address, insecure_plaintext)
-        transport, host, port = parse_address(address)
-        if transport == "tcp" and (host in WILDCARD_HOSTS or port == 0):
-            raise ConfigError(f"address {address}: to connect, a host and a port are needed")
-        socket.set(zmq.IPV6, transport == "tcp" and ":" in host)
-        socket.connect(address)
-    except ConfigError:
-        socket.close()
-        raise
-    except zmq.ZMQError as error:
-        socket.close()
-        raise ConfigError(f"cannot connect to {address}: {error.strerror}") from None
-
-
-def _check_ipc_path_free(path: str) -> None:
-    """Refuse a path in use: ZeroMQ would unlink what lies there, a live peer's socket or a user's file."""
-    if path.startswith("@") or not Path(path).exists():
-        return
-    if not Path(path).is_socket():
-        raise ConfigError(f"cannot listen on ipc://{path}: a file that is no socket lies there")
-    with stdlib_socket.socket(stdlib_socket.AF_UNIX) as probe:
-        try:
-            probe.connect(path)
-        except OSError:
-            return  # nobody accepts: left behind by a process that died
-    raise ConfigError(f"cannot listen on ipc://{path}: another process has it: stop that one or choose another address")

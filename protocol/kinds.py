@@ -51,3 +51,16 @@ class AckStatus(StrEnum):
     """Sampled by orphaned weights, or too old to be trained inside the bound; its lease is given out again."""
     REFUSED = "refused"
     """Invalid (I6); its lease is given out again."""
+
+
+class WeightsPath(StrEnum):
+    """How a version's bytes came to a server."""
+
+    NONE = "none"
+    """They were there: its content is that of the version before."""
+    SHARED = "shared"
+    """Read out of the learner's own memory, on one host."""
+    DENSE = "dense"
+    """All of them, over the bulk plane."""
+    DELTA = "delta"
+    """What differs from a version that was there, over the bulk plane."""

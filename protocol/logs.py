@@ -12,12 +12,15 @@ import json
 import logging
 import re
 import sys
+from collections import deque
 from pathlib import Path
 from typing import Any
 
 from protocol.errors import ConfigError
 
 OUR_PACKAGES = ("protocol", "rollout_server", "learner")
+KEPT_LINES = 1000
+"""While there is nowhere to log to."""
 _BARE = re.compile(r"[A-Za-z0-9_.:/@+-]+")
 """Values that need no quotes."""
 _UNSAFE = re.compile(r"[^\x20-\x7e]")
@@ -25,7 +28,9 @@ _UNSAFE = re.compile(r"[^\x20-\x7e]")
 
 
 def configure_logging(process: str, path: Path | None = None, *, stderr: bool = True) -> None:
-    """Send the process's log to a file, to stderr, to both or nowhere. Called again, it starts over.
+    """Send the process's log to a file, to stderr, or to both. Called again, it starts over.
+
+    With neither, lines are kept until a later call says where: while nobody knows yet whether there will be a file.
 
     Our own packages log from INFO on, libraries from WARNING on.
 
@@ -45,12 +50,16 @@ def configure_logging(process: str, path: Path | None = None, *, stderr: bool = 
         except OSError as error:
             raise ConfigError(f"log file {path}: {error.strerror}") from error
     root = logging.getLogger()
+    kept: list[logging.LogRecord] = []
     for old in [handler for handler in root.handlers if isinstance(handler.formatter, LineFormatter)]:
         root.removeHandler(old)
         old.close()
-    for handler in handlers or [logging.NullHandler()]:
+        kept += old.records if isinstance(old, _Keeper) else ()
+    for handler in handlers or [_Keeper()]:
         handler.setFormatter(LineFormatter(process))
         root.addHandler(handler)
+        for record in kept:
+            handler.handle(record)
     root.setLevel(logging.WARNING)
     for package in OUR_PACKAGES:
         logging.getLogger(package).setLevel(logging.INFO)
@@ -79,6 +88,18 @@ def quoted(value: object) -> str:
         return f"{value:.6g}"
     text = str(value)
     return text if _BARE.fullmatch(text) else json.dumps(text, ensure_ascii=True).replace("\x7f", "\\u007f")
+
+
+class _Keeper(logging.Handler):
+    """Keeps the newest lines for the handlers to come."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.records: deque[logging.LogRecord] = deque(maxlen=KEPT_LINES)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Keep it."""
+        self.records.append(record)
 
 
 class LineFormatter(logging.Formatter):

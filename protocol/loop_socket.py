@@ -22,8 +22,8 @@ RECV_BURST: Final = 64
 COPY_BELOW_BYTES: Final = 8192
 """Smaller frames become bytes: they lie unaligned in ZeroMQ's receive buffers, and would keep those alive."""
 
-_FRAMES_KEPT: Final = MAX_FRAMES + 2
-"""A peer's id, and one frame more than any message may have, so that the codec sees it was too many."""
+_FRAMES_KEPT: Final = MAX_FRAMES + 3
+"""A peer's key and id, and one frame more than any message may have, so that the codec sees it was too many."""
 _NOBLOCK: Final = int(zmq.NOBLOCK)
 _NOBLOCK_MORE: Final = int(zmq.NOBLOCK | zmq.SNDMORE)
 _send: Final = zmq.backend.Socket.send
@@ -33,16 +33,18 @@ _send: Final = zmq.backend.Socket.send
 class LoopSocket:
     """Owns one socket. One task receives; any callback of the same loop may send."""
 
-    def __init__(self, socket: zmq.Socket[bytes]) -> None:
+    def __init__(self, socket: zmq.Socket[bytes], *, with_key: bool = False) -> None:
+        """Take the socket over. `with_key`: put the sender's key in front of each message, where it has proved one."""
         self._loop = asyncio.get_running_loop()
         self._socket = socket
+        self._with_key = with_key
         self._fd = int(socket.get(zmq.FD))
         self._waiter: asyncio.Future[None] | None = None
         self._burst = 0
         self._heard_s = self._loop.time()
         self._heard = False
         self.broken = False
-        """Whether `break_off` was called: nothing more is to be expected of the connection."""
+        """Nothing more is to be expected of the connection."""
         self._loop.add_reader(self._fd, self._on_signal)
 
     def send(self, frames: Sequence[Buffer]) -> None:
@@ -83,8 +85,12 @@ class LoopSocket:
     def break_off(self) -> None:
         """The connection is gone: what has arrived can still be received. Before anything was heard, none was made."""
         if self._heard:
-            self.broken = True
-            self._wake()
+            self.give_up()
+
+    def give_up(self) -> None:
+        """No connection will come about here, or none any more: whoever receives is told, after what has arrived."""
+        self.broken = True
+        self._wake()
 
     def close(self, linger_ms: int) -> None:
         """Close; what is queued may go on leaving for `linger_ms`. A task waiting in recv gets PeerGone."""
@@ -108,6 +114,8 @@ class LoopSocket:
                     raise PeerGone("this end of the channel is closed") from error
                 raise
             more = frame.more
+            if self._with_key and not frames:
+                frames.append(str(frame.get("User-Id")).encode())
             if len(frames) < _FRAMES_KEPT:
                 frames.append(frame.bytes if len(frame) < COPY_BELOW_BYTES else frame)
         return frames

@@ -1,8 +1,9 @@
 """What the two processes say to each other: frozen, typed, validated when built and when decoded.
 
-    server -> learner   Hello, Group, Return, WeightsRequest, WeightsStaged, WeightsLive, WeightsFailed, WeightsLost
-    learner -> server   Welcome, Refused, Lease, Ack, Cancel, WeightsReady, WeightsChunk, WeightsSwap
+    server -> learner   Hello, Group, Return
+    learner -> server   Welcome, Refused, Lease, Ack, Cancel
     both ways           Ping, Pong, Drain, Goodbye, Fault
+    of new weights      see weights_messages.py
 
 A message is one small msgpack header (its scalar fields, by name), then its array fields as raw little-endian frames:
 large ones one by one, small ones in one (see codec.py). Array fields of a decoded message are read-only views of the
@@ -23,15 +24,17 @@ from protocol.kinds import Purpose as Purpose
 from protocol.kinds import RewardStatus as RewardStatus
 from protocol.kinds import UInt8 as UInt8
 from protocol.kinds import UInt16 as UInt16
-from protocol.versions import PROTOCOL_VERSION, Version
-
-
-class Message(
-    msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, eq=False, tag_field="type", tag=str.lower
-):
-    """Base of all messages."""
-
-    protocol_version: int = PROTOCOL_VERSION
+from protocol.kinds import WeightsPath as WeightsPath
+from protocol.versions import Version
+from protocol.weights_messages import Message as Message
+from protocol.weights_messages import WeightsChunk as WeightsChunk
+from protocol.weights_messages import WeightsFailed as WeightsFailed
+from protocol.weights_messages import WeightsLive as WeightsLive
+from protocol.weights_messages import WeightsLost as WeightsLost
+from protocol.weights_messages import WeightsReady as WeightsReady
+from protocol.weights_messages import WeightsRequest as WeightsRequest
+from protocol.weights_messages import WeightsStaged as WeightsStaged
+from protocol.weights_messages import WeightsSwap as WeightsSwap
 
 
 class Sampling(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -96,6 +99,8 @@ class Hello(Message, frozen=True, kw_only=True):
     """Group ids finished but not acknowledged."""
     in_flight: tuple[str, ...] = ()
     """Group ids being generated or scored."""
+    relay_address: str = ""
+    """Where this server passes versions on to others (host `*`: the one its connection comes from); empty: nowhere."""
 
 
 class Welcome(Message, frozen=True, kw_only=True):
@@ -201,7 +206,7 @@ class Group(Message, frozen=True, kw_only=True):
     loss_mask: UInt8 | None = None
     """[T] 0 for tokens an environment or a tool wrote; None: every token was sampled by the policy."""
     step_rewards: Float32 | None = None
-    """[T] process reward given at that token."""
+    """[T] process reward of the step that ends with that token, NaN where none does; None: rewards are outcomes."""
     sampling_mask: UInt8 | None = None
     """Reserved: the support of truncated sampling."""
     routed_experts: UInt16 | None = None
@@ -232,96 +237,6 @@ class Cancel(Message, frozen=True, kw_only=True):
 
     group_id: str
     attempt: int
-    reason: str
-
-
-class WeightsReady(Message, frozen=True, kw_only=True):
-    """A version may be fetched. A newer one supersedes those before it."""
-
-    version: Version
-    manifest: UInt8
-    """The manifest, UTF-8 JSON (see weights/manifest.py)."""
-    addresses: tuple[str, ...]
-    """Bulk endpoints that serve it, best first; `*` as the host is the host the server dialed."""
-    canary_tokens: Int32 | None = None
-    """[N, L] sequences to try the weights on, for engines that check (Hello.canaries); N >= 1, L >= 2."""
-    canary_logprobs: Float32 | None = None
-    """[N, L - 1] log softmax (temperature 1) of canary_tokens[:, 1:] under this version, by the learner."""
-
-    def __post_init__(self) -> None:
-        """Check that there are canaries, where there are any, and that every token but a first one has its logprob."""
-        tokens, logprobs = self.canary_tokens, self.canary_logprobs
-        shapes = None if tokens is None else tokens.shape, None if logprobs is None else logprobs.shape
-        if shapes == (None, None):
-            return
-        if not (shapes[0] and shapes[1] and len(shapes[0]) == 2 and shapes[1] == (shapes[0][0], shapes[0][1] - 1)):
-            raise ValueError(f"canary_tokens {shapes[0]}, canary_logprobs {shapes[1]}: expected [N, L] and [N, L - 1]")
-        if not (shapes[0][0] >= 1 and shapes[0][1] >= 2):  # the mean over no token says nothing of the weights
-            raise ValueError(f"canary_tokens {shapes[0]}: expected [N, L] with N >= 1 and L >= 2, or none at all")
-
-
-class WeightsRequest(Message, frozen=True, kw_only=True):
-    """Ask for bytes of a version's file, on the bulk plane."""
-
-    version: Version
-    offset: int
-    length: int
-
-    def __post_init__(self) -> None:
-        """Only sizes that a server is willing to send."""
-        if self.offset < 0 or not 0 < self.length <= 1 << 22:
-            raise ValueError(f"bytes [{self.offset}, +{self.length}]: at most 4 MiB a request")
-
-
-class WeightsChunk(Message, frozen=True, kw_only=True):
-    """Answer to WeightsRequest. `data` is None when the version is no longer served."""
-
-    version: Version
-    offset: int
-    data: UInt8 | None = None
-
-
-class WeightsStaged(Message, frozen=True, kw_only=True):
-    """The version is here, whole and verified; the server goes on sampling with the old one until its turn to swap."""
-
-    version: Version
-
-
-class WeightsSwap(Message, frozen=True, kw_only=True):
-    """The server's turn: swap to `version` now. Versions roll over the fleet: never do all engines pause at once."""
-
-    version: Version
-    checksums: tuple[str, ...] = ()
-    """What other engines have reported of it (WeightsLive.checksum): those of the same kind must agree."""
-
-
-class WeightsLive(Message, frozen=True, kw_only=True):
-    """Every token sampled from now on by this server is of `version` or newer, and the engine passed its checks."""
-
-    version: Version
-    transfer_s: float = 0.0
-    verify_s: float = 0.0
-    pause_s: float = 0.0
-    check_s: float = 0.0
-    """Checking the engine after the swap; it samples meanwhile, and its groups wait."""
-    checksum: str = ""
-    """`kind:digest` of the weights as the engine holds them; empty when it cannot tell. Comparable within a kind."""
-    mismatch_kl: float | None = None
-    """Mean over the canary tokens of exp(d) - 1 - d, d = learner's - engine's logprob; None without canaries."""
-    mismatch: float | None = None
-    """Mean of |d| over the canary tokens, in nats."""
-
-
-class WeightsLost(Message, frozen=True, kw_only=True):
-    """No version is live any more (the engine died or failed a check, and restarts). No leases until WeightsLive."""
-
-    reason: str
-
-
-class WeightsFailed(Message, frozen=True, kw_only=True):
-    """The server could not make the version live and serves the one it had."""
-
-    version: Version
     reason: str
 
 

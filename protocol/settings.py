@@ -64,6 +64,21 @@ def load_settings(
     return _build(config_type, values)
 
 
+def is_set(config: BaseModel, key: str) -> bool:
+    """Tell whether a key has another value than its default.
+
+    Not whether it was written down: a resolved configuration, read back, has every key written down, and must pass.
+    """
+    return bool(getattr(config, key) != type(config).model_fields[key].get_default(call_default_factory=True))
+
+
+def no_effect(config: BaseModel, keys: Sequence[str], needs: str) -> Iterator[str]:
+    """Yield the reason to refuse each of the keys that is set, for nothing reads it: `needs` is what would."""
+    for key in keys:
+        if is_set(config, key):
+            yield f"{key} has no effect here: it needs {needs}; add that, or leave {key} out"
+
+
 def _read_toml(file: Path) -> dict[str, Any]:
     try:
         return tomllib.loads(file.read_text("utf-8"))

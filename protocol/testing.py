@@ -263,6 +263,12 @@ class _MemoryListener(_MemoryChannel):
         assert item is not None, "there is no limit on silence here"
         return item
 
+    def owner_of(self, peer: bytes) -> str:
+        return ""  # there are no keys in memory
+
+    def knows(self, owner: str) -> bool:
+        return False
+
     def send(self, peer: bytes, message: AnyMessage) -> None:
         dialer = None if self.inbox.closed else self._network.find_dialer(peer)
         if dialer is None:

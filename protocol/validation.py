@@ -180,5 +180,15 @@ def _reward_problems(group: Group) -> Iterator[str]:
 def _token_problems(group: Group) -> Iterator[str]:
     if group.loss_mask is not None and group.loss_mask.max(initial=0) > 1:
         yield f"loss_mask has {group.loss_mask.max()}, allowed are 0 and 1"
-    if group.step_rewards is not None and not np.isfinite(group.step_rewards).all():
-        yield "step_rewards has a NaN or an infinity"
+    if group.step_rewards is None:
+        return
+    if np.isinf(group.step_rewards).any():
+        yield "step_rewards has an infinity, allowed are finite numbers, and NaN where no step ends"
+    ends = np.concatenate([[0], np.cumsum(~np.isnan(group.step_rewards))])
+    last = np.cumsum(group.completion_lengths, dtype=np.int64)
+    has_step = ends[last] > ends[last - group.completion_lengths]
+    scored = group.scored.astype(bool)
+    if (has_step & ~scored).any():
+        yield "a completion without a score has a step reward"
+    if (scored & ~has_step & (group.completion_lengths > 0)).any():
+        yield "a completion with a score has no step reward"

@@ -21,11 +21,15 @@ def main() -> None:
 
 
 def serve(argv: Sequence[str]) -> int:
-    """Serve rollouts until the learner says goodbye; return the exit code.
+    """Serve rollouts until the learner says goodbye, or make keys; return the exit code.
 
     Raises:
         ConfigError: The configuration is wrong or incomplete.
     """
+    if argv[:1] == ["keygen"]:
+        from protocol.keygen import keygen
+
+        return keygen(argv[1:], prog=f"{PROG} keygen", side="server")
     from protocol.settings import load_settings
     from rollout_server.config import ServerConfig
 

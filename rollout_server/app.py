@@ -19,6 +19,7 @@ from protocol.channel import check_address, dial
 from protocol.logs import configure_logging, event
 from protocol.loop_lag import LoopLag, loop_lag_gauge
 from protocol.messages import Drain, Goodbye, Return
+from protocol.security import PLAIN, Security, load_security
 from protocol.tasks import on_signals, run_loop
 from protocol.waits import Waits, WaitTimeout
 from protocol.weights.staging import default_staging_directory
@@ -35,28 +36,31 @@ def run(config: ServerConfig) -> int:
     """Serve until the learner ends the run or a signal comes; return the exit code.
 
     Raises:
-        ConfigError: an address, a model, a reward function is wrong.
+        ConfigError: an address, a key file, a model, a reward function is wrong.
         Refused: the learner's run and this server do not fit.
     """
-    check_address(config.learner, config.insecure_plaintext)
+    security = load_security(
+        key=config.key, learner_key=config.learner_key, insecure_plaintext=config.insecure_plaintext
+    )
+    check_address(config.learner, off_host=security.off_host)
     configure_logging("server", config.log_file)
-    return run_loop(lambda: serve(config))
+    return run_loop(lambda: serve(config, security))
 
 
-async def serve(config: ServerConfig) -> int:
+async def serve(config: ServerConfig, security: Security = PLAIN) -> int:
     """Build everything, run the loops, shut down."""
     waits, lag = Waits(), LoopLag()
     async with contextlib.AsyncExitStack() as stack:
         scorer = await stack.enter_async_context(open_scorer(config))
         engine = await stack.enter_async_context(create_engine(config, waits))
         gc.freeze()  # what is loaded stays: a full collection of it would hold the loop for 100 ms (I9)
-        dialer = await stack.enter_async_context(dial(config.learner, insecure_plaintext=config.insecure_plaintext))
+        dialer = await stack.enter_async_context(dial(config.learner, security))
         receiver = WeightsReceiver(
             engine,
             waits,
             learner=config.learner,
             directory=config.staging_dir or default_staging_directory(),
-            insecure_plaintext=config.insecure_plaintext,
+            security=security,
         )
         stack.push_async_callback(receiver.close)
         event(

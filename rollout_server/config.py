@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import socket
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
@@ -14,6 +15,7 @@ from urllib.parse import urlsplit
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from protocol.addresses import is_local, tcp_address
+from protocol.settings import is_set, no_effect
 
 SGLANG_OWN = {
     "model-path": "is --model here",
@@ -36,6 +38,8 @@ SGLANG_OWN = {
 }
 """Arguments of sglang.launch_server that the engine sets itself, and why nobody else may."""
 LORA_TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+SGLANG_WORDS = ("sglang", "weight_update_mode", "engine_start_s", "engine_probe_s", "engine_log", "max_lora_rank")
+"""Keys that no other engine reads."""
 DATA_PARALLEL = ("dp-size", "data-parallel-size", "dp")
 SGLANG_NUMBERS = {
     "port": (range(65536), "from 0 to 65535 (0, or no port: a free one is found)"),
@@ -75,7 +79,7 @@ class ScriptedOptions(Section):
 
 
 class ServerConfig(Section):
-    """Serve rollouts: lease prompts from the learner, sample groups, score them, stream them back."""
+    """Serve rollouts: lease prompts, sample groups, score and return them. `headway-server keygen DIR` makes keys."""
 
     learner: str = "tcp://127.0.0.1:5555"
     """Address of the learner."""
@@ -109,8 +113,12 @@ class ServerConfig(Section):
     """Where incoming weights are assembled; default a private directory on /dev/shm, else the temporary directory."""
     log_file: Path | None = None
     """Also write the log there."""
+    key: Path | None = None
+    """Secret key of this server, made by `headway-server keygen DIR`: needed where the learner is on another host."""
+    learner_key: Path | None = None
+    """Public key of the learner, the .pub file that its keygen wrote; several lines while its key is being changed."""
     insecure_plaintext: bool = False
-    """Allow a learner address or an engine_url off loopback, unencrypted: for a closed lab only."""
+    """Allow a learner address without keys, or an engine_url, off loopback, unencrypted: for a closed lab only."""
     drain_s: float = Field(30.0, ge=0)
     """After SIGTERM or the learner's Drain: finish groups for so long, then return them."""
     weight_update_mode: Literal["retract", "in_place", "drain"] = "retract"
@@ -141,6 +149,10 @@ class ServerConfig(Section):
 
     @model_validator(mode="after")
     def _check_pairs(self) -> ServerConfig:
+        if (self.key is None) != (self.learner_key is None):
+            raise ValueError(
+                f"key {self.key} and learner_key {self.learner_key}: give both or none; each side proves who it is"
+            )
         if self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
             raise ValueError(
                 f"reward_weights has {len(self.reward_weights)} entries for {len(self.reward_funcs)} reward_funcs:"
@@ -154,6 +166,8 @@ class ServerConfig(Section):
             _check_sglang_key(key)
             _check_sglang_number(key, value)
         self._check_adapters()
+        if reason := next(self._unread(), ""):
+            raise ValueError(reason)
         if not self.engine_url:
             return self
         if self.engine not in ("auto", "sglang"):
@@ -185,6 +199,26 @@ class ServerConfig(Section):
                     f"sglang.{key} {value} with max_lora_rank {self.max_lora_rank}: SGLang loads adapters while it runs"
                     " only without data parallelism; start several servers instead, one for each replica"
                 )
+
+    def _unread(self) -> Iterator[str]:
+        """Say which words are set that nothing reads."""
+        if self.engine in ("transformers", "scripted") and not self.engine_url:
+            yield from no_effect(self, SGLANG_WORDS, "engine sglang")
+        if not self.engine_url:
+            yield from no_effect(self, ("engine_api_key", "engine_admin_key"), "engine_url")
+        else:
+            yield from no_effect(
+                self, ("engine_log",), "an SGLang that this server starts, and engine_url names another"
+            )
+        if not self.max_lora_rank:
+            yield from no_effect(self, ("lora_target_modules",), "engine sglang with max_lora_rank")
+        if self.engine != "scripted":
+            yield from no_effect(self, ("scripted",), "engine scripted")
+
+    @property
+    def sglang_words(self) -> list[str]:
+        """Keys that are set and that only engine sglang reads."""
+        return [key for key in SGLANG_WORDS if is_set(self, key)]
 
     @property
     def server_name(self) -> str:

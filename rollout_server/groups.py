@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import msgspec
@@ -11,7 +12,7 @@ import numpy as np
 from protocol.completions import Completion, pack_completions
 from protocol.errors import MalformedMessage
 from protocol.messages import FinishReason, Group, Lease, RewardStatus
-from rollout_server.rewards.base import FINISH_REASONS, RewardCall, Scores, Text, combine
+from rollout_server.rewards.base import FINISH_REASONS, RewardCall, Scores, Text, combine, combine_steps
 
 
 class _Row(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -72,7 +73,7 @@ def build_group(
     """
     aborted = np.array([c.finish_reason is FinishReason.ABORT for c in completions])
     statuses = np.where(aborted[:, None], RewardStatus.UNSCORED, scores.statuses).astype(np.uint8)
-    judged = Scores(values=scores.values, statuses=statuses, seconds=scores.seconds, notes=scores.notes)
+    judged = replace(scores, statuses=statuses)
     rewards, scored = combine(judged, weights)
     arrays = pack_completions(completions)
     return Group(
@@ -100,6 +101,7 @@ def build_group(
         reward_values=np.where(judged.valued, scores.values, 0.0).astype(np.float32),
         reward_statuses=statuses,
         reward_seconds=scores.seconds,
+        step_rewards=combine_steps(judged, weights, arrays.completion_lengths.tolist()),
     )
 
 

@@ -15,27 +15,24 @@ import asyncio
 import logging
 import threading
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 from protocol.channel import resolve_address
 from protocol.errors import MalformedMessage, WeightsError
 from protocol.logs import event
 from protocol.messages import WeightsFailed, WeightsLive, WeightsLost, WeightsReady, WeightsStaged, WeightsSwap
+from protocol.security import PLAIN, Security
 from protocol.signals import Signal
 from protocol.versions import Version
 from protocol.waits import Waits, WaitTimeout
-from protocol.weights.layout import MappedWeights
-from protocol.weights.manifest import Manifest, content_digest
-from protocol.weights.staging import clean_staging, staging_path
-from protocol.weights.transfer import FetchReport, WeightsFetcher
+from protocol.weights.delta_manifest import read_deltas
+from protocol.weights.fetching import WeightsFetcher
+from protocol.weights.manifest import Manifest
 from rollout_server.engines.base import Canaries, Engine, EngineFailure, StagedWeights
+from rollout_server.stage import Delivery, Stage, Wanted
 
 log = logging.getLogger(__name__)
 
-FETCH_S = 600.0
-"""A version that takes longer is given up (and asked for again while it is the newest)."""
-STALL_S = 3.0
 SWAP_S = 1200.0
 """A load that takes longer is given up, and tried again: an engine may have to start before it. The learner gives the
 turn to the next server before that (learner/rollover.py), and still takes the answer."""
@@ -43,40 +40,21 @@ TURN_AGAIN_S = 120.0
 """Without a turn for so long, a waiting server says again that it waits."""
 RETRY_S = (0.5, 1.0, 2.0, 5.0)
 """Pauses between attempts at one version."""
-NOTHING_FETCHED = FetchReport(transfer_s=0.0, verify_s=0.0, bytes=0, refetched_tensors=0)
 
 Report = WeightsStaged | WeightsLive | WeightsFailed | WeightsLost
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Wanted:
-    """A version that was announced."""
-
-    manifest: Manifest
-    addresses: tuple[str, ...]
-    canaries: Canaries | None
-
-    @property
-    def version(self) -> Version:
-        """What it is called."""
-        return self.manifest.version
 
 
 class WeightsReceiver:
     """Makes the newest announced version live."""
 
     def __init__(
-        self, engine: Engine, waits: Waits, *, learner: str, directory: Path, insecure_plaintext: bool
+        self, engine: Engine, waits: Waits, *, learner: str, directory: Path, security: Security = PLAIN
     ) -> None:
         self._engine = engine
         self._waits = waits
         self._learner = learner
-        self._directory = directory
-        self._fetcher = WeightsFetcher(insecure_plaintext=insecure_plaintext)
+        self._stage = Stage(directory, WeightsFetcher(security))
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
-        self._staged: MappedWeights | None = None
-        self._content = ""
-        """`content_digest` of what the staged file holds whole; empty while it holds nothing whole."""
         self._wanted: Wanted | None = None
         self._waiting: Version | None = None
         """Staged, and its turn has not come."""
@@ -92,7 +70,6 @@ class WeightsReceiver:
         self._stop = threading.Event()
         self.reports: asyncio.Queue[Report] = asyncio.Queue()
         """What to tell the learner: a few per attempt at a version."""
-        clean_staging(directory)
 
     @property
     def live(self) -> Version | None:
@@ -103,7 +80,7 @@ class WeightsReceiver:
         """Take note of a version that may be fetched.
 
         Raises:
-            MalformedMessage: its manifest is none, or its canaries are of another vocabulary.
+            MalformedMessage: its manifest is none, nor are its deltas, or its canaries are of another vocabulary.
         """
         manifest = Manifest.from_json(ready.manifest.tobytes())
         if manifest.version != ready.version:
@@ -111,7 +88,8 @@ class WeightsReceiver:
         if self._wanted is not None and manifest.version <= self._wanted.version:
             return
         addresses = tuple(resolve_address(address, self._learner) for address in ready.addresses)
-        self._wanted = Wanted(manifest, addresses, self._canaries(ready))
+        deltas = () if ready.deltas is None else read_deltas(ready.deltas.tobytes())
+        self._wanted = Wanted(manifest, addresses, self._canaries(ready), deltas)
         self._stop.set()  # whatever is being fetched is superseded
         self._changed.notify()
 
@@ -180,22 +158,21 @@ class WeightsReceiver:
         """Call off what is being fetched and end the thread."""
         self._stop.set()
         await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
-        self._discard()
+        self._stage.discard()
 
     async def _make_live(self, wanted: Wanted) -> None:
         """Fetch, wait for the turn, swap. Returns early when a newer version has superseded this one."""
         self._stop = threading.Event()
-        fetch = asyncio.get_running_loop().run_in_executor(self._thread, self._fetch, wanted, self._stop)
-        fetched = await self._waits.wait(fetch, name=f"weights {wanted.version}", owner="bulk plane", deadline_s=None)
+        bring = asyncio.get_running_loop().run_in_executor(self._thread, self._stage.bring, wanted, self._stop)
+        delivery = await self._waits.wait(bring, name=f"weights {wanted.version}", owner="bulk plane", deadline_s=None)
         turn = await self._wait_turn(wanted)
         if turn is None:
             return
-        assert self._staged is not None
         staged = StagedWeights(
-            version=wanted.version, path=self._staged.path, digest=self._content, canaries=wanted.canaries,
+            version=wanted.version, path=delivery.file, digest=delivery.digest, canaries=wanted.canaries,
             checksums=turn.checksums, adapter=wanted.manifest.adapter,
         )  # fmt: skip
-        await self._load(staged, fetched)
+        await self._load(staged, delivery)
 
     async def _wait_turn(self, wanted: Wanted) -> WeightsSwap | None:
         """Say that the version is here, and wait for the turn to swap. None: it is superseded."""
@@ -218,13 +195,13 @@ class WeightsReceiver:
         while self._turn is None and self._wanted is wanted:
             await self._changed.wait()
 
-    async def _load(self, staged: StagedWeights, fetched: FetchReport) -> None:
+    async def _load(self, staged: StagedWeights, delivery: Delivery) -> None:
         run, self._swapping = self._runs, staged.version
         try:
             load = self._engine.load_weights(staged)
             loaded = await self._waits.wait(load, name="swap", owner="engine", deadline_s=SWAP_S)
         except WaitTimeout:
-            self._discard()  # perhaps it is still being read: the next fetch must not write into it
+            self._stage.discard()  # perhaps it is still being read: the next fetch must not write into it
             raise
         finally:
             self._swapping = None
@@ -234,42 +211,18 @@ class WeightsReceiver:
             return  # it is of a run that this server has left
         self._foreign = False
         event(
-            log, "weights_live", version=staged.version, bytes=fetched.bytes, transfer_s=fetched.transfer_s,
-            verify_s=fetched.verify_s, pause_s=loaded.pause_s, check_s=loaded.check_s,
-            refetched_tensors=fetched.refetched_tensors, mismatch_kl=loaded.mismatch_kl,
+            log, "weights_live", version=staged.version, path=delivery.path, bytes=delivery.bytes,
+            transfer_s=delivery.transfer_s, verify_s=delivery.verify_s, pause_s=loaded.pause_s, check_s=loaded.check_s,
+            refetched_blocks=delivery.refetched_blocks, mismatch_kl=loaded.mismatch_kl,
         )  # fmt: skip
         self._report(
             WeightsLive(
-                version=staged.version, transfer_s=fetched.transfer_s, verify_s=fetched.verify_s,
-                pause_s=loaded.pause_s, check_s=loaded.check_s, checksum=loaded.checksum,
+                version=staged.version, path=delivery.path, bytes=delivery.bytes, transfer_s=delivery.transfer_s,
+                verify_s=delivery.verify_s, pause_s=loaded.pause_s, check_s=loaded.check_s, checksum=loaded.checksum,
                 mismatch_kl=loaded.mismatch_kl, mismatch=loaded.mismatch,
             )
         )  # fmt: skip
         self._serving = True
-
-    def _fetch(self, wanted: Wanted, stop: threading.Event) -> FetchReport:
-        """On the thread: bring the version into the staged file, unless it holds that very content already."""
-        content = content_digest(wanted.manifest)
-        if self._staged is not None and not (
-            self._staged.layout == wanted.manifest.layout and self._staged.path.exists()
-        ):
-            self._discard()
-        if self._staged is None:
-            self._staged = MappedWeights.create(staging_path(self._directory), wanted.manifest.layout)
-        elif self._content == content:
-            return NOTHING_FETCHED
-        self._content = ""
-        report = self._fetcher.fetch(
-            wanted.manifest, wanted.addresses, self._staged, stop=stop, deadline_s=FETCH_S, stall_s=STALL_S
-        )
-        self._content = content
-        return report
-
-    def _discard(self) -> None:
-        """Delete the staged file. Whoever has it open still reads what it held."""
-        if self._staged is not None:
-            self._staged.remove()
-        self._staged, self._content = None, ""
 
     def _report(self, report: Report) -> None:
         """Queue a report, behind the news that nothing is live if that is so."""

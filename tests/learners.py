@@ -56,6 +56,7 @@ class FakeListener:
     def __init__(self) -> None:
         self.sent: list[tuple[bytes, AnyMessage]] = []
         self.gone: set[bytes] = set()
+        self.owners: dict[bytes, str] = {}
         self.inbox: asyncio.Queue[tuple[bytes, AnyMessage | ProtocolError]] = asyncio.Queue()
 
     def send(self, peer: bytes, message: AnyMessage) -> None:
@@ -65,6 +66,12 @@ class FakeListener:
 
     async def recv(self) -> tuple[bytes, AnyMessage | ProtocolError]:
         return await self.inbox.get()
+
+    def owner_of(self, peer: bytes) -> str:
+        return self.owners.get(peer, "")
+
+    def knows(self, owner: str) -> bool:
+        return owner in self.owners.values()
 
     def to(self, peer: bytes, kind: type[T]) -> list[T]:
         """Messages of a kind that were sent to a peer, in order."""
@@ -131,7 +138,7 @@ def make_config(**options: Any) -> LearnerConfig:
     """Two prompts a step, two steps ahead, groups of four."""
     defaults: dict[str, Any] = {
         "model": "model", "dataset": "data.jsonl", "num_generations": NUM_GENERATIONS, "max_completion_length": 8,
-        "prompts_per_step": 2, "max_staleness": 2, "liveness_s": 4.0,
+        "prompts_per_step": 2, "max_staleness": 2, "liveness_s": 4.0, "eval_dataset": "eval.jsonl",
     }  # fmt: skip
     return LearnerConfig(**{**defaults, **options})
 

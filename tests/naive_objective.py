@@ -118,6 +118,34 @@ class NaiveStep:
             advantages = [(a - mean) / (std + 1e-4) for a in centered]
         return advantages
 
+    def token_advantages(self) -> Tensor:
+        """[N, L]."""
+        if self.o["advantage_estimator"] != "process":
+            return torch.tensor(self.advantages(), dtype=torch.float64)[:, None].expand_as(self.mask)
+        steps = [self._steps(p, i, where) for p, i, where in self.rows]
+        scale = self.o["scale_rewards"] or ("none" if self.o["loss_type"] == "dr_grpo" else "group")
+        found = torch.zeros_like(self.mask)
+        for p in range(len(self.groups)):
+            members = [n for n, row in enumerate(self.rows) if row[0] == p]
+            of_group = [reward for n in members for _, reward in steps[n]]
+            for n in members:
+                for end, reward in steps[n]:
+                    divisor = statistics.stdev(of_group) + 1e-4 if scale == "group" else 1.0
+                    for t in range(end + 1):
+                        found[n, t] += (reward - statistics.fmean(of_group)) / divisor
+        return found
+
+    def _steps(self, p: int, i: int, where: slice) -> list[tuple[int, float]]:
+        """(last token, reward) of every step of a completion."""
+        given, length = self.groups[p].step_rewards, where.stop - where.start
+        steps = [(length - 1, float(self.groups[p].rewards[i]))]
+        if given is not None:
+            steps = [(t, reward) for t, reward in enumerate(given[where].tolist()) if reward == reward]
+        if self.o["soft_punish_cache"]:
+            over = length - (self.o["max_completion_length"] - self.o["soft_punish_cache"])
+            steps[-1] = steps[-1][0], steps[-1][1] - min(1.0, max(0.0, over / self.o["soft_punish_cache"]))
+        return steps
+
     def parts(self) -> list[list[int]]:
         """Rows of each mini-batch: consecutive groups that train, the first ones taking what does not divide."""
         trained = sorted({self.rows[n][0] for n in range(len(self.rows)) if self.mask[n].any()})
@@ -186,7 +214,7 @@ class NaiveStep:
         if o["importance_sampling_level"] == "sequence":
             log_ratio = (log_ratio.sum(1, keepdim=True) / tokens.clamp(min=1)).expand_as(log_ratio)
         rho = log_ratio.exp()
-        a = torch.tensor(self.advantages(), dtype=torch.float64)[part][:, None].expand_as(rho)
+        a = self.token_advantages()[part]
         high = o["epsilon"] if o["epsilon_high"] is None else o["epsilon_high"]
         if o["loss_type"] == "cispo":
             gain = rho.clamp(max=high).detach() * a * policy

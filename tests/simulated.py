@@ -37,8 +37,8 @@ from protocol.tasks import finish
 from protocol.testing import MemoryNetwork
 from protocol.versions import Version
 from protocol.waits import Waits
-from protocol.weights.manifest import Layout, Manifest, TensorEntry, TensorSpec
-from protocol.weights.transfer import FetchReport
+from protocol.weights.fetching import FetchReport
+from protocol.weights.manifest import Layout, Manifest, Shipment, TensorEntry, TensorSpec
 from rollout_server.weights import WeightsReceiver
 from tests.mortal import MortalEngine
 
@@ -214,7 +214,7 @@ class SimPublisher:
 def sim_manifest(version: Version) -> Manifest:
     """Describe a model of one number, which is another one in every version."""
     content = f"{version.policy_version:032x}"
-    entry = TensorEntry(SPEC, LAYOUT.offset(SPEC.name), SPEC.nbytes, content)
+    entry = TensorEntry(SPEC, LAYOUT.offset(SPEC.name), SPEC.nbytes, (content,))
     return Manifest(version=version, algorithm="xxh3_128", tensors=(entry,), file_bytes=LAYOUT.file_bytes)
 
 
@@ -242,19 +242,19 @@ class SimThread(Executor):
 class SimFetcher:
     """Brings nothing, and is called off by a newer version as the real one."""
 
-    def fetch(self, manifest: Manifest, *args: object, stop: threading.Event, **kwargs: object) -> FetchReport:
+    def fetch(self, shipment: Shipment, *args: object, stop: threading.Event, **kwargs: object) -> FetchReport:
         if stop.is_set():
-            raise Superseded(f"the fetch of version {manifest.version} was called off")
-        return FetchReport(transfer_s=0.1, verify_s=0.0, bytes=manifest.file_bytes, refetched_tensors=0)
+            raise Superseded(f"the fetch of version {shipment.version} was called off")
+        return FetchReport(transfer_s=0.1, verify_s=0.0, bytes=shipment.nbytes, refetched_blocks=0)
 
 
 class SimReceiver(WeightsReceiver):
     """The real one, without its thread and its socket."""
 
     def __init__(self, engine: MortalEngine, waits: Waits, dice: random.Random, directory: Path) -> None:
-        super().__init__(engine, waits, learner="ipc:///memory", directory=directory, insecure_plaintext=False)
+        super().__init__(engine, waits, learner="ipc:///memory", directory=directory)
         self._thread = SimThread(dice)  # type: ignore[assignment]
-        self._fetcher = SimFetcher()  # type: ignore[assignment]
+        self._stage._fetcher = SimFetcher()  # type: ignore[assignment]
 
 
 class SimListener:
@@ -280,6 +280,12 @@ class SimListener:
 
     async def recv(self) -> Any:
         return await self._listener.recv()
+
+    def owner_of(self, peer: bytes) -> str:
+        return self._listener.owner_of(peer)
+
+    def knows(self, owner: str) -> bool:
+        return self._listener.knows(owner)
 
     async def close(self) -> None:
         await self._listener.close()

@@ -109,7 +109,8 @@ class Simulation:
         self.network = MemoryNetwork(plan.seed, plan.faults)
         self.config = LearnerConfig(
             **{
-                "model": "sim", "dataset": "sim", "output_dir": directory, "run_name": "sim", "num_generations": 4,
+                "model": "sim", "dataset": "sim", "eval_dataset": "sim", "output_dir": directory, "run_name": "sim",
+                "num_generations": 4,
                 "max_completion_length": 24, "prompts_per_step": 3, "max_staleness": 2, "max_steps": plan.max_steps,
                 "save_steps": 3, "seed": plan.seed, "liveness_s": LIVENESS_S, "max_skipped_steps": 50,
                 "num_completions_logged": 0, **plan.options,
@@ -307,7 +308,7 @@ class Simulation:
 
     def server_gone(self, engine: MortalEngine, receiver: SimReceiver) -> None:
         """Witness what its engine has gone through."""
-        receiver._discard()
+        receiver._stage.discard()
         self.witness["versions checked"] += engine.checked
         self.witness["engines restarted"] += engine.restarted
 

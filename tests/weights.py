@@ -74,6 +74,10 @@ Fault = Callable[[int, Frames], list[Frames]]
 """(number of the answer, from 0; its frames) -> what the fetcher gets instead."""
 
 
+CLIENTS_SERVED = 64
+"""A fetcher is a new client with every socket that it opens: those before the newest ones are gone."""
+
+
 class FaultyNetwork:
     """Stands between fetcher and server and changes the answers. `faults` counts what it changed: the witness.
 
@@ -122,6 +126,10 @@ class FaultyNetwork:
                 if client not in backs.values():
                     backs[bulk_client_socket(self._server_address)] = client
                     poller.register(list(backs)[-1], zmq.POLLIN)
+                    for gone in list(backs)[:-CLIENTS_SERVED]:
+                        poller.unregister(gone)
+                        gone.close()
+                        del backs[gone]
                 request = decode(frames)
                 assert isinstance(request, WeightsRequest)
                 self.requests.append((client, request.offset, request.length))

@@ -7,6 +7,7 @@ ask for the section it needs; keys are flat for the user. Checks that need two f
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal
 
@@ -15,6 +16,7 @@ from pydantic import Field, model_validator
 from learner.config.algorithm import AlgorithmOptions
 from learner.config.section import Section
 from learner.staleness import Bounds, derive_bounds
+from protocol.settings import is_set, no_effect
 
 
 class ModelOptions(Section):
@@ -66,10 +68,7 @@ class AdapterOptions(Section):
                     " publish adapter (or auto), or train all weights, without use_peft"
                 )
             return self
-        fields = {key: field for key, field in AdapterOptions.model_fields.items() if key.startswith("lora_")}
-        given = [
-            key for key, field in fields.items() if getattr(self, key) != field.get_default(call_default_factory=True)
-        ]
+        given = [key for key in AdapterOptions.model_fields if key.startswith("lora_") and is_set(self, key)]
         if given or self.publish == "adapter":
             what = f"{given[0]} {getattr(self, given[0])!r}" if given else "publish adapter"
             raise ValueError(f"{what} without use_peft: there is no adapter; add use_peft, or leave it out")
@@ -200,6 +199,9 @@ class RunOptions(Section):
     """Default: made of the model's and the data set's names. An existing run of that name is continued."""
     seed: int = Field(0, ge=0)
     """Of prompt order, of sampling, of the trainer."""
+    keep_versions: int = Field(0, ge=0)
+    """Newest published versions whose deltas are kept on disk: `headway-learner weights` restores any of them as long
+    as a checkpoint is left that they lead to. 0: checkpoints only."""
     save_steps: int = Field(50, ge=1)
     """Checkpoint every so many steps, and at the end."""
     save_total_limit: int = Field(2, ge=1)
@@ -215,9 +217,17 @@ class NetworkOptions(Section):
 
     bind: str = "tcp://127.0.0.1:5555"
     """tcp://HOST:PORT or ipc:///PATH; weights go over the next port (or PATH-weights)."""
+    key: Path | None = None
+    """Secret key of this learner, which `headway-learner keygen DIR` makes: needed where servers are on other hosts."""
+    allowed_keys: Path | None = None
+    """File with the public keys of the servers that may connect, one a line: the lines of their .pub files. Read again
+    when it changes; a key that is removed loses its connections."""
     insecure_plaintext: bool = False
     """Allow an address off loopback without keys. Anyone who can reach the port can then read the weights and feed
     you data: for a closed lab only."""
+    delta_weights: Literal["auto", "always", "never"] = "auto"
+    """Send what changed of the weights instead of all of them. auto: where measured density and link speed say that it
+    is sooner there."""
     reward_funcs: list[str] = Field(default_factory=list)
     """Names of the reward functions that every server must have, in order; empty accepts what the first one has."""
     heartbeat_s: float = Field(1.0, gt=0)
@@ -248,6 +258,10 @@ class LearnerConfig(
             raise ValueError(
                 f"top_p {self.top_p}, top_k {self.top_k}, min_p {self.min_p}: training needs the whole softmax"
                 " (top_p 1, top_k 0, min_p 0), else behavior logprobs are not those of the policy"
+            )
+        if (self.key is None) != (self.allowed_keys is None):
+            raise ValueError(
+                f"key {self.key} and allowed_keys {self.allowed_keys}: give both or none; each side proves who it is"
             )
         if self.liveness_s < 2 * self.heartbeat_s:
             raise ValueError(f"liveness_s {self.liveness_s} must be at least twice heartbeat_s {self.heartbeat_s}")
@@ -282,8 +296,17 @@ class LearnerConfig(
                 " entropy (importance_sampling_level sequence, a sequence_ or geometric_ importance_sampling_mode,"
                 " loss_function, entropy_coef): use loss_head auto or recompute"
             )
+        if reason := next(self._unread_words(), ""):
+            raise ValueError(reason)
         _ = self.granted_bounds  # refuses what cannot progress
         return self
+
+    def _unread_words(self) -> Iterator[str]:
+        """Say which words are set that nothing reads; AlgorithmOptions has more."""
+        if not self.eval_dataset:
+            yield from no_effect(self, ("eval_dataset_config", *EvaluationOptions.model_fields), "eval_dataset")
+        if not self.share_prefix:
+            yield from no_effect(self, ("attn_implementation",), "share_prefix")
 
     @property
     def name(self) -> str:
@@ -307,8 +330,8 @@ class LearnerConfig(
 
     @property
     def group_bytes(self) -> int:
-        """Upper bound of one group in memory: token, logprob, mask and one span per token, and its prompt."""
-        per_token = 4 + 4 + 1 + 12
+        """Upper bound of one group in memory: token, logprob, mask, step reward, a span per token, and its prompt."""
+        per_token = 4 + 4 + 1 + 4 + 12
         return self.num_generations * (self.max_completion_length * per_token + 64) + 4 * self.max_prompt_length
 
     @property

@@ -13,6 +13,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from learner.config.section import Section
+from protocol.settings import is_set, no_effect
 
 CLIPPED = ("grpo", "bnpo", "dapo", "dr_grpo")
 """Loss types whose surrogate is the clipped one."""
@@ -29,6 +30,7 @@ _SCALES: dict[str, tuple[RewardScale, ...]] = {
     "rloo": ("none",),
     "reinforce_plus_plus_baseline": ("batch",),
     "gae": ("batch",),
+    "process": ("group", "none"),
 }
 """What each estimator can be divided by; the first is its own."""
 
@@ -56,10 +58,12 @@ class AlgorithmOptions(Section):
     """sapo, tokens of a positive advantage: the larger, the sooner the gradient fades off policy."""
     sapo_temperature_neg: float = Field(1.05, gt=0)
     """sapo, all other tokens."""
-    advantage_estimator: Literal["grpo", "rloo", "reinforce_plus_plus_baseline", "gae"] = "grpo"
+    advantage_estimator: Literal["grpo", "rloo", "reinforce_plus_plus_baseline", "gae", "process"] = "grpo"
     """Baseline of a reward: the mean of its group, that of the others in its group, or the group's mean and then
     whitened over all tokens of the step. gae is PPO: a critic, a second model of the size of the first with a value
-    head, judges every token; groups are then only samples, and equal rewards train, too (filter_zero_std = false)."""
+    head, judges every token; groups are then only samples, and equal rewards train, too (filter_zero_std = false).
+    process: each step's reward is compared with those of all steps of the group, and a token has the sum of the steps
+    that end at or after it; for reward functions that return steps."""
     gamma: float = Field(1.0, gt=0, le=1)
     """gae: discount of the reward for every token between."""
     lam: float = Field(0.95, ge=0, le=1)
@@ -95,7 +99,8 @@ class AlgorithmOptions(Section):
     kl_in: Literal["loss", "reward"] = "loss"
     """Penalty as a term of the loss, or taken off the reward (by the learner's logprobs at the step's start)."""
     kl_estimator: Literal["k1", "k2", "k3"] | None = None
-    """Default: k3 in the loss, k1 in the reward."""
+    """Default: k3 in the loss, k1 in the reward. k1 in the loss has a gradient of expectation 0: only together with
+    use_bias_correction_kl."""
     use_bias_correction_kl: bool = False
     """Weight the KL in the loss by the ratio: unbiased off policy (DeepSeek-V3.2)."""
     kl_target: float | None = Field(None, gt=0)
@@ -130,7 +135,13 @@ class AlgorithmOptions(Section):
 
     @model_validator(mode="after")
     def _check_objective(self) -> AlgorithmOptions:
-        wrong = chain(self._wrong_surrogate(), self._wrong_advantages(), self._wrong_correction(), self._wrong_kl())
+        wrong = chain(
+            self._wrong_surrogate(),
+            self._wrong_advantages(),
+            self._wrong_correction(),
+            self._wrong_kl(),
+            self._unread(),
+        )
         if reason := next(wrong, ""):
             raise ValueError(reason)
         return self
@@ -143,7 +154,8 @@ class AlgorithmOptions(Section):
     @property
     def reward_scale(self) -> RewardScale:
         """scale_rewards, or what the loss and the estimator define."""
-        if self.scale_rewards is None and self.loss_type == "dr_grpo" and self.advantage_estimator == "grpo":
+        by_group = self.advantage_estimator in ("grpo", "process")
+        if self.scale_rewards is None and self.loss_type == "dr_grpo" and by_group:
             return "none"
         return self.scale_rewards or _SCALES[self.advantage_estimator][0]
 
@@ -170,6 +182,11 @@ class AlgorithmOptions(Section):
     def has_critic(self) -> bool:
         """Whether a second model is trained beside the policy."""
         return self.advantage_estimator == "gae"
+
+    @property
+    def compares_steps(self) -> bool:
+        """Whether the rewards of steps are compared, not those of completions."""
+        return self.advantage_estimator == "process"
 
     @property
     def min_scored(self) -> int:
@@ -225,6 +242,12 @@ class AlgorithmOptions(Section):
             )
         if self.advantage_function and (self.advantage_estimator != "grpo" or self.scale_rewards is not None):
             yield "advantage_function takes the place of advantage_estimator and scale_rewards: leave those out"
+        if (self.has_critic or self.compares_steps) and self.importance_sampling_level == "sequence":
+            yield (
+                f"importance_sampling_level sequence with advantage_estimator {self.advantage_estimator}: a"
+                " completion's ratio goes with a completion's advantage, and there is one for each token; use"
+                " importance_sampling_level token"
+            )
         yield from self._wrong_critic()
         for key in ("loss_function", "advantage_function"):
             path = getattr(self, key)
@@ -238,14 +261,9 @@ class AlgorithmOptions(Section):
                 "advantage_estimator gae with filter_zero_std: against a critic, equal rewards have a gradient, too,"
                 " and without them it would learn wrong values; set filter_zero_std false"
             )
-        if self.has_critic and self.importance_sampling_level == "sequence":
-            yield (
-                "importance_sampling_level sequence with advantage_estimator gae: a completion's ratio goes with a"
-                " completion's advantage, and gae has one for each token; use importance_sampling_level token"
-            )
         if not self.has_critic:
             for key in ("gamma", "lam", "cliprange_value", "value_learning_rate"):
-                if getattr(self, key) != type(self).model_fields[key].default:
+                if is_set(self, key):
                     yield f"{key} without a critic has no meaning: use advantage_estimator gae, or leave it out"
 
     def _wrong_correction(self) -> Iterator[str]:
@@ -274,8 +292,18 @@ class AlgorithmOptions(Section):
 
     def _wrong_kl(self) -> Iterator[str]:
         """Say what does not go together in KL."""
+        if self.beta and self.kl_in == "loss" and self.kl_kind == "k1" and not self.use_bias_correction_kl:
+            yield (
+                "kl_estimator k1 with kl_in loss: the expectation of its gradient is zero, so it would pull towards"
+                " nothing; use k3, or k1 with kl_in reward, or add use_bias_correction_kl"
+            )
         if self.kl_in == "reward" and self.kl_kind != "k1":
             yield f"kl_estimator {self.kl_estimator} with kl_in reward: only k1 sums over a completion; use k1"
+        if self.kl_in == "reward" and self.compares_steps:
+            yield (
+                "kl_in reward with advantage_estimator process: a token's KL is no step to be compared with others; use"
+                " kl_in loss, as DeepSeekMath does"
+            )
         if self.kl_in == "reward" and self.use_bias_correction_kl:
             yield "use_bias_correction_kl is for the KL in the loss: leave it out, or use kl_in loss"
         if self.kl_in == "reward" and self.proximal_logprobs == "loglinear":
@@ -286,3 +314,27 @@ class AlgorithmOptions(Section):
                     yield f"{key} without a reference policy: set beta above 0, or leave it out"
             if self.kl_in == "reward":
                 yield "kl_in reward with beta 0 takes nothing off: set beta above 0, or leave it out"
+
+    def _unread(self) -> Iterator[str]:
+        """Say which words are set that nothing reads."""
+        clips = self.loss_type in CLIPPED and not self.loss_function
+        ranges = self.correction not in ("none", "second_moment")
+        bounds = ("importance_sampling_clip_max", "importance_sampling_clip_min")
+        moves = ("ref_model_sync_steps", "ref_model_mixup_alpha")
+        smooth = ("sapo_temperature_pos", "sapo_temperature_neg")
+        for is_read, keys, needs in (
+            (clips, ("epsilon",), f"a clipped loss_type ({', '.join(CLIPPED)}) without loss_function"),
+            (clips or self.loss_type == "cispo", ("epsilon_high",), "a loss_type that clips, or cispo"),
+            (self.loss_type == "sapo", smooth, "loss_type sapo"),
+            (ranges, bounds, "an importance_sampling_mode that truncates or masks by a range"),
+            (
+                self.correction == "second_moment",
+                ("second_moment_threshold",),
+                "importance_sampling_mode second_moment",
+            ),
+            (self.beta > 0, ("kl_estimator",), "beta above 0"),
+            (self.kl_target is not None, ("kl_horizon",), "kl_target"),
+            (self.sync_ref_model, moves, "sync_ref_model"),
+        ):
+            if not is_read:
+                yield from no_effect(self, keys, needs)

@@ -108,8 +108,8 @@ def _lora_config(model: PreTrainedModel, config: LearnerConfig, directory: Path)
         from peft import LoraConfig
     except ImportError as error:
         raise ConfigError(
-            "use_peft: the package peft is not installed here: pip install 'headway[peft]', or train all weights,"
-            " without use_peft"
+            "use_peft: the package peft is not installed here: pip install '.[peft]' in headway's directory, or"
+            " train all weights, without use_peft"
         ) from error
     head = model.get_output_embeddings()
     linear = {name.rpartition(".")[2] for name, module in model.named_modules()

@@ -20,7 +20,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from learner.batch import Bool, TrainGroup, completions_that_train
+from learner.batch import Bool, TrainGroup, completions_that_train, step_rewards
 from learner.model.balance import pack
 from protocol.messages import Float32, Int32
 
@@ -47,6 +47,8 @@ class StepTokens:
     tokens_C: Int64
     trained_C: Bool
     """Whether the token trains: its loss_mask. T of them do."""
+    step_rewards_C: Float32
+    """Of the step that ends with the token, NaN where none does (see batch.step_rewards)."""
     completion_T: Int64
     targets_T: Int64
     """The token ids."""
@@ -127,7 +129,7 @@ def collect(groups: Sequence[TrainGroup], *, mask_truncated_completions: bool, m
     num_generations = max(group.group.num_generations for group in groups)
     rewards_PG = np.zeros((len(groups), num_generations), np.float32)
     trains_PG = np.zeros((len(groups), num_generations), np.bool_)
-    tokens, trained, logprobs, temperatures, versions = [], [], [], [], []
+    tokens, trained, steps, logprobs, temperatures, versions = [], [], [], [], [], []
     for p, group in enumerate(entry.group for entry in groups):
         trains_G = completions_that_train(group, mask_truncated_completions=mask_truncated_completions)
         if trains_G.sum() < min_scored:
@@ -139,6 +141,7 @@ def collect(groups: Sequence[TrainGroup], *, mask_truncated_completions: bool, m
         mask = np.ones(kept.size, np.bool_) if group.loss_mask is None else group.loss_mask.astype(np.bool_)
         tokens.append(group.completion_tokens[kept])
         trained.append(mask[kept])
+        steps.append(step_rewards(group)[kept])
         logprobs.append(group.behavior_logprobs[kept & mask])
         # Greedy groups carry temperature 0; their logprobs are those of temperature 1 (messages.Sampling).
         temperatures.append(np.full(logprobs[-1].size, group.temperature or 1.0, np.float32))
@@ -153,6 +156,7 @@ def collect(groups: Sequence[TrainGroup], *, mask_truncated_completions: bool, m
         lengths_N=lengths_N,
         tokens_C=tokens_C,
         trained_C=trained_C,
+        step_rewards_C=np.concatenate(steps),
         completion_T=np.repeat(np.arange(lengths_N.size), lengths_N)[trained_C],
         targets_T=tokens_C[trained_C],
         behavior_logprobs_T=np.concatenate(logprobs),
@@ -177,6 +181,7 @@ def whole_sequences(tokens_NL: Int32) -> StepTokens:
         lengths_N=np.full(num_sequences, length),
         tokens_C=predicted,
         trained_C=np.ones(predicted.size, np.bool_),
+        step_rewards_C=np.full(predicted.size, np.nan, np.float32),
         completion_T=np.repeat(np.arange(num_sequences), length),
         targets_T=predicted,
         behavior_logprobs_T=np.zeros(predicted.size, np.float32),
@@ -271,6 +276,7 @@ def _groups(step: StepTokens, first: int, last: int) -> StepTokens:
         lengths_N=step.lengths_N[n0:n1],
         tokens_C=step.tokens_C[c0:c1],
         trained_C=step.trained_C[c0:c1],
+        step_rewards_C=step.step_rewards_C[c0:c1],
         completion_T=step.completion_T[t0:t1] - n0,
         targets_T=step.targets_T[t0:t1],
         behavior_logprobs_T=step.behavior_logprobs_T[t0:t1],

@@ -221,6 +221,7 @@ def _probe(vocabulary: int) -> StepTokens:
         lengths_N=lengths_N,
         tokens_C=tokens[8:],
         trained_C=np.ones(10, np.bool_),
+        step_rewards_C=np.full(10, np.nan, np.float32),
         completion_T=np.repeat(np.arange(4), lengths_N),
         targets_T=tokens[8:],
         behavior_logprobs_T=np.zeros(10, np.float32),

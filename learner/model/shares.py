@@ -91,6 +91,7 @@ def restrict(step: StepTokens, mine_N: Bool) -> tuple[StepTokens, Int64]:
         lengths_N=lengths_N,
         tokens_C=step.tokens_C[mine_C],
         trained_C=trained_C,
+        step_rewards_C=step.step_rewards_C[mine_C],
         completion_T=np.repeat(np.arange(lengths_N.size), lengths_N)[trained_C],
         targets_T=step.targets_T[index_T],
         behavior_logprobs_T=step.behavior_logprobs_T[index_T],

@@ -35,13 +35,16 @@ def follow(config: LearnerConfig, world: World) -> int:
         start, _ = from_bytes(world.broadcast())
         if not isinstance(start, Start):
             return 0  # rank 0 ended before it had anything to train, and has said why
-        configure_logging("learner", Path(start.logs_dir) / f"rank-{world.place.rank}.log", stderr=False)
         checkpoint = Path(start.checkpoint) if start.checkpoint else None
         trainer = RankTrainer(config, world, checkpoint=checkpoint)
     event(log, "following", rank=world.place.rank, pid=os.getpid(), policy_version=trainer.policy_version)
+    log_file: Path | None = Path(start.logs_dir) / f"rank-{world.place.rank}.log"
     while True:
         with world.watched("a command"):
             command, frames = from_bytes(world.broadcast())
+            if log_file is not None and not isinstance(command, Stop):
+                configure_logging("learner", log_file, stderr=False)  # rank 0 has begun the run, and made the place
+                log_file = None
             match command:
                 case Train():
                     trainer.forward_backward(batch_of(command, frames))

@@ -17,9 +17,9 @@ from learner.config import LearnerConfig
 from learner.model.load import resolve_device
 from learner.ranks.commands import Stay, Stop, to_bytes
 from learner.ranks.follower import follow
-from learner.ranks.place import Place
+from learner.ranks.place import Place, check_ranks
 from learner.ranks.trainer import LeadingTrainer
-from learner.ranks.world import RankLost, World
+from learner.ranks.world import RankLost, RankSilent, World
 from protocol.errors import ConfigError
 from protocol.logs import configure_logging, event
 
@@ -31,11 +31,11 @@ def train_on_ranks(config: LearnerConfig, place: Place) -> int:
 
     Raises:
         ConfigError: rank 0 cannot work with this configuration, or the ranks disagree.
-        RankLost: on rank 0: another rank ended, or does not answer.
+        RankLost: on rank 0: another rank ended, or does not answer. On the others: rank 0 was never heard of.
         RunStopped: on rank 0.
     """
     if not place.leads:
-        configure_logging("learner", stderr=False)  # until rank 0 says where
+        configure_logging("learner", stderr=False)  # until rank 0 has begun the run
     world = World.join(place, rank_device(config, place), config.collective_timeout_s)
     try:
         if place.leads:
@@ -44,7 +44,7 @@ def train_on_ranks(config: LearnerConfig, place: Place) -> int:
         world.open()
         return follow(config, world)
     except (RankLost, ConfigError) as error:
-        if place.leads:
+        if place.leads or isinstance(error, RankSilent):
             raise
         # Rank 0 knows, or finds out, and ends with an error. It must have the time: torchrun ends all ranks as soon
         # as one has failed.
@@ -100,30 +100,6 @@ def rank_device(config: LearnerConfig, place: Place) -> torch.device:
         raise ConfigError(f"device {config.device!r} on {place.world_size} ranks: use cuda, each rank takes its own")
     torch.cuda.set_device(place.local_rank)
     return torch.device("cuda", place.local_rank)
-
-
-def check_ranks(config: LearnerConfig) -> None:
-    """Refuse what several ranks cannot do.
-
-    Raises:
-        ConfigError: says what would work.
-    """
-    if config.use_peft:
-        raise ConfigError("use_peft on several ranks: adapters train on one rank; leave torchrun out, or use_peft")
-    if config.has_critic:
-        raise ConfigError("advantage_estimator gae on several ranks: the critic trains on one rank; leave torchrun out")
-    if config.optim != "adamw":
-        raise ConfigError(f"optim {config.optim!r} on several ranks: its states cannot be sharded; use adamw")
-    if config.cast_lm_head_to_fp32 and config.autocast == "bfloat16":
-        raise ConfigError(
-            "cast_lm_head_to_fp32 with autocast bfloat16 on several ranks: the head's weights are gathered in bfloat16;"
-            " use autocast none, or leave cast_lm_head_to_fp32 out"
-        )
-    if config.autocast == "bfloat16" and config.published_dtype == "float32":
-        raise ConfigError(
-            "publish_dtype float32 with autocast bfloat16 on several ranks: the weights are gathered, and published,"
-            " in bfloat16; use publish_dtype auto, or autocast none"
-        )
 
 
 def statement(config: LearnerConfig) -> dict[str, str]:

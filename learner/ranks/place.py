@@ -1,10 +1,11 @@
-"""Where torchrun has put this process. No torch: asked before anything is loaded."""
+"""Where torchrun has put this process, and what several ranks cannot do. No torch: asked before anything is loaded."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from learner.config import LearnerConfig
 from protocol.errors import ConfigError
 
 VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -41,3 +42,27 @@ def place_of(environment: Mapping[str, str]) -> Place | None:
     if not 0 <= rank < world_size:
         raise ConfigError(f"RANK={rank} is not one of WORLD_SIZE={world_size} ranks: start them with torchrun")
     return Place(rank, world_size, local_rank)
+
+
+def check_ranks(config: LearnerConfig) -> None:
+    """Refuse what several ranks cannot do.
+
+    Raises:
+        ConfigError: says what would work.
+    """
+    if config.use_peft:
+        raise ConfigError("use_peft on several ranks: adapters train on one rank; leave torchrun out, or use_peft")
+    if config.has_critic:
+        raise ConfigError("advantage_estimator gae on several ranks: the critic trains on one rank; leave torchrun out")
+    if config.optim != "adamw":
+        raise ConfigError(f"optim {config.optim!r} on several ranks: its states cannot be sharded; use adamw")
+    if config.cast_lm_head_to_fp32 and config.autocast == "bfloat16":
+        raise ConfigError(
+            "cast_lm_head_to_fp32 with autocast bfloat16 on several ranks: the head's weights are gathered in bfloat16;"
+            " use autocast none, or leave cast_lm_head_to_fp32 out"
+        )
+    if config.autocast == "bfloat16" and config.published_dtype == "float32":
+        raise ConfigError(
+            "publish_dtype float32 with autocast bfloat16 on several ranks: the weights are gathered, and published,"
+            " in bfloat16; use publish_dtype auto, or autocast none"
+        )

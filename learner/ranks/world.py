@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import contextlib
 import math
+import sys
+import threading
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from typing import Self
@@ -27,15 +29,21 @@ from protocol.codec import Buffer
 from protocol.errors import ConfigError, HeadwayError
 
 LAST_WORDS_S = 3.0
+"""How long rank 0 waits for the others to say that they live."""
 LOOK_S = 1.0
 """While a rank is waited for, whether it has ended is looked up so often."""
-"""How long rank 0 waits for the others to say that they live."""
+PATIENCE_S = 5.0
+"""A rank that waits longer for another one to start says so."""
 _CLOSED = ("gloo", "nccl", "connection", "timed out", "socket")
 """In the texts of plain RuntimeErrors that torch raises when a peer is gone."""
 
 
 class RankLost(HeadwayError, ConnectionError):
     """A rank ended or does not answer: the others cannot go on without its shards."""
+
+
+class RankSilent(RankLost):
+    """A rank never said anything: it cannot have said what is wrong either."""
 
 
 class World:
@@ -60,10 +68,17 @@ class World:
             RankLost: nobody answers at MASTER_ADDR:MASTER_PORT.
         """
         timeout = timedelta(seconds=timeout_s)
+        waiting = threading.Timer(
+            PATIENCE_S, _say_waiting, [place.rank, "the process that starts the ranks", timeout_s]
+        )
+        waiting.daemon = True
+        waiting.start()
         try:
             store, _, _ = next(rendezvous("env://", place.rank, place.world_size, timeout=timeout))
         except (dist.DistError, ValueError) as error:
             raise RankLost(f"rank {place.rank} cannot join the others: {_first_line(error)}") from error
+        finally:
+            waiting.cancel()
         store.set_timeout(timeout)
         return cls(place, device, PrefixStore("headway", store), timeout_s)
 
@@ -158,7 +173,9 @@ class World:
     def _get(self, key: str, rank: int) -> bytes:
         words = f"last words/{rank}"
         look_s = min(LOOK_S, self._timeout_s)
-        for _ in range(math.ceil(self._timeout_s / look_s)):
+        for look in range(math.ceil(self._timeout_s / look_s)):
+            if look == math.ceil(PATIENCE_S / look_s):
+                _say_waiting(self.place.rank, f"rank {rank}", self._timeout_s)
             try:
                 self._store.wait([key], timedelta(seconds=look_s))
                 return bytes(self._store.get(key))
@@ -168,7 +185,9 @@ class World:
                     raise RankLost(f"rank {rank} ended: {reason}") from None
             except dist.DistError as error:
                 raise RankLost(f"rank {rank} is out of reach: {_first_line(error)}") from error
-        raise RankLost(f"rank {rank} was not heard of within {self._timeout_s:g} s")
+        raise RankSilent(
+            f"rank {rank} was not heard of within {self._timeout_s:g} s (collective_timeout_s): start it, too"
+        )
 
     def _leave_word(self, text: str) -> None:
         with contextlib.suppress(dist.DistError):  # the store may be gone, too
@@ -191,6 +210,16 @@ class World:
         if not silent:
             return "the ranks have lost each other"
         return f"rank {', '.join(silent)} ended or hangs, without a word (killed, out of memory, or its host is gone)"
+
+
+def _say_waiting(rank: int, other: str, timeout_s: float) -> None:
+    """On stderr: there is no screen yet, and no log."""
+    print(
+        f"headway-learner: rank {rank} waits for {other}, at most {timeout_s:g} s (collective_timeout_s); one that was"
+        " started with --dry-run takes no part",
+        file=sys.stderr,
+        flush=True,
+    )
 
 
 def disagreement(ours: Mapping[str, str], theirs: Mapping[str, str], rank: int) -> str:

@@ -8,7 +8,10 @@
     staging.py    where such files live, and who owns them
     chunks.py     which bytes have arrived (pure)
     assembly.py   those bytes put in place and verified
-    transfer.py   the two ends of the bulk plane
+    delta.py      what differs between two tensors, as few bytes
+    delta_manifest.py  what leads from one version to the next
+    serving.py    one end of the bulk plane: bytes out
+    fetching.py   the other: bytes in
 
 Invariant kept here: I5, the bytes accepted as version v hash to manifest v; never half a version.
 """

@@ -1,15 +1,15 @@
-"""One version on its way into one mapping: what arrives is placed, hashed, and believed only when its digest agrees.
+"""A shipment on its way into memory: what arrives is placed, hashed, and believed only when its digest agrees.
 
-Answers go in, requests come out; which connection carries them is transfer.py's business, and so is time. Whatever the
-other side sends, a tensor counts as here only after its bytes, read back from their final place, hash to the manifest
-(I5). A tensor that does not is forgotten and asked for again, three times at most.
+Answers go in, requests come out; which connection carries them is fetching.py's business, and so is time. Whatever the
+other side sends, a block counts as here only after its bytes, read back from their final place, hash to what the
+learner said (I5). A block that does not is forgotten and asked for again, three times at most.
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,8 +18,7 @@ from protocol.codec import Buffer, decode
 from protocol.errors import IntegrityError, ProtocolError
 from protocol.messages import UInt8, WeightsChunk, WeightsRequest
 from protocol.weights.chunks import Arrival, ChunkPlan, Stretch
-from protocol.weights.layout import MappedWeights
-from protocol.weights.manifest import Hasher, Manifest, new_hasher
+from protocol.weights.manifest import Hasher, Shipment, new_hasher
 
 MAX_REFETCHES = 3
 
@@ -40,42 +39,49 @@ class FetchCounters:
     """Frames that are no message."""
     reconnects: int = 0
     """Sockets given up because nothing useful came for `stall_s`."""
-    refetched_tensors: int = 0
-    """Tensors whose bytes failed verification and were asked for again."""
+    refetched_blocks: int = 0
+    """Blocks whose bytes failed verification and were asked for again."""
 
 
 class Assembly:
-    """Owns the destination's tensors until `done`; driven by one thread.
+    """Owns the destination until `done`; driven by one thread.
 
     Args:
-        manifest: What the bytes must hash to.
-        destination: A writable mapping of the manifest's layout, which nobody reads.
+        shipment: What to ask for, and what it must hash to.
+        destination: [shipment.nbytes] writable, which nobody reads.
         counters: Where to count what arrives.
         chunk_bytes: Size in which the source answers.
+        on_block: Told, by its index, of every block that is here and verified.
     """
 
     def __init__(
-        self, manifest: Manifest, destination: MappedWeights, counters: FetchCounters, chunk_bytes: int
+        self,
+        shipment: Shipment,
+        destination: memoryview,
+        counters: FetchCounters,
+        chunk_bytes: int,
+        on_block: Callable[[int], None] | None = None,
     ) -> None:
-        self.plan = ChunkPlan([Stretch(entry.offset, entry.nbytes) for entry in manifest.tensors], chunk_bytes)
+        self.plan = ChunkPlan([Stretch(block.offset, block.nbytes) for block in shipment.blocks], chunk_bytes)
         self.withdrawn = False
-        """Whether the source of the moment no longer serves the version."""
+        """Whether the source of the moment does not, or no longer, serve it."""
         self.chunks = 0
         self.bytes = 0
         self.verify_s = 0.0
         """Spent hashing."""
         self.failures: Counter[int] = Counter()
-        """Tensor index -> how often its bytes failed verification."""
-        self._manifest = manifest
+        """Block index -> how often its bytes failed verification."""
+        self._shipment = shipment
         self._counters = counters
-        self._memory = destination.writable_bytes(0, manifest.file_bytes)
-        self._array = np.frombuffer(self._memory, np.uint8)
+        self._memory = destination
+        self._array = np.frombuffer(destination, np.uint8)
+        self._on_block = on_block
         self._hashers: dict[int, Hasher] = {}
         self._hashed: Counter[int] = Counter()
 
     @property
     def done(self) -> bool:
-        """Whether every tensor is here and verified: a tensor that fails is missing again at once."""
+        """Whether every block is here and verified: one that fails is missing again at once."""
         return self.plan.done
 
     def next_request(self, most: int) -> WeightsRequest | None:
@@ -83,20 +89,22 @@ class Assembly:
         stretch = self.plan.take(most)
         if stretch is None:
             return None
-        return WeightsRequest(version=self._manifest.version, offset=stretch.offset, length=stretch.nbytes)
+        version, base = self._shipment.version, self._shipment.base
+        return WeightsRequest(version=version, offset=stretch.offset, length=stretch.nbytes, base=base)
 
     def take_in(self, frames: Sequence[Buffer]) -> None:
         """Use an answer, or count why not. It may be anything.
 
         Raises:
-            IntegrityError: a tensor's bytes were wrong for the fourth time.
+            IntegrityError: a block's bytes were wrong for the fourth time.
         """
         try:
             message = decode(frames)
         except ProtocolError:
             self._counters.malformed += 1
             return
-        if not isinstance(message, WeightsChunk) or message.version != self._manifest.version:
+        wanted = (self._shipment.version, self._shipment.base)
+        if not isinstance(message, WeightsChunk) or (message.version, message.base) != wanted:
             self._counters.foreign += 1
         elif message.data is None:
             self.withdrawn = True
@@ -121,31 +129,38 @@ class Assembly:
         self._counters.chunks += 1
         self._counters.bytes += data.size
         begun_s = time.monotonic()
-        for tensor in self.plan.tensors_in(offset, data.size):
-            if not self._verify(tensor):
-                self._refetch(tensor)
+        for index in self.plan.blocks_in(offset, data.size):
+            if not self._verify(index):
+                self._refetch(index)
                 break  # the chunk and what else is in it are missing again
         self.verify_s += time.monotonic() - begun_s
 
-    def _verify(self, tensor: int) -> bool:
-        """Hash what has become contiguous; False if the tensor is complete and its bytes are wrong."""
-        entry, hashed = self._manifest.tensors[tensor], self._hashed[tensor]
-        here = self.plan.contiguous_bytes(tensor)
+    def _verify(self, index: int) -> bool:
+        """Hash what has become contiguous; False if the block is complete and its bytes are wrong."""
+        block, hashed = self._shipment.blocks[index], self._hashed[index]
+        here = self.plan.contiguous_bytes(index)
         if here == hashed:
             return True
-        hasher = self._hashers.get(tensor) or self._hashers.setdefault(tensor, new_hasher(self._manifest.algorithm))
-        hasher.update(self._memory[entry.offset + hashed : entry.offset + here])
-        self._hashed[tensor] = here
-        return here < entry.nbytes or self._hashers.pop(tensor).hexdigest() == entry.digest
+        hasher = self._hashers.get(index) or self._hashers.setdefault(index, new_hasher(self._shipment.algorithm))
+        hasher.update(self._memory[block.offset + hashed : block.offset + here])
+        self._hashed[index] = here
+        if here < block.nbytes:
+            return True
+        if self._hashers.pop(index).hexdigest() != block.digest:
+            return False
+        if self._on_block is not None:
+            self._on_block(index)
+        return True
 
-    def _refetch(self, tensor: int) -> None:
-        for affected in self.plan.refetch(tensor):
+    def _refetch(self, index: int) -> None:
+        for affected in self.plan.refetch(index):
             self._hashers.pop(affected, None)
             self._hashed[affected] = 0
-        self.failures[tensor] += 1
-        if self.failures[tensor] > MAX_REFETCHES:
+        self.failures[index] += 1
+        if self.failures[index] > MAX_REFETCHES:
+            block = self._shipment.blocks[index]
             raise IntegrityError(
-                f"version {self._manifest.version}, tensor {self._manifest.tensors[tensor].spec.name}: its bytes do not"
-                f" hash to the manifest after {MAX_REFETCHES} refetches: the source or the path to it corrupts them"
+                f"version {self._shipment.version}, {block.what}: its bytes do not hash to the manifest after"
+                f" {MAX_REFETCHES} refetches: the source or the path to it corrupts them"
             )
-        self._counters.refetched_tensors += 1
+        self._counters.refetched_blocks += 1

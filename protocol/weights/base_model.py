@@ -1,7 +1,8 @@
 """Whether two directories hold the same model: what an adapter is trained on must be what it is served on.
 
 An adapter's own digests say nothing of the weights under it, and another base model of the same shape (an instruct
-model for its pretrained one) gives logprobs that look like many others. Both sides hash the files they have loaded.
+model for its pretrained one) gives logprobs that look like many others. Both sides hash the files they have loaded. The
+learner also hashes a reference model, which must stay what it was when a run is continued.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
 """Which bytes of a version are missing, asked for, or here: the bookkeeping of a fetch as a pure state machine.
 
-The tensors' bytes are cut into chunks of one size, whatever the tensors' boundaries, so that neighbors can be asked for
-in one request. A chunk is missing, then outstanding, then done; it goes back to missing when its connection is lost,
-when its answer was no good, or when a tensor with bytes in it fails verification. No I/O, no clock, no digests here.
+The bytes are cut into chunks of one size, whatever the boundaries of the blocks that are verified, so that neighbors
+can be asked for in one request. A chunk is missing, then outstanding, then done; it goes back to missing when its
+connection is lost, when its answer was no good, or when a block with bytes in it fails verification. Chunks of no block
+are not asked for. No I/O, no clock, no digests here.
 """
 
 from __future__ import annotations
@@ -12,6 +13,10 @@ from collections import deque
 from collections.abc import Sequence
 from enum import Enum
 from typing import NamedTuple
+
+CHUNK_BYTES = 256 << 10
+"""A request is answered in chunks of this size, the last one shorter. Measured best of 64 KiB to 4 MiB: a chunk stays
+in the cache between socket, copy and hash. Part of the protocol."""
 
 
 class Stretch(NamedTuple):
@@ -43,7 +48,7 @@ class ChunkPlan:
     """The chunks of one version and their states.
 
     Args:
-        tensors: Where every tensor lies, in file order, without gaps.
+        blocks: Where every block lies, in file order; chunks in a gap between them are not asked for.
         chunk_bytes: Size of every chunk but the last.
 
     Example:
@@ -54,17 +59,20 @@ class ChunkPlan:
         (<Arrival.NEW: 'new'>, 2, 2)
     """
 
-    def __init__(self, tensors: Sequence[Stretch], chunk_bytes: int) -> None:
-        self._tensors = list(tensors)
-        self._begins = [tensor.offset for tensor in tensors]
-        self._ends = [tensor.offset + tensor.nbytes for tensor in tensors]
+    def __init__(self, blocks: Sequence[Stretch], chunk_bytes: int) -> None:
+        self._blocks = list(blocks)
+        self._begins = [block.offset for block in blocks]
+        self._ends = [block.offset + block.nbytes for block in blocks]
         self._chunk_bytes = chunk_bytes
-        self._begin, self._end = (self._begins[0], self._ends[-1]) if tensors else (0, 0)
-        self.num_chunks = -(-(self._end - self._begin) // chunk_bytes)
-        self._states = [_State.MISSING] * self.num_chunks
-        self._missing = deque(range(self.num_chunks))
-        self._reached = [self._chunks_of(index).start for index in range(len(self._tensors))]
-        """For every tensor, a chunk before which all its chunks are done."""
+        self._begin, self._end = (self._begins[0], self._ends[-1]) if blocks else (0, 0)
+        self._states = [_State.DONE] * -(-(self._end - self._begin) // chunk_bytes)
+        for index in range(len(self._blocks)):
+            chunks = self._chunks_of(index)
+            self._states[chunks.start : chunks.stop] = [_State.MISSING] * len(chunks)
+        self._missing = deque(index for index, state in enumerate(self._states) if state is _State.MISSING)
+        self.num_chunks = len(self._missing)
+        self._reached = [self._chunks_of(index).start for index in range(len(self._blocks))]
+        """For every block, a chunk before which all its chunks are done."""
         self.num_outstanding = 0
         self.num_done = 0
 
@@ -110,29 +118,29 @@ class ChunkPlan:
         self._missing.extendleft(reversed(lost))
         self.num_outstanding = 0
 
-    def tensors_in(self, offset: int, nbytes: int) -> range:
-        """Return the indices of the tensors that have bytes there."""
+    def blocks_in(self, offset: int, nbytes: int) -> range:
+        """Return the indices of the blocks that have bytes there."""
         return range(bisect_right(self._ends, offset), bisect_left(self._begins, offset + nbytes))
 
-    def contiguous_bytes(self, tensor: int) -> int:
-        """Return how many bytes of the tensor are here without a gap, from its first one on."""
-        offset, nbytes = self._tensors[tensor]
-        reached, stop = self._reached[tensor], self._chunks_of(tensor).stop
+    def contiguous_bytes(self, block: int) -> int:
+        """Return how many bytes of the block are here without a gap, from its first one on."""
+        offset, nbytes = self._blocks[block]
+        reached, stop = self._reached[block], self._chunks_of(block).stop
         while reached < stop and self._states[reached] is _State.DONE:
             reached += 1
-        self._reached[tensor] = reached
+        self._reached[block] = reached
         return min(nbytes, max(0, self._offset(reached) - offset))
 
-    def refetch(self, tensor: int) -> range:
-        """Forget the tensor's chunks; return all tensors that have bytes in them and are thereby incomplete."""
-        chunks = self._chunks_of(tensor)
+    def refetch(self, block: int) -> range:
+        """Forget the block's chunks; return all blocks that have bytes in them and are thereby incomplete."""
+        chunks = self._chunks_of(block)
         for index in chunks:
             if self._states[index] is _State.DONE:
                 self._states[index] = _State.MISSING
                 self._missing.append(index)
                 self.num_done -= 1
         begin = self._offset(chunks.start)
-        affected = self.tensors_in(begin, self._offset(chunks.stop) - begin)
+        affected = self.blocks_in(begin, self._offset(chunks.stop) - begin)
         for neighbor in affected:
             self._reached[neighbor] = self._chunks_of(neighbor).start
         return affected
@@ -141,6 +149,6 @@ class ChunkPlan:
         """File offset of a chunk; of the one after the last, the end of the file."""
         return min(self._begin + index * self._chunk_bytes, self._end)
 
-    def _chunks_of(self, tensor: int) -> range:
-        first = (self._begins[tensor] - self._begin) // self._chunk_bytes
-        return range(first, -(-(self._ends[tensor] - self._begin) // self._chunk_bytes))
+    def _chunks_of(self, block: int) -> range:
+        first = (self._begins[block] - self._begin) // self._chunk_bytes
+        return range(first, -(-(self._ends[block] - self._begin) // self._chunk_bytes))

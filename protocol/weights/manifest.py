@@ -1,15 +1,15 @@
 """The manifest of a version: which tensors, where in its file, and what every one of them must hash to.
 
-It travels on the control plane (in WeightsReady) while the bytes travel on the bulk plane, later perhaps through other
-servers or as differences: its digests are of the result, and they alone decide what is accepted (invariant I5). This
+It travels on the control plane (in WeightsReady) while the bytes travel on the bulk plane, through other servers
+perhaps, or as differences: its digests are of the result, and they alone decide what is accepted (invariant I5). This
 file must not know sockets, files or torch.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
-from typing import Literal, Protocol, Self
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Literal, NamedTuple, Protocol, Self
 
 import blake3
 import msgspec
@@ -21,14 +21,16 @@ from protocol.weights.adapters import AdapterSpec, changed_weights
 from protocol.weights.specs import Dtype, Layout, Size, TensorSpec
 
 __all__ = [
-    "Algorithm", "Dtype", "Manifest", "TensorEntry", "TensorSpec", "content_digest", "digest", "new_hasher",
-    "schema_digest",
+    "BLOCK_BYTES", "Algorithm", "Block", "Dtype", "Manifest", "Shipment", "TensorEntry", "TensorSpec", "block_digests",
+    "blocks_of", "check_digests", "content_digest", "digest", "new_hasher", "schema_digest",
 ]  # fmt: skip
 
 Algorithm = Literal["blake3", "xxh3_128"]
 """blake3 resists a forger and is for everything that crosses hosts; xxh3_128 only finds accidents and costs a sixth."""
 
 DIGEST_BYTES: dict[Algorithm, int] = {"blake3": 32, "xxh3_128": 16}
+BLOCK_BYTES = 4 << 20
+"""What is verified, fetched again and passed on as one: small against a link's second, large against its digest."""
 MAX_MANIFEST_BYTES = 32 << 20
 MAX_INT32 = 2**31 - 1
 """Versions travel as int32 in every group."""
@@ -44,14 +46,35 @@ class Hasher(Protocol):
         """Return the digest of all bytes so far, in lower-case hex."""
 
 
+class Block(NamedTuple):
+    """Consecutive bytes that have a digest of their own."""
+
+    what: str
+    """Whose they are, for messages."""
+    offset: int
+    nbytes: int
+    digest: str
+
+
+class Shipment(NamedTuple):
+    """What is fetched as one: the file of a version, the delta that leads to it from `base`, or some blocks of one."""
+
+    version: Version
+    base: Version | None
+    algorithm: Algorithm
+    nbytes: int
+    blocks: Sequence[Block]
+    """In file order."""
+
+
 class TensorEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One tensor of a version: what it is, where it lies in the file, and the digest of its bytes."""
+    """One tensor of a version: what it is, where it lies in the file, and the digests of its bytes."""
 
     spec: TensorSpec
     offset: Size
     nbytes: Size
-    digest: str
-    """Lower-case hex."""
+    digests: tuple[str, ...]
+    """Of each BLOCK_BYTES of it, the last ones shorter; lower-case hex."""
 
 
 class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True, omit_defaults=True):
@@ -60,7 +83,7 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     Example:
         >>> spec = TensorSpec("w", "F32", (1,))
         >>> layout = Layout([spec])
-        >>> entry = TensorEntry(spec, layout.offset("w"), spec.nbytes, digest("xxh3_128", bytes(4)))
+        >>> entry = TensorEntry(spec, layout.offset("w"), spec.nbytes, (digest("xxh3_128", bytes(4)),))
         >>> manifest = Manifest(
         ...     version=Version(1, 7), algorithm="xxh3_128", tensors=(entry,), file_bytes=layout.file_bytes)
         >>> Manifest.from_json(manifest.to_json()) == manifest
@@ -79,6 +102,16 @@ class Manifest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=
     def layout(self) -> Layout:
         """The layout of the version's file (computed anew: keep it)."""
         return Layout(entry.spec for entry in self.tensors)
+
+    @property
+    def shipment(self) -> Shipment:
+        """All of the file but its header: every byte of every tensor once (computed anew: keep it)."""
+        blocks = [
+            block
+            for entry in self.tensors
+            for block in blocks_of(f"tensor {entry.spec.name}", entry.offset, entry.nbytes, entry.digests)
+        ]
+        return Shipment(self.version, None, self.algorithm, self.file_bytes, blocks)
 
     def to_json(self) -> bytes:
         """Encode for WeightsReady."""
@@ -114,6 +147,30 @@ def digest(algorithm: Algorithm, buffer: bytes | memoryview) -> str:
     return hasher.hexdigest()
 
 
+def block_digests(algorithm: Algorithm, buffer: memoryview) -> tuple[str, ...]:
+    """Digest of each BLOCK_BYTES of a contiguous buffer of bytes."""
+    return tuple(digest(algorithm, buffer[begin : begin + BLOCK_BYTES]) for begin in range(0, len(buffer), BLOCK_BYTES))
+
+
+def blocks_of(what: str, offset: int, nbytes: int, digests: Sequence[str]) -> Iterator[Block]:
+    """Cut [offset, offset + nbytes) into the blocks that the digests are of."""
+    for begin, expected in zip(range(0, nbytes, BLOCK_BYTES), digests, strict=True):
+        yield Block(what, offset + begin, min(BLOCK_BYTES, nbytes - begin), expected)
+
+
+def check_digests(what: str, algorithm: Algorithm, nbytes: int, digests: Sequence[str]) -> None:
+    """Check that there is a digest for every block.
+
+    Raises:
+        ValueError: there is not, or one is none of that algorithm.
+    """
+    blocks, hex_digits = -(-nbytes // BLOCK_BYTES), 2 * DIGEST_BYTES[algorithm]
+    if len(digests) != blocks:
+        raise ValueError(f"{what}: {len(digests)} digests for {nbytes} bytes, expected {blocks}")
+    if not all(len(text) == hex_digits and set(text) <= set("0123456789abcdef") for text in digests):
+        raise ValueError(f"{what}: its digest is not {hex_digits} hex digits")
+
+
 def schema_digest(specs: Iterable[TensorSpec]) -> str:
     """Digest of names and shapes, in any order: 32 hex digits of BLAKE2b over their sorted JSON.
 
@@ -131,7 +188,7 @@ def content_digest(manifest: Manifest) -> str:
     version does not. Equal means equal tensors, so a receiver can tell that a version brings nothing new. Different
     means nothing where the algorithms differ.
     """
-    content = sorted((entry.spec.name, entry.spec.dtype, entry.spec.shape, entry.digest) for entry in manifest.tensors)
+    content = sorted((entry.spec.name, entry.spec.dtype, entry.spec.shape, entry.digests) for entry in manifest.tensors)
     what = (
         (manifest.algorithm, content) if manifest.adapter is None else (manifest.algorithm, content, manifest.adapter)
     )
@@ -145,7 +202,6 @@ def _check(manifest: Manifest) -> None:
     layout = manifest.layout
     if manifest.file_bytes != layout.file_bytes:
         raise ValueError(f"file_bytes {manifest.file_bytes}, but its tensors make {layout.file_bytes}")
-    hex_digits = 2 * DIGEST_BYTES[manifest.algorithm]
     for entry, spec in zip(manifest.tensors, layout.specs, strict=True):
         if entry.spec is not spec:
             raise ValueError(f"tensor {entry.spec.name} stands where the file has {spec.name}")
@@ -154,9 +210,6 @@ def _check(manifest: Manifest) -> None:
                 f"tensor {spec.name}: bytes [{entry.offset}, +{entry.nbytes}], but the layout has it at"
                 f" [{layout.offset(spec.name)}, +{spec.nbytes}]"
             )
-        if len(entry.digest) != hex_digits or not set(entry.digest) <= set("0123456789abcdef"):
-            raise ValueError(f"tensor {spec.name}: its digest is not {hex_digits} hex digits")
-        if not entry.nbytes and entry.digest != digest(manifest.algorithm, b""):
-            raise ValueError(f"tensor {spec.name} has no bytes, but its digest is of some")
+        check_digests(f"tensor {spec.name}", manifest.algorithm, entry.nbytes, entry.digests)
     if manifest.adapter is not None:
         changed_weights(layout.specs, manifest.adapter.r)

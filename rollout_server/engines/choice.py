@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Literal
 
 from protocol.errors import ConfigError
+from protocol.machine import has_cuda
 from rollout_server.config import ServerConfig
 
 SGLANG_FLOOR = (0, 5, 21)
 """Below it one of these: 0.5.20 and older end their own process when weights are loaded while samples wait, 0.5.18 and
 older do not say which version of the weights sampled which token."""
-CUDA_SIGNS = ("/dev/nvidia0", "/proc/driver/nvidia/version", "/dev/dxg")
-"""Any of them is there where CUDA is (the last under WSL); asking torch would take seconds."""
 CPU_ENGINE_SWITCH = "SGLANG_USE_CPU_ENGINE"
 """SGLang's own variable: 1 lets it run without a GPU."""
 
@@ -50,13 +49,12 @@ def read_machine(
     environment: Mapping[str, str] = os.environ, *, root: Path = Path("/"), package: str = "sglang"
 ) -> Machine:
     """Look at device files, the environment and the installed packages."""
-    hidden = environment.get("CUDA_VISIBLE_DEVICES") in ("", "-1")
     try:
         version = metadata.version(package)
     except metadata.PackageNotFoundError:
         version = None
     return Machine(
-        has_cuda=not hidden and any((root / sign.lstrip("/")).exists() for sign in CUDA_SIGNS),
+        has_cuda=has_cuda(environment, root=root),
         allows_cpu_sglang=environment.get(CPU_ENGINE_SWITCH) == "1",
         sglang_version=version,
     )
@@ -77,25 +75,27 @@ def choose_engine(config: ServerConfig, machine: Machine | None = None) -> Choic
     if config.engine_url:
         return Choice("sglang")
     machine = machine or read_machine()
-    has_cuda = machine.has_cuda if config.device == "auto" else config.device != "cpu"
+    on_cuda = machine.has_cuda if config.device == "auto" else config.device != "cpu"
     if config.engine == "auto":
-        if not has_cuda:
-            return Choice("transformers")
+        if not on_cuda:
+            ignored = ", ".join(config.sglang_words)
+            notice = "engine auto: no CUDA device here: serving with transformers, where no effect is had by"
+            return Choice("transformers", f"{notice} {ignored}" if ignored else "")
         if machine.sglang_version is None:
             return Choice(
                 "transformers",
                 "engine auto: there is a GPU, and SGLang, which makes the most of it, is not installed (pip install"
-                " 'headway[server]'): serving with transformers",
+                " '.[server]' in headway's directory): serving with transformers",
             )
-    _check_sglang(machine, has_cuda=has_cuda)
+    _check_sglang(machine, on_cuda=on_cuda)
     return Choice("sglang")
 
 
-def _check_sglang(machine: Machine, *, has_cuda: bool) -> None:
+def _check_sglang(machine: Machine, *, on_cuda: bool) -> None:
     if machine.sglang_version is None:
         raise ConfigError(
-            "engine sglang: the package sglang is not installed here: pip install 'headway[server]', or take"
-            " --engine transformers, or name a server that runs elsewhere on this host, --engine-url http://127.0.0.1:PORT"
+            "engine sglang: the package sglang is not installed here: pip install '.[server]' in headway's"
+            " directory, or take --engine transformers, or name a server that runs elsewhere on this host, --engine-url http://127.0.0.1:PORT"
         )
     if version_numbers(machine.sglang_version) < SGLANG_FLOOR:
         floor = ".".join(map(str, SGLANG_FLOOR))
@@ -104,7 +104,7 @@ def _check_sglang(machine: Machine, *, has_cuda: bool) -> None:
             " kills itself when weights are loaded while samples wait, up to 0.5.18 it does not say which weights"
             f" sampled a token): pip install 'sglang>={floor}', or take --engine transformers"
         )
-    if not has_cuda and not machine.allows_cpu_sglang:
+    if not on_cuda and not machine.allows_cpu_sglang:
         raise ConfigError(
             "engine sglang: no CUDA device here: take --engine transformers, or name a server that has one,"
             " --engine-url http://127.0.0.1:PORT; an SGLang that is built for this CPU runs with"

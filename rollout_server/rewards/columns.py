@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from protocol.messages import RewardStatus
-from rollout_server.rewards.worker import CallResult
+from rollout_server.rewards.worker import CallResult, Steps
 
 NO_VALUE = float("nan")
 
@@ -21,6 +21,8 @@ class Column:
         self.values = [NO_VALUE] * count
         self.statuses = [RewardStatus.TIMEOUT] * count
         self.seconds = [0.0] * count
+        self.steps: dict[int, Steps] = {}
+        """Of those it judged step by step."""
         self.note = ""
         """The first thing that went wrong."""
 
@@ -33,6 +35,8 @@ class Column:
             else:
                 status = RewardStatus.UNSCORED if value is None else RewardStatus.OK
             self._set(index, NO_VALUE if value is None else value, status, result.seconds / len(indices))
+            if position in result.steps:
+                self.steps[index] = result.steps[position]
 
     def timed_out(self, indices: Sequence[int], value: float | None, limit_s: float) -> None:
         """Record a call whose process was killed after `limit_s` seconds; `value` is reward_on_timeout."""

@@ -90,7 +90,7 @@ def _import_file(spec: str, path: Path) -> ModuleType:
 
 def _import_problem(what: str, error: Exception) -> str:
     if isinstance(error, ModuleNotFoundError) and error.name in OPTIONAL_PACKAGES:
-        return f"needs the package {error.name}: pip install 'headway[rewards]'"
+        return f"needs the package {error.name}: pip install '.[rewards]' in headway's directory"
     first_line = next(iter(str(error).splitlines()), "")
     return f"importing {what} raised {type(error).__name__}: {first_line}"
 

@@ -87,6 +87,7 @@ class RewardPool:
             values=np.array([column.values for column in columns], np.float32).T,
             statuses=np.array([column.statuses for column in columns], np.uint8).T,
             seconds=np.array([column.seconds for column in columns], np.float32).T,
+            steps={(n, f): steps for f, column in enumerate(columns) for n, steps in column.steps.items()},
             notes=tuple(f"{name}: {c.note}" for name, c in zip(self.names, columns, strict=True) if c.note),
         )
 

@@ -1,6 +1,6 @@
 """What runs inside a reward worker: prepare the process, load the functions once, run calls, check their results.
 
-A worker trusts nobody's function: whatever it raises, prints or returns becomes plain data. Only lists of floats and
+A worker trusts nobody's function: whatever it raises, prints or returns becomes plain data. Only lists of numbers and
 short texts go back to the server, so no object of a user's class is ever unpickled there. Imports nothing heavy: the
 thread limits must be in the environment before numpy or torch are loaded.
 """
@@ -18,7 +18,7 @@ import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping, MutableSequence, Sequence
 from multiprocessing.synchronize import Semaphore
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 from protocol.errors import ConfigError
 from rollout_server.rewards.loading import load_reward
@@ -31,11 +31,17 @@ ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "NUM
 PR_SET_PDEATHSIG = 1
 
 
+Steps: TypeAlias = list[tuple[int, float]]
+"""What a process reward function says of a completion: (index of a step's last token, reward), in any order."""
+
+
 class CallResult(NamedTuple):
     """What one call of a reward function came to."""
 
     values: list[float | None]
-    """One per completion; None where the function said None, and where it failed."""
+    """One per completion, the sum where it has steps; None where the function said None, and where it failed."""
+    steps: dict[int, Steps]
+    """Of the completions for which it returned steps."""
     failed: list[int]
     """Indices without a usable result."""
     note: str
@@ -86,7 +92,7 @@ def call(slot: int, function: int, arguments: Mapping[str, Any]) -> CallResult:
     """
     assert _loaded is not None
     _loaded.pids[slot] = os.getpid()
-    count = len(arguments["completions"])
+    lengths = [len(ids) for ids in arguments["completion_ids"]]
     started = time.perf_counter()
     try:
         if _loaded.problem:
@@ -95,10 +101,10 @@ def call(slot: int, function: int, arguments: Mapping[str, Any]) -> CallResult:
         returned = reward(**_accepted(reward, arguments))
         if inspect.isawaitable(returned):
             returned = asyncio.run(_await(returned))
-        values, failed, note = _checked(returned, count)
+        values, steps, failed, note = _checked(returned, lengths)
     except BaseException as error:  # noqa: BLE001 - SystemExit and MemoryError of a user's function included
-        values, failed, note = [None] * count, list(range(count)), _describe(error)
-    return CallResult(values, failed, note, time.perf_counter() - started)
+        values, steps, failed, note = [None] * len(lengths), {}, list(range(len(lengths))), _describe(error)
+    return CallResult(values, steps, failed, note, time.perf_counter() - started)
 
 
 def _isolate() -> None:
@@ -140,32 +146,76 @@ def _accepted(reward: Callable[..., Any], arguments: Mapping[str, Any]) -> dict[
     return accepted
 
 
-def _checked(returned: Any, count: int) -> tuple[list[float | None], list[int], str]:
-    """Turn a function's result into plain floats; say which entries are unusable."""
+def _checked(returned: Any, lengths: Sequence[int]) -> tuple[list[float | None], dict[int, Steps], list[int], str]:
+    """Turn a function's result into plain floats and steps; say which entries are unusable, and why the first is."""
     if not isinstance(returned, list | tuple):
-        raise TypeError(f"returned {type(returned).__name__}; allowed is a list of {count} numbers or None")
-    if len(returned) != count:
-        raise ValueError(f"returned {len(returned)} values for {count} completions")
+        raise TypeError(f"returned {type(returned).__name__}; allowed is a list of {len(lengths)} numbers or None")
+    if len(returned) != len(lengths):
+        raise ValueError(f"returned {len(returned)} values for {len(lengths)} completions")
     values: list[float | None] = []
+    steps: dict[int, Steps] = {}
     failed: list[int] = []
     note = ""
-    for index, value in enumerate(returned):
-        if value is None:
-            values.append(None)
-        elif not isinstance(value, numbers.Real):
-            values.append(None)
+    for index, (answer, length) in enumerate(zip(returned, lengths, strict=True)):
+        value = None
+        try:
+            if isinstance(answer, list | tuple):
+                steps[index] = _steps(answer, length)
+                value = _number(math.fsum(reward for _, reward in steps[index]), "steps worth ")
+            elif answer is not None:
+                value = _number(answer, "")
+        except _Unusable as problem:
+            steps.pop(index, None)
             failed.append(index)
-            note = note or f"returned a {type(value).__name__} for a completion; allowed is a number or None"
-        elif abs(number := _float(value)) <= LARGEST_REWARD:
-            values.append(number)
-        else:
-            values.append(None)
-            failed.append(index)
-            note = note or f"returned {number} for a completion; allowed is up to {LARGEST_REWARD:g} either way"
-    return values, failed, note
+            note = note or str(problem)
+        values.append(value)
+    return values, steps, failed, note
 
 
-def _float(value: numbers.Real) -> float:
+class _Unusable(Exception):
+    """What a function returned for a completion is no reward; the text says why."""
+
+
+def _steps(answer: Sequence[Any], length: int) -> Steps:
+    """Check the steps of a completion of `length` tokens.
+
+    Raises:
+        _Unusable: they are none.
+    """
+    if not answer:
+        raise _Unusable("returned no step for a completion; allowed is a step at least, or None")
+    steps: Steps = []
+    for step in answer:
+        if not isinstance(step, list | tuple) or len(step) != 2 or not isinstance(step[0], numbers.Integral):
+            raise _Unusable(
+                f"returned a {type(step).__name__} as a step of a completion; allowed is a pair of the index of its"
+                " last token and a number"
+            )
+        token = int(step[0])
+        if not 0 <= token < length:
+            raise _Unusable(
+                f"returned a step that ends with token {_float(token):g} of a completion of {length} tokens; they are"
+                " counted from 0"
+            )
+        steps.append((token, _number(step[1], "a step worth ")))
+    return steps
+
+
+def _number(value: Any, what: str) -> float:
+    """Return a reward as a float.
+
+    Raises:
+        _Unusable: it is none, or too large.
+    """
+    if not isinstance(value, numbers.Real):
+        allowed = "a number" if what else "a number, None or a list of steps"
+        raise _Unusable(f"returned {what}a {type(value).__name__} for a completion; allowed is {allowed}")
+    if not abs(number := _float(value)) <= LARGEST_REWARD:
+        raise _Unusable(f"returned {what}{number} for a completion; allowed is up to {LARGEST_REWARD:g} either way")
+    return number
+
+
+def _float(value: numbers.Real | int) -> float:
     try:
         return float(value)
     except OverflowError:  # an integer of hundreds of digits

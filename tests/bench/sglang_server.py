@@ -104,7 +104,7 @@ async def serve(sglang: Any, folder: Path, measure_s: float) -> float:
     """Play the learner to a server process that is attached to SGLang."""
     from protocol.channel import listen
     from protocol.weights.layout import MappedWeights, build_manifest
-    from protocol.weights.transfer import WeightsServer
+    from protocol.weights.serving import WeightsServer
     from tests.factories import INITIAL
 
     address = f"ipc://{folder}/learner"

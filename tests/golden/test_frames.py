@@ -39,6 +39,7 @@ from protocol.messages import (
     WeightsFailed,
     WeightsLive,
     WeightsLost,
+    WeightsPath,
     WeightsReady,
     WeightsRequest,
     WeightsStaged,
@@ -100,7 +101,7 @@ SAMPLES: dict[str, AnyMessage] = {
         session="8a1f", server="host-1", engine="scripted", room=64, vocab_size=1000, model_digest="ab" * 16,
         tokenizer_digest="cd" * 16, canaries=True, full_weights=False, max_lora_rank=16,
         reward_functions=("exact_match", "format"), run_id="run", incarnation=2, live=V7, unacked=(ID,),
-        in_flight=("f" * 32,),
+        in_flight=("f" * 32,), relay_address="tcp://*:5558",
     ),
     "hello_first": Hello(
         session="8a1f", server="host-1", engine="scripted", room=64, vocab_size=1000, model_digest="",
@@ -125,10 +126,11 @@ SAMPLES: dict[str, AnyMessage] = {
     "group_all_arrays": Group(
         **GROUP,
         loss_mask=octets(1, 1, 1, 0),
-        step_rewards=floats(0.0, 0.5, 0.0, 0.0),
+        step_rewards=floats(np.nan, 0.5, np.nan, -1.0),
         sampling_mask=octets(1, 0, 1, 1, 0, 1, 1, 1).reshape(4, 2),
         routed_experts=np.array([[1, 2], [3, 4], [5, 6], [7, 65535]], np.uint16),
     ),
+    "group_step_rewards": Group(**GROUP, step_rewards=floats(float("nan"), 0.5, 0.0, float("nan"))),
     "ack": Ack(group_id=ID, attempt=2, status=AckStatus.STALE, reason="sampled by orphaned weights 1.8"),
     "return": Return(group_id=ID, attempt=2, reason="drain", fault=False),
     "cancel": Cancel(group_id=ID, attempt=2, reason="deadline"),
@@ -140,15 +142,22 @@ SAMPLES: dict[str, AnyMessage] = {
         canary_tokens=ints(4, 5, 6, 7, 8, 9).reshape(2, 3),
         canary_logprobs=floats(-0.5, -1.5, -0.25, -2.0).reshape(2, 2),
     ),
+    "weights_ready_paths": WeightsReady(
+        version=V7, manifest=np.frombuffer(b'{"version":[2,7]}', np.uint8),
+        addresses=("tcp://10.0.0.8:5558", "tcp://*:5556"), address_keys=("k" * 40, ""),
+        shared="weights-17-0123abcd.safetensors", deltas=np.frombuffer(b"[]", np.uint8),
+    ),
     "weights_request": WeightsRequest(version=V7, offset=262144, length=262144),
+    "weights_request_delta": WeightsRequest(version=V7, offset=0, length=262144, base=Version(2, 6)),
     "weights_chunk": WeightsChunk(version=V7, offset=262144, data=octets(0, 1, 254, 255)),
     "weights_chunk_none": WeightsChunk(version=V7, offset=262144),
+    "weights_chunk_delta": WeightsChunk(version=V7, offset=0, base=Version(2, 6), data=octets(0, 1, 254, 255)),
     "weights_staged": WeightsStaged(version=V7),
     "weights_swap": WeightsSwap(version=V7, checksums=("sglang-tp2:0123abcd",)),
     "weights_swap_first": WeightsSwap(version=V7),
     "weights_live": WeightsLive(
-        version=V7, transfer_s=0.5, verify_s=0.25, pause_s=0.125, check_s=1.5, checksum="sglang-tp2:0123abcd",
-        mismatch_kl=0.0009765625, mismatch=0.03125,
+        version=V7, path=WeightsPath.DELTA, bytes=4096, transfer_s=0.5, verify_s=0.25, pause_s=0.125, check_s=1.5,
+        checksum="sglang-tp2:0123abcd", mismatch_kl=0.0009765625, mismatch=0.03125,
     ),
     "weights_live_unchecked": WeightsLive(version=V7, transfer_s=0.5, verify_s=0.25, pause_s=0.125),
     "weights_lost": WeightsLost(reason="the engine died with exit code -9"),
@@ -200,7 +209,7 @@ def test_golden_frames_decode_to_their_message_and_encode_to_the_same_bytes(name
 
 
 def test_frames_of_other_versions_are_named_as_such():
-    older = {1: 23, 2: 29}
+    older = {1: 23, 2: 29, 3: 29}
     """How many frames each version has left: they stay for ever."""
     refused = Counter[int]()
     for directory in HERE.glob("frames_v*"):

@@ -89,7 +89,7 @@ def test_what_is_accepted_is_what_the_manifest_says(pair: Pair, draw: st.DataObj
     source, destination, manifest = pair
     fill(destination, seed=2)
     counters = FetchCounters()
-    assembly = Assembly(manifest, destination, counters, CHUNK_BYTES)
+    assembly = Assembly(manifest.shipment, destination.writable_bytes(0, manifest.file_bytes), counters, CHUNK_BYTES)
     deeds = draw.draw(st.sampled_from([DEEDS, ["deliver", "corrupt", "cut"]]))
     delayed: list[Message] = []
     corrupted = 0
@@ -129,7 +129,7 @@ def assemble(pair: Pair, deeds: dict[int, str]) -> FetchCounters:
     source, destination, manifest = pair
     fill(destination, seed=2)
     counters = FetchCounters()
-    assembly = Assembly(manifest, destination, counters, CHUNK_BYTES)
+    assembly = Assembly(manifest.shipment, destination.writable_bytes(0, manifest.file_bytes), counters, CHUNK_BYTES)
     number = 0
     while not assembly.done:
         request = assembly.next_request(4)
@@ -157,7 +157,7 @@ def test_clean_fetch_places_every_byte_once(pair: Pair) -> None:
 
 @pytest.mark.parametrize(
     ("deed", "counter", "extra_chunks"),
-    [("repeat", "duplicate", 0), ("truncate", "wrong_size", 0), ("corrupt", "refetched_tensors", 7)],
+    [("repeat", "duplicate", 0), ("truncate", "wrong_size", 0), ("corrupt", "refetched_blocks", 7)],
 )
 def test_every_deed_is_counted_and_costs_no_more_than_its_tensor(
     pair: Pair, deed: str, counter: str, extra_chunks: int
@@ -174,7 +174,7 @@ def test_lost_answer_costs_only_asking_again(pair: Pair) -> None:
 def test_three_refetches_heal_and_a_fourth_failure_is_final(pair: Pair) -> None:
     source, destination, manifest = pair
     counters = FetchCounters()
-    assembly = Assembly(manifest, destination, counters, CHUNK_BYTES)
+    assembly = Assembly(manifest.shipment, destination.writable_bytes(0, manifest.file_bytes), counters, CHUNK_BYTES)
 
     def fetch_corrupting_large(times: int) -> None:
         while (request := assembly.next_request(1)) is not None:
@@ -188,8 +188,8 @@ def test_three_refetches_heal_and_a_fourth_failure_is_final(pair: Pair) -> None:
 
     fetch_corrupting_large(times=MAX_REFETCHES)
     assert assembly.done
-    assert counters.refetched_tensors == MAX_REFETCHES
-    assembly = Assembly(manifest, destination, counters, CHUNK_BYTES)
+    assert counters.refetched_blocks == MAX_REFETCHES
+    assembly = Assembly(manifest.shipment, destination.writable_bytes(0, manifest.file_bytes), counters, CHUNK_BYTES)
     with pytest.raises(IntegrityError, match=r"^version 1\.5, tensor large: its bytes do not hash .* 3 refetches"):
         fetch_corrupting_large(times=MAX_REFETCHES + 1)
     assert not assembly.done
@@ -200,7 +200,7 @@ def test_verified_neighbor_is_verified_again_when_its_chunk_is_fetched_again(pai
     small = next(entry for entry in manifest.tensors if entry.spec.name == "small")
     assert (small.offset - manifest.tensors[0].offset) // CHUNK_BYTES * CHUNK_BYTES < 100  # in a chunk with large's end
     counters = FetchCounters()
-    assembly = Assembly(manifest, destination, counters, CHUNK_BYTES)
+    assembly = Assembly(manifest.shipment, destination.writable_bytes(0, manifest.file_bytes), counters, CHUNK_BYTES)
     request = assembly.next_request(7)
     assert request is not None
     for round_ in range(2):
@@ -213,20 +213,25 @@ def test_verified_neighbor_is_verified_again_when_its_chunk_is_fetched_again(pai
                 data[small.offset - chunk.offset] ^= round_ == 1
             assembly.take_in(wire(WeightsChunk(version=chunk.version, offset=chunk.offset, data=data)))
         if round_ == 0:
-            assert counters.refetched_tensors == 1
+            assert counters.refetched_blocks == 1
             rest, again = assembly.next_request(99), assembly.next_request(99)
             assert rest is not None
             assert again is not None
             assert (again.offset, again.length) == (request.offset, request.length)
             for chunk in answers(source, rest):
                 assembly.take_in(wire(chunk))
-    assert [manifest.tensors[failed].spec.name for failed in assembly.failures.elements()] == ["large", "small"]
+    assert [manifest.shipment.blocks[failed].what for failed in assembly.failures.elements()] == [
+        "tensor large",
+        "tensor small",
+    ]
     assert not assembly.done
 
 
 def test_source_that_no_longer_serves_the_version_is_remembered_until_the_next(pair: Pair) -> None:
     _, destination, manifest = pair
-    assembly = Assembly(manifest, destination, FetchCounters(), CHUNK_BYTES)
+    assembly = Assembly(
+        manifest.shipment, destination.writable_bytes(0, manifest.file_bytes), FetchCounters(), CHUNK_BYTES
+    )
     assembly.take_in(wire(WeightsChunk(version=Version(1, 4), offset=0)))
     assert not assembly.withdrawn
     assembly.take_in(wire(WeightsChunk(version=Version(1, 5), offset=0)))

@@ -112,10 +112,10 @@ class ChunkPlanMachine(RuleBasedStateMachine):
             assert self.plan.contiguous_bytes(index) == gap - offset
 
     @invariant()
-    def tensors_in_every_chunk_agree(self) -> None:
+    def blocks_in_every_chunk_agree(self) -> None:
         for at in range(self.begin, self.end, self.chunk_bytes):
             nbytes = min(self.chunk_bytes, self.end - at)
-            found = [i for i in self.plan.tensors_in(at, nbytes) if self.tensors[i].nbytes]
+            found = [i for i in self.plan.blocks_in(at, nbytes) if self.tensors[i].nbytes]
             expected = [i for i, (o, n) in enumerate(self.tensors) if n and o < at + nbytes and o + n > at]
             assert found == expected
 

@@ -60,6 +60,7 @@ def test_no_callback_holds_the_event_loop(spans, prompts_per_step, callbacks_ms,
     desk = make_desk(**options)
     desk.join("north", room=1_000_000)
     directory = RunDirectory.open(make_config(output_dir=tmp_path, run_name="run", **options))
+    directory.begin_incarnation()
 
     async def main() -> None:
         story: list[str] = []

@@ -27,6 +27,7 @@ NUMBERS = {
 DAMAGED = (
     "completion_index", "completion_lengths", "completion_tokens", "behavior_logprobs", "finish_reasons", "span_counts",
     "span_lengths", "span_versions", "rewards", "scored", "reward_values", "reward_statuses", "reward_seconds",
+    "step_rewards",
 )  # fmt: skip
 
 
@@ -39,6 +40,8 @@ def damages(draw):
 
 
 def damage(group: Group, name: str, how: str, first: int, second: int, data: st.DataObject) -> Group:
+    if getattr(group, name) is None:
+        return group
     array = np.array(getattr(group, name))
     flat = array.reshape(-1)
     if how == "element" and flat.size:
@@ -70,6 +73,10 @@ def is_sound(group: Group) -> bool:
             return False
         if length == 0 and group.finish_reasons[completion] != 2:
             return False
+        if group.step_rewards is not None:
+            steps = [reward for reward in group.step_rewards[token : token + length].tolist() if reward == reward]
+            if any(map(math.isinf, steps)) or (length and bool(steps) != bool(group.scored[completion])):
+                return False
         for _ in range(length):
             if not 0 <= group.completion_tokens[token] < VOCAB_SIZE:
                 return False
@@ -91,6 +98,8 @@ def is_sound(group: Group) -> bool:
                 return False
             if group.reward_statuses[completion, function] > 3:
                 return False
+    if group.step_rewards is not None and len(group.step_rewards) != token:
+        return False
     shapes_end = token == len(group.completion_tokens) == len(group.behavior_logprobs) and span == len(
         group.span_lengths
     )
@@ -98,13 +107,16 @@ def is_sound(group: Group) -> bool:
 
 
 @settings(max_examples=400, deadline=None)
-@given(st.lists(damages(), min_size=1, max_size=3))
-def test_what_reaches_the_buffer_is_sound(all_damages):
+@given(st.lists(damages(), min_size=1, max_size=3), st.booleans())
+def test_what_reaches_the_buffer_is_sound(all_damages, stepwise):
     desk = make_desk(max_completion_length=MAX_COMPLETION_LENGTH, filter_zero_std=False)
     desk.join("north", room=100)
     desk.pump()
     lease = desk.leases()[0]
     group = answer(lease)
+    if stepwise:
+        steps = np.where(np.arange(group.completion_tokens.size) % 3 == 0, np.float32(0.5), np.float32(math.nan))
+        group = msgspec.structs.replace(group, step_rewards=steps)
     for each in all_damages:
         group = damage(group, *each)
     desk.receive(group)

@@ -40,10 +40,13 @@ def train_groups(draw: st.DrawFn) -> TrainGroup:
         changes["loss_mask"] = random.integers(0, 2, sum(lengths)).astype(np.uint8)
     equal, whole = draw(st.booleans()), draw(st.booleans())
     rewards = [1.0] * g if equal else random.choice([0.0, 1.0, 0.5, -2.0], g).tolist()
+    rewards = [None if not whole and random.random() < 0.2 else r for r in rewards]
+    if draw(st.booleans()):
+        changes["step_rewards"] = step_rewards(lengths, rewards, random)
     reasons = list(FinishReason)
     return make_train_group(
         ordinal=draw(st.integers(0, 99)),
-        rewards=[None if not whole and random.random() < 0.2 else r for r in rewards],
+        rewards=rewards,
         spans=[[(Version(1, POLICY_VERSION - int(random.integers(0, 4))), n)] if n else [] for n in lengths],
         finish_reasons=[reasons[i] for i in random.integers(0, len(reasons), g)] if not whole else None,
         seed=int(random.integers(0, 2**16)),
@@ -51,12 +54,22 @@ def train_groups(draw: st.DrawFn) -> TrainGroup:
     )
 
 
+def step_rewards(lengths: list[int], rewards: list[float | None], random: np.random.Generator) -> np.ndarray:
+    """Steps anywhere: none in what is unscored, one at least in what is scored and has a token."""
+    steps = [np.full(length, np.nan, np.float32) for length in lengths]
+    for of, reward in zip(steps, rewards, strict=True):
+        if reward is not None and of.size:
+            ends = np.union1d(np.flatnonzero(random.random(of.size) < 0.4), random.integers(of.size))
+            of[ends] = random.choice([reward, 0.0, 0.25], ends.size)
+    return np.concatenate(steps)
+
+
 CHOICES: dict[str, list[Any]] = {
     "loss_type": ["dapo", "grpo", "bnpo", "dr_grpo", "cispo", "sapo"],
     "importance_sampling_level": ["token", "sequence"],
     "epsilon_high": [None, 0.28, 5.0],
     "delta": [None, None, 1.4],
-    "advantage_estimator": ["grpo", "grpo", "rloo", "reinforce_plus_plus_baseline"],
+    "advantage_estimator": ["grpo", "grpo", "rloo", "reinforce_plus_plus_baseline", "process"],
     "scale_rewards": [None, None, "batch", "none"],
     "anchor": ["behavior", "proximal"],
     "proximal_logprobs": ["recompute", "recompute", "loglinear"],
@@ -91,6 +104,7 @@ FOCI: dict[str, dict[str, Any]] = {
     "geometric_truncate": {"anchor": "proximal", "importance_sampling_mode": "geometric_truncate"},
     "kl in loss": {"beta": 0.2},
     "kl in reward": {"beta": 0.2, "kl_in": "reward"},
+    "process": {"advantage_estimator": "process"},
 }
 """Where a configuration begins: words that would seldom come together by chance."""
 
@@ -217,8 +231,9 @@ def test_every_word_is_reached(option):
         "delta": {}, "kl_in": {"beta": 0.2}, "kl_estimator": {"beta": 0.2}, "use_bias_correction_kl": {"beta": 0.2},
         "proximal_logprobs": {"anchor": "proximal", "num_iterations": 2},
         "importance_sampling_mode": {"anchor": "proximal"},
+        "importance_sampling_clip_max": {"anchor": "proximal"}, "importance_sampling_clip_min": {"anchor": "proximal"},
     }  # fmt: skip
-    extra = {"epsilon_high": 5.0} if value == "cispo" else {}
+    extra = {"cispo": {"epsilon_high": 5.0}, "k1": {"use_bias_correction_kl": True}}.get(value, {})
     LearnerConfig(**{**needs.get(key, {}), **extra, key: value})
 
 

@@ -55,7 +55,7 @@ def main() -> None:
 def damage_chunks(corrupt: int, truncate: int, witness: Witness) -> None:
     """Send some chunks of weights with a wrong byte, and some that are too short."""
     from protocol.messages import WeightsChunk
-    from protocol.weights.transfer import WeightsServer
+    from protocol.weights.serving import WeightsServer
 
     send = WeightsServer._send
     todo = ["corrupted"] * corrupt + ["truncated"] * truncate

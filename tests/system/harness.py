@@ -193,7 +193,8 @@ class Lab:
             "learner": self.address, "name": name, "engine": "scripted", "room": 16, "reward_workers": 1,
             "log_file": str(self.directory / f"{name}.log"), "staging_dir": str(self.directory / "staging"), **changes,
         }  # fmt: skip
-        config["scripted"] = {"vocab_size": 40, "mean_length": 6.0, "token_s": 0.002, **changes.get("scripted", {})}
+        if config["engine"] == "scripted":
+            config["scripted"] = {"vocab_size": 40, "mean_length": 6.0, "token_s": 0.002, **changes.get("scripted", {})}
         return self.start(name, [module], self.write_config(name, config), Path(config["log_file"]), python=python)
 
     def start(

@@ -16,6 +16,14 @@ def parity(completion_ids: list[list[int]]) -> list[float]:
     return [1.0 - sum(ids) % 2 for ids in completion_ids]
 
 
+def parity_of_pairs(completion_ids: list[list[int]]) -> list[list[tuple[int, float]]]:
+    """A process reward: every two tokens are a step, worth 1 if their sum is even; a last one alone is a step, too."""
+    return [
+        [(min(end, len(ids) - 1), 1.0 - sum(ids[end - 1 : end + 1]) % 2) for end in range(1, len(ids) + 1, 2)]
+        for ids in completion_ids
+    ]
+
+
 def solved(completion_ids: list[list[int]], solved: list[bool]) -> list[float]:
     """1 for every completion of a solved row, parity elsewhere."""
     return [1.0 if done else value for done, value in zip(solved, parity(completion_ids), strict=True)]

@@ -72,12 +72,8 @@ def test_a_configuration_that_cannot_work_ends_with_one_line(
     assert "Traceback" not in process.text()
 
 
-def test_nothing_half_written_is_left(refused: dict[str, Process], module_lab: Lab) -> None:
-    runs = module_lab.directory / "runs"
-    assert not (runs / "bind").exists()
-    assert not (runs / "key").exists()
-    files = [path for path in runs.rglob("*") if path.is_file() and path.stat().st_size]
-    assert {path.name for path in files} <= {"config.json", "run.json", "learner.lock"}
+def test_nothing_is_left(refused: dict[str, Process], module_lab: Lab) -> None:
+    assert not (module_lab.directory / "runs").exists()
 
 
 def test_a_full_disk_stops_the_run_and_leaves_the_last_checkpoint(lab: Lab) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 import tomllib
@@ -217,3 +218,14 @@ def test_no_committed_text_names_a_machine() -> None:
         if file.suffix in (".py", ".md", ".toml", ".txt", ".yaml", "") and file.is_file():
             text = file.read_text("utf-8")
             assert not [word for word in suspicious if word in text], name
+
+
+def test_every_text_that_says_how_to_install_says_it_as_the_readme_does(project: dict[str, Any]) -> None:
+    """headway is installed from its directory: `pip install 'headway[...]'` would look for it in an index."""
+    files = [ROOT / "README.md", *(path for name in ("learner", "rollout_server", "protocol") for path in
+             (ROOT / name).rglob("*") if path.suffix in (".py", ".md"))]  # fmt: skip
+    told = [(path, extras) for path in files for extras in re.findall(r"'([\w.]*)\[([\w,-]+)\]'", path.read_text())]
+    assert len(told) >= 8
+    for path, (name, extras) in told:
+        assert name == ".", f"{path}: {name}[{extras}]"
+        assert set(extras.split(",")) <= project["optional-dependencies"].keys(), path

@@ -1,4 +1,4 @@
-"""What a server is refused for that takes other weights than the run publishes."""
+"""What a server is refused for: it takes other weights than the run publishes, or another's name."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 
 import pytest
 
-from learner.admission import why_refused
+from learner.admission import NameOwners, why_refused
 from tests.learners import make_hello, make_identity
 
 
@@ -41,3 +41,23 @@ def test_a_server_takes_what_is_published(rank: int, takes: dict[str, object], m
 def test_another_model_is_named_before_what_it_takes() -> None:
     identity = dataclasses.replace(make_identity(), lora_rank=8)
     assert (why_refused(make_hello(model_digest="other"), identity, ()) or ("", ""))[0] == "model"
+
+
+def test_a_name_belongs_to_who_used_it_first_until_it_leaves_the_list() -> None:
+    names, listed = NameOwners(), {"gpu-7", "gpu-8"}
+    assert names.why_refused("north", "gpu-7", listed.__contains__) is None
+    assert names.why_refused("south", "gpu-8", listed.__contains__) is None
+    assert names.why_refused("north", "gpu-7", listed.__contains__) is None
+    code, reason = names.why_refused("north", "gpu-8", listed.__contains__) or ("", "")
+    assert code == "name_in_use"
+    assert reason.startswith("the name north belongs to the key of gpu-7, and this server came with that of gpu-8: ")
+    listed.remove("gpu-7")
+    assert names.why_refused("north", "gpu-8", listed.__contains__) is None
+    listed.add("gpu-7")
+    assert names.why_refused("north", "gpu-7", listed.__contains__) is not None
+
+
+def test_without_keys_names_are_nobodys() -> None:
+    names = NameOwners()
+    assert names.why_refused("north", "gpu-7", lambda owner: True) is None
+    assert names.why_refused("north", "", lambda owner: True) is None

@@ -239,9 +239,9 @@ def with_changes(**changes):
         (lambda lease: answer(lease, vocab_size=90, seed=3), "group 0: tokens from"),
         (
             lambda lease: msgspec.structs.replace(
-                group := answer(lease), step_rewards=np.zeros(group.completion_tokens.size, np.float32)
+                group := answer(lease), step_rewards=np.full(group.completion_tokens.size, np.inf, np.float32)
             ),
-            "group 0: step_rewards, and no objective of this learner trains on them",
+            "group 0: step_rewards has an infinity",
         ),
         (lambda lease: answer(lease, lengths=[9, 1, 1, 1]), "group 0: a completion of 9 tokens, allowed are 8"),
         (
@@ -263,6 +263,46 @@ def test_an_invalid_group_is_refused_with_its_reason_and_its_lease_given_again(s
     assert (state_of(desk, 0), desk.ledger.entries[0].faults) == (State.PENDING, 1)
     desk.pump()
     assert [(lease.ordinal, lease.attempt) for lease in desk.leases()] == [(0, 2)]
+
+
+def with_steps(lease):
+    group = answer(lease)
+    steps = np.full(group.completion_tokens.size, np.nan, np.float32)
+    steps[np.cumsum(group.completion_lengths) - 1] = group.rewards
+    steps[0] = 0.25
+    return msgspec.structs.replace(group, step_rewards=steps)
+
+
+@pytest.mark.parametrize(
+    ("options", "reply", "notices"),
+    [
+        ({}, with_steps, ["group 0 has step rewards: advantage_estimator grpo trains on their sum, process on each of"
+                          " them"]),
+        ({"advantage_estimator": "process"}, with_steps, []),
+        ({"advantage_estimator": "gae", "filter_zero_std": False}, with_steps, []),
+        ({}, answer, []),
+        ({"advantage_estimator": "process"}, answer, ["group 0 has no step rewards: its rewards count as one step each,"
+                                                      " and advantage_estimator process is grpo"]),
+    ],
+)  # fmt: skip
+def test_steps_that_nobody_compares_are_told_of_once(options, reply, notices):
+    desk, leases = begin(**options)
+    desk.coordinator.notices.clear()
+    for lease in leases[:2]:
+        desk.receive(reply(lease))
+        desk.accept()
+    assert [status for _, status, _ in desk.acks()] == ["ok", "ok"]
+    assert list(desk.coordinator.notices) == notices
+    assert len(desk.buffer) == 2
+
+
+def test_a_group_whose_steps_are_all_equal_is_filtered_whatever_their_sums():
+    desk, leases = begin(advantage_estimator="process")
+    group = with_steps(leases[0])
+    equal = np.where(np.isnan(group.step_rewards), np.nan, 0.5).astype(np.float32)
+    desk.receive(msgspec.structs.replace(group, step_rewards=equal))
+    desk.accept()
+    assert (desk.ledger.ends[End.FILTERED], len(desk.buffer)) == (1, 0)
 
 
 def test_a_group_refused_max_attempts_times_is_quarantined():

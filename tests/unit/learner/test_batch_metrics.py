@@ -40,6 +40,16 @@ def test_unscored_completions_are_outside_of_every_reward_statistic():
     assert row["rewards/unscored"] == 2
 
 
+def test_where_steps_are_judged_their_mean_and_number_are_told():
+    steps = np.array([0.5, 0.5, np.nan, np.nan, np.nan, np.nan, 0.25], np.float32)
+    judged = make_group(rewards=[1.0, None, 0.25], lengths=[3, 1, 3], step_rewards=steps)
+    row = reward_metrics([judged, make_group(ordinal=1, rewards=[9.0, 9.0, 9.0])])
+    assert row["step_reward"] == pytest.approx(1.25 / 3)
+    assert row["completions/mean_steps"] == 1.5
+    assert row["reward"] == pytest.approx((1.25 + 27) / 5), "sums of steps, and outcomes"
+    assert "step_reward" not in reward_metrics([make_group()])
+
+
 def test_a_group_with_one_scored_completion_has_no_spread_but_counts_in_the_mean():
     row = reward_metrics([make_group(rewards=[1, None]), make_group(ordinal=1, rewards=[0, 0])])
     assert row["reward"] == pytest.approx(1 / 3)

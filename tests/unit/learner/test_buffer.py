@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import numpy as np
 import pytest
 
 from learner.buffer import Buffer, why_filtered
@@ -81,3 +84,39 @@ def test_what_would_not_train_is_not_compared():
     cut = make_group(rewards=[1.0, 0.0], finish_reasons=[FinishReason.STOP, FinishReason.LENGTH])
     few = why_filtered(cut, filter_zero_std=False, mask_truncated_completions=True)
     assert few == "1 of 2 completions scored and not truncated"
+
+
+NO = math.nan
+
+
+@pytest.mark.parametrize(
+    ("step_rewards", "reason"),
+    [
+        ([NO, 0.5, NO, 0.5, 0.5, 0.5], "all step rewards are 0.5"),  # two steps against one: unequal sums
+        ([NO, 0.5, 0.5, NO, NO, 1.0], None),  # equal sums
+        ([NO, 1.0, NO, NO, NO, NO], "all step rewards are 1"),
+        (None, None),
+    ],
+)
+def test_steps_are_compared_one_by_one(step_rewards, reason):
+    steps = None if step_rewards is None else np.array(step_rewards, np.float32)
+    group = make_group(rewards=[1.0, 0.5], lengths=[3, 3], step_rewards=steps)
+    assert why_filtered(group, filter_zero_std=True, compares_steps=True) == reason
+    assert why_filtered(group, filter_zero_std=False, compares_steps=True) is None
+    assert why_filtered(group, filter_zero_std=True) is None
+
+
+def test_without_steps_outcomes_are_compared():
+    equal = make_group(rewards=[1.0, None, 1.0])
+    assert why_filtered(equal, filter_zero_std=True, compares_steps=True) == "all step rewards are 1"
+    few = make_group(rewards=[1.0, None])
+    assert why_filtered(few, filter_zero_std=True, compares_steps=True) == "1 of 2 completions scored"
+
+
+def test_steps_of_what_would_not_train_are_not_compared():
+    reasons = [FinishReason.STOP, FinishReason.STOP, FinishReason.LENGTH]
+    steps = np.array([NO, 1.0, 1.0, 0.0], np.float32)
+    group = make_group(rewards=[1.0, 1.0, 0.0], lengths=[2, 1, 1], finish_reasons=reasons, step_rewards=steps)
+    options = {"filter_zero_std": True, "compares_steps": True}
+    assert why_filtered(group, **options) is None
+    assert why_filtered(group, **options, mask_truncated_completions=True) == "all step rewards are 1"

@@ -61,7 +61,7 @@ def small(buffer_groups: float, **options) -> LearnerConfig:
 
 def test_a_worst_case_group_has_a_span_per_token():
     config = make(num_generations=2, max_completion_length=10, max_prompt_length=100)
-    assert config.group_bytes == 2 * (10 * (4 + 4 + 1 + 12) + 64) + 4 * 100
+    assert config.group_bytes == 2 * (10 * (4 + 4 + 1 + 4 + 12) + 64) + 4 * 100
 
 
 @pytest.mark.parametrize(
@@ -104,6 +104,8 @@ def test_a_config_does_not_change():
         ({"top_p": 0.9}, r"top_p 0\.9, top_k 0, min_p 0\.0: training needs the whole softmax"),
         ({"top_k": 50}, "top_k 50, min_p 0.0: training needs the whole softmax"),
         ({"min_p": 0.1}, "min_p 0.1: training needs the whole softmax"),
+        ({"key": "a.key"}, "key a.key and allowed_keys None: give both or none"),
+        ({"allowed_keys": "a"}, "key None and allowed_keys a: give both or none"),
         ({"liveness_s": 1.5}, "liveness_s 1.5 must be at least twice heartbeat_s 1.0"),
         ({"max_staleness": 0, "reorder_window": 9}, "reorder_window 9 alone allows a staleness of 1"),
         ({"max_staleness": 1, "weight_sync_steps": 4}, "weight_sync_steps 4 with S = 1 steps ahead would deadlock"),
@@ -118,6 +120,7 @@ def test_refused_pairs(options, says):
 PROXIMAL, GSPO, PENALTY = {"anchor": "proximal"}, {"importance_sampling_level": "sequence"}, {"beta": 0.1}
 TIS = {"importance_sampling_mode": "token_truncate"}
 PPO = {"advantage_estimator": "gae", "filter_zero_std": False}
+STEPS = {"advantage_estimator": "process"}
 
 
 @pytest.mark.parametrize(
@@ -140,6 +143,14 @@ PPO = {"advantage_estimator": "gae", "filter_zero_std": False}
         ),
         ({**PPO, **GSPO}, "sequence with advantage_estimator gae: .* use importance_sampling_level token"),
         ({**PPO, "advantage_function": "m:f"}, "leave those out"),
+        (
+            {**STEPS, "scale_rewards": "batch"},
+            "batch with advantage_estimator process: it is defined with group or none",
+        ),
+        ({**STEPS, **GSPO}, "sequence with advantage_estimator process: .* use importance_sampling_level token"),
+        ({**STEPS, **PENALTY, "kl_in": "reward"}, "process: a token's KL is no step .*; use kl_in loss"),
+        ({**STEPS, "lam": 0.9}, "lam without a critic"),
+        ({**STEPS, "advantage_function": "m:f"}, "leave those out"),
         ({"lam": 0.9}, "lam without a critic has no meaning: use advantage_estimator gae, or leave it out"),
         ({"gamma": 0.9}, "gamma without a critic"),
         ({"cliprange_value": 0.1}, "cliprange_value without a critic"),
@@ -178,6 +189,57 @@ def test_refused_objectives(options, says):
         make(**options)
 
 
+MASK, RANGE = (
+    {"importance_sampling_mode": "token_mask"},
+    "an importance_sampling_mode that truncates or masks by a range",
+)
+SAPO, CISPO, OWN = {"loss_type": "sapo"}, {"loss_type": "cispo", "epsilon_high": 5.0}, {"loss_function": "m:f"}
+FOLLOW = {"sync_ref_model": True, "beta": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("word", "unread", "read", "needs"),
+    [
+        ({"importance_sampling_clip_max": 3.0}, {}, MASK, RANGE),
+        ({"importance_sampling_clip_max": 3.0}, {"importance_sampling_mode": "second_moment"}, PROXIMAL, RANGE),
+        ({"importance_sampling_clip_min": 0.5}, {}, MASK, RANGE),
+        ({"second_moment_threshold": 0.1}, MASK, {"importance_sampling_mode": "second_moment"}, "mode second_moment"),
+        ({"epsilon": 0.3}, SAPO, {}, r"a clipped loss_type \(grpo, bnpo, dapo, dr_grpo\) without loss_function"),
+        ({"epsilon": 0.3}, CISPO, {}, "a clipped loss_type"),
+        ({"epsilon": 0.3}, OWN, {}, "a clipped loss_type"),
+        ({"epsilon_high": 0.3}, SAPO, {}, "a loss_type that clips, or cispo"),
+        ({"epsilon_high": 0.3}, OWN, {"loss_type": "cispo"}, "a loss_type that clips, or cispo"),
+        ({"sapo_temperature_pos": 2.0}, {}, SAPO, "loss_type sapo"),
+        ({"sapo_temperature_neg": 2.0}, CISPO, SAPO, "loss_type sapo"),
+        ({"kl_estimator": "k3"}, {}, PENALTY, "beta above 0"),
+        ({"kl_horizon": 10}, PENALTY, {**PENALTY, "kl_target": 0.1}, "kl_target"),
+        ({"ref_model_sync_steps": 9}, PENALTY, FOLLOW, "sync_ref_model"),
+        ({"ref_model_mixup_alpha": 1.0}, PENALTY, FOLLOW, "sync_ref_model"),
+        ({"eval_steps": 5}, {}, {"eval_dataset": "e.jsonl"}, "eval_dataset"),
+        ({"eval_size": 5}, {}, {"eval_dataset": "e.jsonl"}, "eval_dataset"),
+        ({"eval_temperature": 1.0}, {}, {"eval_dataset": "e.jsonl"}, "eval_dataset"),
+        ({"eval_dataset_config": {"size": 5}}, {}, {"eval_dataset": "reasoning_gym:gcd"}, "eval_dataset"),
+        ({"attn_implementation": "flex_attention"}, {"share_prefix": False}, {}, "share_prefix"),
+    ],
+)
+def test_a_word_that_nothing_reads_is_refused_and_where_it_is_read_it_is_not(word, unread, read, needs):
+    (key,) = word
+    with pytest.raises(ValidationError, match=f"{key} has no effect here: it needs .*{needs}.*, or leave {key} out"):
+        make(**unread, **word)
+    make(**read, **word)
+    default = {key: make().model_dump()[key]}
+    assert make(**unread, **default) == make(**unread), "a resolved configuration has every word"
+
+
+def test_k1_in_the_loss_pulls_towards_nothing():
+    with pytest.raises(
+        ValidationError, match=r"k1 with kl_in loss: .* use k3, or k1 with kl_in reward, or add use_bias"
+    ):
+        make(**PENALTY, kl_estimator="k1")
+    make(**PENALTY, kl_estimator="k1", use_bias_correction_kl=True)
+    make(**PENALTY, kl_estimator="k1", kl_in="reward")
+
+
 @pytest.mark.parametrize(
     ("options", "correction"),
     [
@@ -198,6 +260,9 @@ def test_what_an_estimator_divides_by_is_its_own_unless_given():
     assert make(advantage_estimator="rloo").reward_scale == "none"
     assert make(advantage_estimator="reinforce_plus_plus_baseline").reward_scale == "batch"
     assert make(scale_rewards="batch").reward_scale == "batch"
+    assert make(**STEPS).reward_scale == "group"
+    assert make(**STEPS, loss_type="dr_grpo").reward_scale == "none"
+    assert make(**STEPS, loss_type="dr_grpo", scale_rewards="group").reward_scale == "group"
 
 
 def test_the_estimator_of_the_kl_goes_with_its_place():
@@ -234,6 +299,14 @@ def test_what_a_critic_changes():
     for combined in ({"anchor": "proximal", "num_iterations": 2}, {"loss_type": "cispo", "epsilon_high": 5.0},
                      {"beta": 0.1, "kl_in": "reward"}, {"entropy_coef": 0.01}, {"loss_function": "m:f"}):  # fmt: skip
         assert make(**PPO, **combined).has_critic
+
+
+def test_steps_go_with_everything_that_looks_at_tokens():
+    for options in ({}, {"anchor": "proximal", "num_iterations": 2}, {"beta": 0.1}, {"scale_rewards": "none"},
+                    {"loss_type": "cispo", "epsilon_high": 5.0}, {"loss_function": "m:f"}):  # fmt: skip
+        assert make(**STEPS, **options).compares_steps
+    assert make(**STEPS).token_level
+    assert not make().compares_steps
 
 
 def test_names_are_made_of_model_and_data():

@@ -112,6 +112,19 @@ def test_the_first_server_sets_what_rewards_are_expected_when_the_user_did_not()
     assert refused.reason == "it scores with exact_match; this run expects length"
 
 
+def test_a_server_with_another_key_cannot_take_the_place_of_the_first():
+    desk = make_desk()
+    desk.channel.owners = {b"first": "gpu-7", b"second": "gpu-8", b"third": "gpu-7"}
+    desk.join("north", peer=b"first")
+    desk.coordinator.hello(b"second", make_hello("north"))
+    (refused,) = desk.channel.to(b"second", Refused)
+    assert refused.code == "name_in_use"
+    assert "belongs to the key of gpu-7" in refused.reason
+    assert list(desk.fleet.servers) == [b"first"]
+    desk.join("north", peer=b"third")
+    assert list(desk.fleet.servers) == [b"third"]
+
+
 def test_a_second_server_of_a_name_takes_the_place_of_the_first():
     desk = make_desk()
     desk.join("north", peer=b"first")

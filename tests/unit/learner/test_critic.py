@@ -194,6 +194,18 @@ def test_a_penalty_in_the_reward_is_taken_off_where_it_arises(make):
         torch.testing.assert_close(found[here], plain.tensors.returns_T[here] - 0.5 * after)
 
 
+def test_a_steps_reward_comes_with_its_last_token_or_the_one_before_that_trains(make):
+    steps = np.array([1.0, np.nan, 2.0, np.nan, 4.0, 9.0, 1.0], np.float32)
+    mask = np.array([1, 1, 0, 1, 1, 0, 1], np.uint8)  # nobody has earned the 9
+    group = make_train_group(rewards=[3.0, 4.0, 10.0], lengths=[3, 2, 2], step_rewards=steps, loss_mask=mask)
+    trainer = make(gamma=0.5, lam=1.0)
+    batch = make_batch(groups=[group])
+    trainer.forward_backward(batch)
+    (update,) = trainer._plan(_step(batch))
+    # V is 0 and lam 1: returns are the discounted rewards to come
+    assert update.tensors.returns_T.tolist() == [1 + 0.5 * 2, 2, 0.5 * 4, 4, 1]
+
+
 def test_one_completion_per_prompt_is_enough(make):
     batch = make_batch(groups=[make_train_group(ordinal=i, rewards=[float(i)], lengths=[4]) for i in range(3)])
     trainer = make(num_generations=1)

@@ -32,7 +32,7 @@ from tests.journals import KNOB, end, group_record, ordinals, plain, segments, s
 def test_every_record_comes_back_as_it_was(tmp_path: Path) -> None:
     optional = {
         "loss_mask": np.array([1, 0, 1] + [1] * 12, np.uint8),
-        "step_rewards": np.linspace(0, 1, 15, dtype=np.float32),
+        "step_rewards": np.array([np.nan, 0.0, 1.0] * 5, np.float32),
     }
     records: list[Record] = [
         IncarnationRecord(incarnation=3, resumed_from=10),

@@ -56,7 +56,7 @@ def test_a_retry_draws_the_same_numbers_and_another_prompt_others():
 
 
 def test_an_evaluation_lease_has_its_own_sampling():
-    config = make_config(eval_num_generations=2, eval_temperature=0.0, eval_max_completion_length=50)
+    config = make_config(eval_dataset="e", eval_num_generations=2, eval_temperature=0.0, eval_max_completion_length=50)
     lease = eval_lease(config, IDENTITY, make_row(), "f" * 32, attempt=3, min_version=Version(2, 5))
     assert (lease.group_id, lease.purpose, lease.attempt) == ("f" * 32, Purpose.EVAL, 3)
     assert (lease.ordinal, lease.sequence) == (4, 4), "the row's index: it has no ordinal of the training prompts"

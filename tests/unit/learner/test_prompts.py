@@ -283,5 +283,5 @@ class TestReasoningGym:
 
     def test_without_the_package_the_error_says_what_to_install(self, monkeypatch):
         monkeypatch.setitem(sys.modules, "reasoning_gym", None)
-        with pytest.raises(ConfigError, match=r"needs the package reasoning-gym: pip install 'headway\[rewards\]'"):
+        with pytest.raises(ConfigError, match=r"needs the package reasoning-gym: pip install '\.\[rewards\]'"):
             self.open()

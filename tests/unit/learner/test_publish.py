@@ -12,12 +12,16 @@ import pytest
 
 import learner.publish as publish_module
 from learner.canaries import Canaries
+from learner.deltas import DeltaChain, MadeDelta
+from learner.links import Links
 from learner.publish import BUFFERS, Publisher
+from learner.weights_archive.archive import PublishedRow
 from protocol.errors import WeightsError
 from protocol.messages import WeightsReady
 from protocol.versions import Version
 from protocol.waits import Waits
 from protocol.weights.adapters import AdapterSpec, factor_names
+from protocol.weights.delta_manifest import read_deltas
 from protocol.weights.layout import MappedWeights, build_manifest
 from protocol.weights.manifest import Manifest, TensorSpec
 
@@ -30,12 +34,19 @@ class FakeServer:
     def __init__(self) -> None:
         self.served: dict[Version, tuple[Manifest, MappedWeights]] = {}
         self.readers: list[MappedWeights] = []
+        self.deltas: dict[tuple[Version, Version], bytes] = {}
 
     def serve(self, manifest: Manifest, mapped: MappedWeights) -> None:
         assert all(mapped is not other for _, other in self.served.values()), "one mapping, two versions"
         self.served[manifest.version] = (manifest, mapped)
         for version in sorted(self.served)[:-2]:
             del self.served[version]
+
+    def serve_delta(self, version: Version, base: Version, delta: bytes) -> None:
+        self.deltas[version, base] = delta
+
+    def withdraw_delta(self, version: Version, base: Version) -> None:
+        del self.deltas[version, base]
 
     def is_free(self, mapped: MappedWeights) -> bool:
         return all(mapped is not busy for busy in [*(m for _, m in self.served.values()), *self.readers])
@@ -70,15 +81,30 @@ class FakeSource:
             np.frombuffer(mapped.view(spec.name), np.uint8)[:] = self.value
 
 
+class FakeArchive:
+    """Keeps rows."""
+
+    def __init__(self) -> None:
+        self.rows: list[PublishedRow] = []
+
+    def published(self, row: PublishedRow, manifest: Manifest, made: MadeDelta | None) -> None:
+        assert row.version == manifest.version
+        assert row.delta_bytes == (None if made is None else len(made.data))
+        self.rows.append(row)
+
+
 class Bench:
     """A publisher with everything around it."""
 
     def __init__(self, directory: Path, tasks: asyncio.TaskGroup) -> None:
         self.server, self.source, self.waits = FakeServer(), FakeSource(), Waits()
         self.announced: list[WeightsReady] = []
+        self.archive = FakeArchive()
         self.publisher = Publisher(
             self.source,
             self.server,  # type: ignore[arg-type]
+            DeltaChain(self.server, Links(local=True), "always"),
+            self.archive,
             directory=directory,
             algorithm="xxh3_128",
             bulk_address="tcp://127.0.0.1:5556",
@@ -340,5 +366,46 @@ def test_a_version_that_is_held_back_keeps_its_own_canaries(tmp_path):
         bench.publisher.release()
         (ready,) = bench.announced
         assert (ready.version, ready.canary_logprobs[0, 0]) == (Version(1, 2), -2.0)
+
+    on_bench(tmp_path, scenario)
+
+
+def offered(ready: WeightsReady) -> list[tuple[int, int]]:
+    """What leads to an announced version: (base, version), in order."""
+    deltas = () if ready.deltas is None else read_deltas(ready.deltas.tobytes())
+    return [(delta.base.policy_version, delta.version.policy_version) for delta in deltas]
+
+
+def test_every_version_is_announced_with_what_leads_to_it(tmp_path):
+    async def scenario(bench):
+        for policy_version in range(3):
+            await bench.publish(policy_version)
+        assert [offered(ready) for ready in bench.announced] == [[], [(0, 1)], [(0, 1), (1, 2)]]
+
+    on_bench(tmp_path, scenario)
+
+
+def test_what_was_held_back_and_superseded_is_a_link_of_the_chain(tmp_path):
+    async def scenario(bench):
+        await bench.publish(3)
+        bench.publisher.hold(3)
+        await bench.publish(4)
+        await bench.publish(5)
+        bench.publisher.release()
+        assert bench.versions() == [3, 5]
+        assert offered(bench.announced[-1]) == [(3, 4), (4, 5)]
+
+    on_bench(tmp_path, scenario)
+
+
+def test_the_version_before_is_not_overwritten_while_it_is_compared_with(tmp_path):
+    async def scenario(bench):
+        bench.publisher.hold(0)
+        for policy_version in range(2):
+            await bench.publish(policy_version)
+        for policy_version in range(2, 2 + 2 * BUFFERS):
+            before = bench.publisher._previous
+            assert build_manifest(before.manifest.version, before.mapped, before.manifest.algorithm) == before.manifest
+            await bench.publish(policy_version)
 
     on_bench(tmp_path, scenario)

@@ -77,6 +77,7 @@ def office(path: Path, *, policy_version: int = 0, **options) -> Iterator[Office
     desk = make_desk(policy_version=policy_version, **options)
     config = make_config(output_dir=path, run_name="run", **{k: v for k, v in options.items() if k != "eval_rows"})
     directory = RunDirectory.open(config)
+    directory.begin_incarnation()
     try:
         trainer, journal = FakeModel(policy_version), PrunedJournal()
         checkpoint = latest_checkpoint(directory.checkpoints_dir)

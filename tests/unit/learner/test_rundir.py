@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import signal
@@ -12,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from learner import rundir as module
+from learner import run_lock as module
 from learner.config import LearnerConfig
 from learner.durable import write_atomic
 from learner.rundir import FREE_TO_CHANGE, RunDirectory, config_fingerprint
@@ -20,7 +21,9 @@ from protocol.errors import ConfigError
 
 
 def make_config(root: Path, **changes: Any) -> LearnerConfig:
-    return LearnerConfig(**{"output_dir": root, "run_name": "r", "model": "m", "dataset": "d.jsonl", **changes})
+    return LearnerConfig(
+        **{"output_dir": root, "run_name": "r", "model": "m", "dataset": "d.jsonl", "eval_dataset": "e", **changes}
+    )
 
 
 def begin(config: LearnerConfig) -> RunDirectory:
@@ -32,13 +35,14 @@ def begin(config: LearnerConfig) -> RunDirectory:
 def test_a_new_run_has_its_places_and_its_name(tmp_path: Path) -> None:
     run = RunDirectory.open(make_config(tmp_path))
     assert run.path == tmp_path / "r"
+    assert not run.continued
+    run.begin_incarnation()
     for directory in (run.samples_dir, run.checkpoints_dir, run.journal_dir, run.logs_dir):
         assert directory.is_dir()
         assert directory.parent == run.path
     assert (run.metrics_path.name, run.summary_path.name) == ("metrics.jsonl", "summary.json")
     assert json.loads(run.config_path.read_text())["num_generations"] == 64, "resolved: defaults too"
     assert len(bytes.fromhex(run.run_id)) == 16
-    assert not run.continued
     run.close()
 
 
@@ -71,7 +75,7 @@ def test_the_incarnation_is_synced_before_it_is_returned(tmp_path: Path, monkeyp
 
     monkeypatch.setattr(os, "fsync", logged_fsync)
     assert run.begin_incarnation() == 1
-    assert events == ["run.json.tmp", "r"], "the bytes, then the name"
+    assert events == ["config.json.tmp", "run.json.tmp", "r"], "the bytes, then the names"
 
 
 def test_a_second_learner_is_told_who_is_first(tmp_path: Path) -> None:
@@ -89,7 +93,8 @@ import sys
 from pathlib import Path
 from learner.config import LearnerConfig
 from learner.rundir import RunDirectory
-run = RunDirectory.open(LearnerConfig(output_dir=Path(sys.argv[1]), run_name="r", model="m", dataset="d.jsonl"))
+same = {"run_name": "r", "model": "m", "dataset": "d.jsonl", "eval_dataset": "e"}
+run = RunDirectory.open(LearnerConfig(output_dir=Path(sys.argv[1]), **same))
 run.begin_incarnation()
 print("held", flush=True)
 sys.stdin.read()
@@ -138,7 +143,7 @@ def test_a_key_that_matters_needs_permission(tmp_path: Path, key: str, value: ob
         RunDirectory.open(make_config(tmp_path, **{key: value}))
     assert f"{key} was {old!r}, is {value!r}" in str(caught.value)
     assert f"allow_changed = ['{key}']" in str(caught.value)
-    allowed = RunDirectory.open(make_config(tmp_path, **{key: value}, allow_changed=[key]))
+    allowed = begin(make_config(tmp_path, **{key: value}, allow_changed=[key]))
     assert allowed.config_fingerprint != first.config_fingerprint
     allowed.close()
     RunDirectory.open(make_config(tmp_path, **{key: value})).close()  # it is the run's configuration now
@@ -149,7 +154,7 @@ def test_keys_that_do_not_matter_change_unasked(tmp_path: Path, key: str, value:
     assert key in FREE_TO_CHANGE
     first = begin(make_config(tmp_path))
     first.close()
-    second = RunDirectory.open(make_config(tmp_path, **{key: value}))
+    second = begin(make_config(tmp_path, **{key: value}))
     assert second.config_fingerprint == first.config_fingerprint
     assert json.loads(second.config_path.read_text())[key] == value
     second.close()
@@ -179,8 +184,66 @@ def test_a_run_that_never_began_may_change_in_any_way(tmp_path: Path) -> None:
     second = RunDirectory.open(make_config(tmp_path, model="right", dataset="e.jsonl"))
     second.check_fingerprints({"dataset": "bb"})
     assert not second.continued
-    assert second.run_id == first.run_id
+    assert second.begin_incarnation() == 1
     second.close()
+
+
+def test_a_refused_start_of_a_new_run_leaves_nothing(tmp_path: Path) -> None:
+    root = tmp_path / "not" / "yet"
+    run = RunDirectory.open(make_config(root))
+    run.check_fingerprints({"dataset": "aa"})
+    assert (root / "r" / "learner.lock").exists()
+    run.close()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_refused_start_leaves_what_others_have_written(tmp_path: Path) -> None:
+    (tmp_path / "r").mkdir()
+    (tmp_path / "r" / "learner.toml").write_text("")
+    RunDirectory.open(make_config(tmp_path)).close()
+    assert [path.name for path in (tmp_path / "r").iterdir()] == ["learner.toml"]
+
+
+def test_a_refused_start_of_a_run_that_goes_on_changes_no_file(tmp_path: Path) -> None:
+    run = begin(make_config(tmp_path))
+    run.close()
+    run.summary_path.write_text("{}")
+    (tmp_path / "r" / "learner.lock").write_text("pid 1 on another-host\n")
+    before = contents(tmp_path)
+    run = RunDirectory.open(make_config(tmp_path, beta=0.5, allow_changed=["beta"]))
+    run.require_unfinished(policy_version=3, max_steps=100)
+    run.check_fingerprints({"dataset": "aa", "eval_dataset": "bb"})
+    run.close()
+    assert contents(tmp_path) == before
+    run = RunDirectory.open(make_config(tmp_path, beta=0.5, allow_changed=["beta"]))
+    run.begin_incarnation()
+    run.close()
+    assert contents(tmp_path).keys() == before.keys() - {"r/summary.json"}, "of the run as it was"
+    assert contents(tmp_path)["r/config.json"] != before["r/config.json"]
+
+
+def contents(directory: Path) -> dict[str, bytes]:
+    files = [path for path in directory.rglob("*") if path.is_file()]
+    return {path.relative_to(directory).as_posix(): path.read_bytes() for path in files}
+
+
+def test_a_lock_that_a_refused_learner_took_away_is_made_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Between another's open and its flock the file goes, directory and all: a lock on it would lock nobody out."""
+    refused = RunDirectory.open(make_config(tmp_path))
+    flock, calls = fcntl.flock, []
+
+    def late_flock(descriptor: int, operation: int) -> None:
+        if not calls:
+            refused.close()
+        calls.append(descriptor)
+        flock(descriptor, operation)
+
+    monkeypatch.setattr(module.fcntl, "flock", late_flock)
+    run = begin(make_config(tmp_path))
+    assert len(calls) == 2
+    with pytest.raises(ConfigError, match="in use by another learner"):
+        RunDirectory.open(make_config(tmp_path))
+    run.close()
 
 
 def test_a_key_of_a_newer_headway_was_at_its_default(tmp_path: Path) -> None:
@@ -239,23 +302,32 @@ from pathlib import Path
 from learner.config import LearnerConfig
 from learner.rundir import RunDirectory
 from protocol.errors import ConfigError
-run = RunDirectory.open(LearnerConfig(output_dir=Path(sys.argv[1]), run_name="r", model="m", dataset="d.jsonl"))
-resource.setrlimit(resource.RLIMIT_FSIZE, (10, 10))
+same = {"run_name": "r", "model": "m", "dataset": "d.jsonl", "eval_dataset": "e"}
+run = RunDirectory.open(LearnerConfig(output_dir=Path(sys.argv[1]), **same))
+run.check_fingerprints({"dataset": "aa"})
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[2]), resource.RLIM_INFINITY))
 try:
     run.begin_incarnation()
 except ConfigError as error:
     print(error)
+run.close()
 """
 
 
-def test_a_full_disk_is_one_clear_line_and_nothing_is_lost(tmp_path: Path) -> None:
-    child = subprocess.run([sys.executable, "-c", FULL_DISK, str(tmp_path)], capture_output=True, text=True, check=True)
+@pytest.mark.parametrize("continued", [False, True])
+def test_a_full_disk_is_one_clear_line_and_nothing_is_lost_or_left(tmp_path: Path, continued: bool) -> None:
+    if continued:
+        begin(make_config(tmp_path)).close()
+    before = contents(tmp_path)
+    child = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, str(tmp_path), "100"], capture_output=True, text=True, check=True
+    )
     assert child.stdout == (
         f"the run directory {tmp_path / 'r'} cannot be written (File too large): free some space, or choose another"
         " output_dir\n"
     )
-    assert json.loads((tmp_path / "r" / "run.json").read_text())["incarnation"] == 0
-    assert not (tmp_path / "r" / "run.json.tmp").exists()
+    assert contents(tmp_path) == before
+    assert (tmp_path / "r").exists() == continued
 
 
 def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -264,7 +336,8 @@ def test_a_file_system_without_locks_is_said(tmp_path: Path, monkeypatch: pytest
 
     monkeypatch.setattr(module.fcntl, "flock", unsupported)
     with pytest.raises(ConfigError, match="No locks available"):
-        RunDirectory.open(make_config(tmp_path))
+        RunDirectory.open(make_config(tmp_path / "runs"))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_write_atomic_replaces_or_leaves_alone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import msgspec
+import numpy as np
 import pytest
 
 from learner.trackers import JsonlTracker, SampleWriter
@@ -100,6 +101,7 @@ def test_a_sample_says_what_was_sampled_and_who_judged_it(tmp_path):
         "completion": decode(train.group.completion_tokens[:3]),
         "reward": 1.5,
         "rewards": {"math": {"value": 1.0, "status": "ok"}, "format": {"value": 0.5, "status": "ok"}},
+        "step_rewards": None,
         "finish_reason": "stop",
         "num_tokens": 3,
         "versions": [["1.2", 2], ["1.4", 1]],
@@ -110,6 +112,13 @@ def test_a_sample_says_what_was_sampled_and_who_judged_it(tmp_path):
     assert second["rewards"]["math"] == {"value": 0.0, "status": "timeout"}
     assert second["finish_reason"] == "length"
     assert second["staleness"] == 0
+
+
+def test_samples_say_what_each_step_earned(tmp_path):
+    steps = np.array([np.nan, 0.5, 0.0, np.nan, np.nan, np.nan, np.nan, 1.0], np.float32)
+    train = make_train_group(rewards=[0.5, None, 1.0], lengths=[3, 3, 2], step_rewards=steps)
+    SampleWriter(tmp_path, 3, decode).write(make_batch(step=1, groups=[train]))
+    assert [row["step_rewards"] for row in read_samples(tmp_path, 1)] == [[[1, 0.5], [2, 0.0]], [], [[1, 1.0]]]
 
 
 def test_samples_are_spread_over_the_groups(tmp_path):

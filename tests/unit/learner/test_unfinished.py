@@ -31,4 +31,5 @@ def test_a_run_with_its_summary_is_over(directory):
 def test_raising_max_steps_makes_it_unfinished_again_whatever_happens_next(directory):
     directory.summary_path.write_text("{}")
     directory.require_unfinished(policy_version=10, max_steps=20)
+    directory.begin_incarnation()
     directory.require_unfinished(policy_version=20, max_steps=20)

@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -21,6 +22,7 @@ from protocol.messages import FinishReason
 from tests.factories import make_batch, make_train_group
 from tests.naive_objective import NaiveStep
 
+NO = math.nan
 FAR = {"learning_rate": 3e-3, "max_grad_norm": 1e9}
 """Steps large enough to tell one policy from the next."""
 
@@ -34,10 +36,15 @@ def make(tiny_model_dir: Path):
 
 
 def batch_of(step: int = 1, seed: int = 0, num_groups: int = 4) -> Batch:
+    """Groups that have step rewards, too: what does not compare them trains on the rewards."""
+    steps = np.array([NO, 0.5, 1.0, NO, 0.0, NO, 0.25, -0.5, NO, 1.0, NO, NO, 0.0, NO], np.float32)
     groups = [
-        make_train_group(ordinal=i, lengths=[3, 6, 1, 4], seed=seed, prompt_tokens=[5, 6 + i], temperature=0.8)
+        make_train_group(
+            ordinal=i, lengths=[3, 6, 1, 4], seed=seed, prompt_tokens=[5, 6 + i], temperature=0.8,
+            step_rewards=steps * (i + 1),
+        )
         for i in range(num_groups)
-    ]
+    ]  # fmt: skip
     return make_batch(step=step, groups=groups)
 
 
@@ -115,6 +122,9 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
         "importance_sampling_level": "sequence", "anchor": "proximal", "importance_sampling_mode": "sequence_truncate",
     },
     "cispo with entropy": {"loss_type": "cispo", "epsilon_high": 5.0, "entropy_coef": 0.01},
+    "process, soft overlong, mini-batches": {
+        "advantage_estimator": "process", "soft_punish_cache": 4, "num_mini_batches": 2,
+    },
     "sapo, rloo": {"loss_type": "sapo", "advantage_estimator": "rloo"},
     "dr_grpo, kl k2": {"loss_type": "dr_grpo", "scale_rewards": "none", "beta": 0.2, "kl_estimator": "k2"},
     "bnpo, batch, iterated, geometric mask": {

@@ -14,16 +14,19 @@ from protocol.errors import ConfigError, MalformedMessage
     ],
 )  # fmt: skip
 def test_loopback_and_ipc_need_no_permission(address):
-    check_address(address, insecure_plaintext=False)
+    check_address(address, off_host=False)
 
 
 @pytest.mark.parametrize(
     "address", ["tcp://0.0.0.0:5555", "tcp://*:5555", "tcp://10.0.0.1:5555", "tcp://[2001:db8::1]:1", "tcp://gpu-7:1"]
 )
 def test_anything_else_is_refused_unless_the_user_insists(address):
-    with pytest.raises(ConfigError, match=r"is not loopback.*keys come in a later version.*--insecure-plaintext"):
-        check_address(address, insecure_plaintext=False)
-    check_address(address, insecure_plaintext=True)
+    with pytest.raises(
+        ConfigError,
+        match=r"is not loopback.*headway-server keygen DIR.*--allowed-keys.*--learner-key.*--insecure-plaintext",
+    ):
+        check_address(address, off_host=False)
+    check_address(address, off_host=True)
 
 
 @pytest.mark.parametrize(

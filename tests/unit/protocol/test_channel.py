@@ -29,9 +29,11 @@ from protocol.codec import MAX_FRAME_BYTES, MAX_FRAMES, SMALL_BYTES, encode
 from protocol.errors import ConfigError, MalformedMessage, PeerGone, VersionMismatch
 from protocol.loop_socket import COPY_BELOW_BYTES
 from protocol.messages import Hello, Ping, WeightsChunk
+from protocol.security import Security
 from protocol.versions import Version
 
 LOOPBACK = "tcp://127.0.0.1:0"
+LAB = Security(insecure_plaintext=True)
 
 
 def run(work: Coroutine[Any, Any, None]) -> None:
@@ -240,7 +242,7 @@ def test_addresses_off_loopback_are_refused_everywhere(make):
 def test_one_can_only_connect_to_a_host_and_a_port(address):
     async def body() -> None:
         with pytest.raises(ConfigError, match="to connect, a host and a port are needed"):
-            dial(address, insecure_plaintext=True)
+            dial(address, LAB)
 
     run(body())
 
@@ -248,7 +250,7 @@ def test_one_can_only_connect_to_a_host_and_a_port(address):
 def test_an_address_of_another_host_cannot_be_listened_on():
     async def body() -> None:
         with pytest.raises(ConfigError, match=r"^cannot listen on tcp://192\.0\.2\.1:5555: "):
-            listen("tcp://192.0.2.1:5555", insecure_plaintext=True)
+            listen("tcp://192.0.2.1:5555", LAB)
 
     run(body())
 
@@ -257,7 +259,7 @@ def test_localhost_and_wildcards_are_bound():
     async def body() -> None:
         async with listen("tcp://localhost:0") as listener:
             assert listener.address.startswith("tcp://127.0.0.1:")
-        async with listen("tcp://*:0", insecure_plaintext=True) as listener:
+        async with listen("tcp://*:0", LAB) as listener:
             port = listener.address.rpartition(":")[2]
             async with dial(f"tcp://127.0.0.1:{port}") as dialer:
                 dialer.send(Ping(sent_s=1.0))

@@ -21,7 +21,7 @@ def test_importing_the_package_loads_nothing_of_weight():
 
 
 @pytest.mark.parametrize(
-    "module", ["protocol.channel", "protocol.testing", "protocol.weights.transfer", "protocol.settings"]
+    "module", ["protocol.channel", "protocol.testing", "protocol.weights.fetching", "protocol.settings"]
 )
 def test_no_module_of_the_contract_loads_torch_or_a_process(module):
     assert modules_after(f"import {module}").isdisjoint(HEAVY)

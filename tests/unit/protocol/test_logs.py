@@ -56,6 +56,18 @@ def test_without_file_and_stderr_nothing_is_printed(capsys: pytest.CaptureFixtur
     assert capsys.readouterr() == ("", "")
 
 
+def test_what_had_nowhere_to_go_goes_where_the_next_call_says(tmp_path: Path) -> None:
+    configure_logging("learner", stderr=False)
+    event(LOGGER, "early")
+    configure_logging("learner", stderr=False)
+    event(LOGGER, "later")
+    for name in ("a.log", "b.log"):
+        configure_logging("learner", tmp_path / name, stderr=False)
+    event(LOGGER, "at_last")
+    assert [line.split("event=")[1] for line in log_lines(tmp_path / "a.log")] == ["early", "later"]
+    assert [line.split("event=")[1] for line in log_lines(tmp_path / "b.log")] == ["at_last"]
+
+
 def test_configuring_again_starts_over(tmp_path: Path) -> None:
     first, second = tmp_path / "1.log", tmp_path / "2.log"
     configure_logging("learner", first, stderr=False)

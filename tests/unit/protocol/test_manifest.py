@@ -16,6 +16,7 @@ from protocol.weights.manifest import (
     Manifest,
     TensorEntry,
     TensorSpec,
+    block_digests,
     content_digest,
     digest,
     new_hasher,
@@ -32,7 +33,9 @@ def make_manifest() -> Manifest:
         version=Version(1, 7),
         algorithm="xxh3_128",
         tensors=tuple(
-            TensorEntry(spec, layout.offset(spec.name), spec.nbytes, digest("xxh3_128", bytes(spec.nbytes)))
+            TensorEntry(
+                spec, layout.offset(spec.name), spec.nbytes, block_digests("xxh3_128", memoryview(bytes(spec.nbytes)))
+            )
             for spec in layout.specs
         ),
         file_bytes=layout.file_bytes,
@@ -102,9 +105,12 @@ LIES = {
     "control characters in a name": (change("tensors.0.spec.name", "a\x1b[2J"), "matching regex"),
     "name with a line break": (change("tensors.0.spec.name", "a\n"), "matching regex"),
     "reserved name": (change("tensors.0.spec.name", "__metadata__"), "given twice or reserved"),
-    "digest too short": (change("tensors.0.digest", "ab"), "tensor a: its digest is not 32 hex digits"),
-    "digest in upper case": (change("tensors.0.digest", "A" * 32), "tensor a: its digest is not 32 hex digits"),
-    "digest of bytes that are not there": (change("tensors.2.digest", "0" * 32), "tensor n has no bytes"),
+    "digest too short": (change("tensors.0.digests", ["ab"]), "tensor a: its digest is not 32 hex digits"),
+    "digest in upper case": (change("tensors.0.digests", ["A" * 32]), "tensor a: its digest is not 32 hex digits"),
+    "digest of bytes that are not there": (
+        change("tensors.2.digests", ["0" * 32]),
+        "tensor n: 1 digests for 0 bytes, expected 0",
+    ),
     "missing field": (change("file_bytes", None), "manifest: "),
     "unknown field": (change("pickle", "gASV"), "manifest: "),
     "tensors out of order": (swap_tensors, "tensor b stands where the file has a"),
@@ -155,7 +161,7 @@ def test_schema_digest_ignores_order_and_dtype_only() -> None:
 
 
 def test_the_weights_packages_load_no_torch() -> None:
-    code = "import sys, protocol.weights.transfer; sys.exit('torch' in sys.modules)"
+    code = "import sys, protocol.weights.fetching; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -174,7 +180,7 @@ def test_the_content_digest_is_of_the_tensors_and_of_nothing_else() -> None:
         {"spec": TensorSpec("c", "F32", (2, 3))},
         {"spec": TensorSpec("a", "I32", (2, 3))},
         {"spec": TensorSpec("a", "F32", (3, 2))},
-        {"digest": digest("xxh3_128", b"other")},
+        {"digests": (digest("xxh3_128", b"other"),)},
     ],
 )
 def test_another_tensor_is_another_content(changed: dict[str, Any]) -> None:

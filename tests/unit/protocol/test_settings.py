@@ -339,7 +339,7 @@ def test_help_groups_inherited_fields_by_their_section(capsys: pytest.CaptureFix
     ("model", "argv"),
     [
         (LearnerConfig, ["--dataset-config", '{"size": 10}', "--prompts-per-step", "4", "--epsilon-high", "0.28"]),
-        (ServerConfig, ["--scripted.token-s", "0.01", "--reward-funcs", "exact_match", "format",
+        (ServerConfig, ["--engine", "scripted", "--scripted.token-s", "0.01", "--reward-funcs", "exact_match", "format",
                         "--insecure-plaintext"]),
     ],
 )  # fmt: skip

@@ -19,9 +19,10 @@ from protocol.codec import decode, encode
 from protocol.errors import ConfigError, IntegrityError, Superseded, WeightsError
 from protocol.messages import Ping, WeightsChunk, WeightsRequest
 from protocol.versions import Version
+from protocol.weights.fetching import FetchReport, WeightsFetcher
 from protocol.weights.layout import Layout, MappedWeights, build_manifest
 from protocol.weights.manifest import Manifest, TensorSpec
-from protocol.weights.transfer import FetchReport, WeightsFetcher, WeightsServer
+from protocol.weights.serving import WeightsServer
 from tests.weights import (
     CHUNK,
     SMALL_SPECS,
@@ -61,7 +62,8 @@ def fetch(
 ) -> FetchReport:
     addresses = [address] if isinstance(address, str) else address
     given = {"stop": threading.Event(), "deadline_s": 20.0, "stall_s": 5.0, **limits}
-    return fetcher.fetch(manifest, addresses, destination, **given)
+    memory = destination.writable_bytes(0, manifest.file_bytes)
+    return fetcher.fetch(manifest.shipment, addresses, memory, **given)
 
 
 def serve_again(address: str) -> WeightsServer:
@@ -98,7 +100,7 @@ def test_fetched_version_is_the_served_one(
         assert destination.path.read_bytes() == source.path.read_bytes()
         assert build_manifest(manifest.version, destination, manifest.algorithm) == manifest
         assert report.bytes == server.counters.bytes == data_bytes(source)
-        assert report.refetched_tensors == 0
+        assert report.refetched_blocks == 0
         assert report.transfer_s > 0
         assert report.verify_s > 0
     counted = asdict(fetcher.counters)
@@ -282,12 +284,6 @@ def test_stalled_address_is_left_for_the_next(
     assert fetcher.counters.reconnects == 1
 
 
-def test_destination_of_another_layout_is_refused(server: WeightsServer, source: MappedWeights, tmp_path: Path) -> None:
-    other = make_weights(tmp_path / "other.safetensors", 0, SMALL_SPECS[:-1])
-    with pytest.raises(WeightsError, match=r"version 1\.1 has another layout than .*other\.safetensors"):
-        fetch(WeightsFetcher(), serve(server, source), server.address, other)
-
-
 def test_address_off_loopback_is_refused(source: MappedWeights, destination: MappedWeights) -> None:
     with pytest.raises(WeightsError, match=r"weights cannot be fetched: address tcp://192\.0\.2\.1:5: .*not loopback"):
         fetch(WeightsFetcher(), manifest_of(source), "tcp://192.0.2.1:5", destination)
@@ -376,7 +372,7 @@ def flip(data: Any) -> Any:
 
 
 FAULTS: dict[str, tuple[Callable[[Frames], list[Frames]], str]] = {
-    "flipped bit": (lambda frames: [changed(frames, flip)], "refetched_tensors"),
+    "flipped bit": (lambda frames: [changed(frames, flip)], "refetched_blocks"),
     "truncated": (lambda frames: [changed(frames, lambda data: data[:-1])], "wrong_size"),
     "emptied": (lambda frames: [changed(frames, lambda data: data[:0])], "wrong_size"),
     "oversized": (lambda frames: [changed(frames, lambda data: np.append(data, data))], "wrong_size"),
@@ -418,7 +414,7 @@ def test_answers_in_reverse_are_put_in_place(
     with FaultyNetwork(server.address, reverse) as network:
         fetch(fetcher, manifest, network.address, destination)
     assert network.faults == 9
-    assert fetcher.counters.refetched_tensors == 0
+    assert fetcher.counters.refetched_blocks == 0
     assert np.array_equal(tensors(destination), tensors(source))
 
 
@@ -431,7 +427,7 @@ def test_path_that_always_corrupts_is_an_integrity_error(
         with pytest.raises(IntegrityError, match=r"version 1\.1, tensor model\.\S+: its bytes do not hash"):
             fetch(fetcher, manifest, network.address, destination)
     assert network.faults >= 4
-    assert 3 <= fetcher.counters.refetched_tensors <= 3 * len(SMALL_SPECS)
+    assert 3 <= fetcher.counters.refetched_blocks <= 3 * len(SMALL_SPECS)
 
 
 def test_cut_in_the_middle_asks_again_only_for_what_is_missing(server: WeightsServer, tmp_path: Path) -> None:

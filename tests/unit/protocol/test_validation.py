@@ -35,6 +35,14 @@ def edited(name: str, edit: Callable[[np.ndarray], Any], **fields: Any) -> Group
     return msgspec.structs.replace(group, **{name: array if changed is None else changed})
 
 
+def stepwise(edit: Callable[[np.ndarray], Any], **fields: Any) -> Group:
+    """A group whose completions, of 3, 4, 5 and 3 tokens, have a step with the last token each, edited in place."""
+    steps = np.full(15, NAN, np.float32)
+    steps[[2, 6, 11, 14]] = 0.5
+    edit(steps)
+    return make_group(ordinal=17, step_rewards=steps, **fields)
+
+
 def put(index: Any, value: Any) -> Callable[[np.ndarray], None]:
     def edit(array: np.ndarray) -> None:
         array[index] = value
@@ -78,11 +86,20 @@ def test_optional_arrays_pass_when_they_fit():
     validate(
         make_group(
             loss_mask=np.array([0, 1] * 7 + [1], np.uint8),
-            step_rewards=np.zeros(15, np.float32),
+            step_rewards=np.linspace(-1, 1, 15, dtype=np.float32),
             sampling_mask=np.zeros((15, 2), np.uint8),
             routed_experts=np.zeros((15, 0), np.uint16),
         )
     )
+
+
+def test_a_step_may_end_anywhere_and_zero_is_a_reward():
+    validate(stepwise(put([0, 6, 8], 0.0)))
+    validate(stepwise(put(2, NAN), rewards=[None, 0.0, 1.0, 0.0]))
+    reasons = [FinishReason.STOP, FinishReason.ABORT, FinishReason.STOP, FinishReason.STOP]
+    lengths = [3, 0, 8, 2]
+    steps = np.array([NAN, 1.0, NAN] + [NAN] * 7 + [0.0] + [NAN, -1.0], np.float32)
+    validate(make_group(lengths=lengths, finish_reasons=reasons, rewards=[1.0, None, 0.0, -1.0], step_rewards=steps))
 
 
 def test_completions_may_come_in_any_order():
@@ -124,7 +141,11 @@ def test_completions_may_come_in_any_order():
         (edited("rewards", put(1, 0.5), rewards=[1.0, None, 0.0, 1.0]), "a completion without a score has a reward"),
         (make_group(ordinal=17, loss_mask=np.ones(14, np.uint8)), r"loss_mask has shape \(14,\), expected \(15,\)"),
         (make_group(ordinal=17, loss_mask=np.full(15, 2, np.uint8)), "loss_mask has 2, allowed are 0 and 1"),
-        (make_group(ordinal=17, step_rewards=np.full(15, NAN, np.float32)), "step_rewards has a NaN or an infinity"),
+        (make_group(ordinal=17, step_rewards=np.zeros(14, np.float32)), r"step_rewards has shape \(14,\)"),
+        (stepwise(put(4, INF)), "step_rewards has an infinity, allowed are finite numbers, and NaN where no step ends"),
+        (stepwise(put(4, -INF)), "step_rewards has an infinity"),
+        (stepwise(put(slice(7, 12), NAN)), "a completion with a score has no step reward"),
+        (stepwise(put(0, 0.5), rewards=[None, 0.0, 1.0, 0.0]), "a completion without a score has a step reward"),
         (make_group(ordinal=17, routed_experts=np.zeros((14, 2), np.uint16)), r"routed_experts has shape \(14, 2\)"),
         (make_group(ordinal=17, sampling_mask=np.zeros(15, np.uint8)), r"sampling_mask has shape \(15,\)"),
         (make_group(ordinal=17, group_id="../../etc"), "group_id is not 32 hexadecimal digits"),

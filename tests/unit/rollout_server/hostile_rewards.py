@@ -35,6 +35,8 @@ def do(order):
             os.kill(os.getpid(), signal.SIGKILL)
         case "number", _, text:
             return float(text)
+        case "steps", _, text:
+            return list(eval(f"({text})", {})) if text else []
         case "process", _, _:
             return float(os.getpid())
     return {"none": None, "text": "1.0", "list": [1.0], "huge": 10**400, "yes": True, "numpy": np.float32(0.5)}[order]

@@ -123,9 +123,7 @@ async def serving(
     async with ScriptedEngine(ScriptedOptions(**options), room) as engine, asyncio.TaskGroup() as tasks:
         if live is not None:
             await engine.load_weights(StagedWeights(version=live, path=directory))
-        receiver = WeightsReceiver(
-            engine, waits, learner="ipc:///nowhere", directory=directory / "staging", insecure_plaintext=False
-        )
+        receiver = WeightsReceiver(engine, waits, learner="ipc:///nowhere", directory=directory / "staging")
         parts = Parts(
             name="server-0",
             address="memory",

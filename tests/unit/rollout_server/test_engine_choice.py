@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from protocol.errors import ConfigError
 from protocol.settings import load_settings
@@ -51,7 +52,7 @@ def test_a_gpu_without_sglang_is_served_by_transformers_and_that_is_said() -> No
     made = choose_engine(ServerConfig(), machine(cuda=True))
     assert made.engine == "transformers"
     assert made.notice.startswith("engine auto: there is a GPU, and SGLang, ")
-    assert "pip install 'headway[server]'" in made.notice
+    assert "pip install '.[server]'" in made.notice
 
 
 @pytest.mark.parametrize(
@@ -61,7 +62,7 @@ def test_a_gpu_without_sglang_is_served_by_transformers_and_that_is_said() -> No
          r"no CUDA device here: .* --engine transformers, .* --engine-url http://.* SGLANG_USE_CPU_ENGINE=1"),
         ({"engine": "sglang", "device": "cpu"}, machine(sglang=NEW, cuda=True), "no CUDA device here"),
         ({"engine": "sglang"}, machine(cuda=True),
-         r"sglang is not installed here: pip install 'headway\[server\]', or take --engine transformers"),
+         r"sglang is not installed here: pip install '\.\[server\]' in headway's directory, or take --engine"),
         ({"engine": "sglang"}, machine(cpu=True), "is not installed here"),
         ({"engine": "sglang"}, machine(cuda=True, sglang="0.5.20"),
          r"sglang 0\.5\.20 is installed, 0\.5\.21 or newer is needed .* kills itself .* 'sglang>=0\.5\.21'"),
@@ -73,6 +74,36 @@ def test_what_cannot_run_here_is_refused_in_one_line(options: dict[str, Any], he
     with pytest.raises(ConfigError, match=f"^engine sglang: .*{complaint}") as caught:
         choose_engine(ServerConfig(**options), here)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"lora_target_modules": ["q_proj"]}, "lora_target_modules has .*: it needs engine sglang with max_lora_rank;"),
+        ({"lora_target_modules": ["q_proj"], "engine": "transformers"}, "lora_target_modules has no effect here"),
+        ({"weight_update_mode": "drain", "engine": "transformers"}, "weight_update_mode .* needs engine sglang; add"),
+        ({"sglang": {"tp-size": 2}, "engine": "scripted"}, "sglang has no effect here: it needs engine sglang"),
+        ({"engine_probe_s": 9.0, "engine": "transformers"}, "engine_probe_s has no effect here"),
+        ({"engine_start_s": 9.0, "engine": "transformers"}, "engine_start_s has no effect here"),
+        ({"engine_admin_key": "k"}, "engine_admin_key has no effect here: it needs engine_url"),
+        ({"engine_api_key": "k", "engine": "sglang"}, "engine_api_key has no effect here: it needs engine_url"),
+        ({"engine_log": "log", **URL}, "engine_log has .* an SGLang that this server starts, and engine_url names an"),
+        ({"scripted": {"seed": 1}, "engine": "sglang"}, "scripted has no effect here: it needs engine scripted"),
+    ],
+)
+def test_a_word_that_nothing_reads_is_refused(options: dict[str, Any], says: str) -> None:
+    with pytest.raises(ValidationError, match=says):
+        ServerConfig(**options)
+    (key, *_) = options
+    plain = {name: value for name, value in options.items() if name != key}
+    resolved = {**plain, key: ServerConfig().model_dump()[key]}
+    assert ServerConfig(**resolved) == ServerConfig(**plain), "a resolved configuration has every word"
+
+
+def test_words_for_sglang_where_auto_takes_another_engine_are_named() -> None:
+    made = choose_engine(ServerConfig(sglang={"tp-size": 2}, weight_update_mode="drain"), machine())
+    assert made.engine == "transformers"
+    assert made.notice.endswith("serving with transformers, where no effect is had by sglang, weight_update_mode")
 
 
 def test_what_the_machine_has_is_read_without_torch(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 import json
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -128,6 +129,20 @@ def test_a_timeout_counts_only_where_it_was_given_a_value():
     assert group.rewards.tolist() == [1.0, 2.0, 0.0]
     assert group.reward_statuses[:2, 0].tolist() == [TIMEOUT, TIMEOUT]
     assert group.reward_values[:2, 0].tolist() == [-1.0, 0.0]
+
+
+def test_steps_travel_and_those_of_an_aborted_completion_do_not():
+    of = scores([[1.5, 1], [0, 0.5], [3, 1]], [[OK, OK]] * 3)
+    steps = {(0, 0): [(0, 1.0), (1, 0.5)], (1, 0): [(2, 0.0)], (2, 0): [(0, 3.0)]}
+    group = build_group(
+        lease(), COMPLETIONS, replace(of, steps=steps), (1.0, 2.0),
+        reward_names=("first", "second"), generate_s=1.5, reward_s=0.5,
+    )  # fmt: skip
+    expected = [1.0, 2.5, math.nan, math.nan, 0.0, 1.0, math.nan]
+    assert group.step_rewards.tolist() == pytest.approx(expected, nan_ok=True)
+    assert (group.rewards.tolist(), group.scored.tolist()) == ([3.5, 1.0, 0.0], [1, 1, 0])
+    assert group.reward_values.tolist() == [[1.5, 1.0], [0.0, 0.5], [0.0, 0.0]]
+    assert build([[1, 1]] * 3, [[OK, OK]] * 3).step_rewards is None
 
 
 def test_greedy_logprobs_are_labeled_as_those_of_temperature_one():

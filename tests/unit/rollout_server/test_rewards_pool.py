@@ -24,6 +24,7 @@ from rollout_server.rewards.pool import RewardPool
 OK, TIMEOUT, ERROR, UNSCORED = RewardStatus
 HOSTILE = str(Path(__file__).with_name("hostile_rewards.py"))
 NAMES = ("obey", "fail", "coroutine", "surroundings", "all_keywords", "some_keywords", "needs_column", "process_id")
+A_STEP = "as a step of a completion; allowed is a pair of the index of its last token and a number"
 TIMEOUT_S = 1.0
 BOUND_S = 3 * TIMEOUT_S + 20.0
 """A call and the search for culprits, and as much again as a busy machine may take to start processes."""
@@ -100,15 +101,66 @@ def test_a_group_is_scored_by_every_function_in_order(session):
             "returned 2e+18 for a completion; allowed is up to 1e+12 either way",
         ),
         ("huge", math.nan, ERROR, "returned inf for a completion; allowed is up to 1e+12 either way"),
-        ("text", math.nan, ERROR, "returned a str for a completion; allowed is a number or None"),
-        ("list", math.nan, ERROR, "returned a list for a completion; allowed is a number or None"),
+        ("text", math.nan, ERROR, "returned a str for a completion; allowed is a number, None or a list of steps"),
+        ("list", math.nan, ERROR, f"returned a float {A_STEP}"),
+        ("steps (0, 1.5), (1, -1), (0, 0.25)", 0.75, OK, ""),
+        ("steps", math.nan, ERROR, "returned no step for a completion; allowed is a step at least, or None"),
+        ("steps (0, 1, 2),", math.nan, ERROR, f"returned a tuple {A_STEP}"),
+        ("steps (0.0, 1),", math.nan, ERROR, f"returned a tuple {A_STEP}"),
+        (
+            "steps (2, 1),",
+            math.nan,
+            ERROR,
+            "returned a step that ends with token 2 of a completion of 2 tokens; they are counted from 0",
+        ),
+        (
+            "steps (-1, 1),",
+            math.nan,
+            ERROR,
+            "returned a step that ends with token -1 of a completion of 2 tokens; they are counted from 0",
+        ),
+        (
+            "steps (10 ** 5000, 1),",
+            math.nan,
+            ERROR,
+            "returned a step that ends with token inf of a completion of 2 tokens; they are counted from 0",
+        ),
+        ("steps (0, 'high'),", math.nan, ERROR, "returned a step worth a str for a completion; allowed is a number"),
+        (
+            "steps (0, 1), (1, float('nan'))",
+            math.nan,
+            ERROR,
+            "returned a step worth nan for a completion; allowed is up to 1e+12 either way",
+        ),
+        (
+            "steps (0, 9e11), (1, 9e11)",
+            math.nan,
+            ERROR,
+            "returned steps worth 1800000000000.0 for a completion; allowed is up to 1e+12 either way",
+        ),
     ],
 )
-def test_only_finite_numbers_and_none_are_results(session, order, value, status, note):
+def test_only_finite_numbers_steps_and_none_are_results(session, order, value, status, note):
     values, statuses, noted = session.score("obey", "number 3", order)
     assert values == pytest.approx([3.0, value], nan_ok=True)
     assert statuses == [OK, status]
     assert noted == note
+
+
+def test_steps_come_back_from_the_worker_with_their_completion(session):
+    scores = session.run(session.pool.score(call("number 1", "steps (1, 0.5), (0, 2)", "none", "steps (0, 1), (9, 9)")))
+    column = NAMES.index("obey")
+    assert scores.steps == {(1, column): [(1, 0.5), (0, 2.0)]}
+    assert scores.values[:, column].tolist() == pytest.approx([1.0, 2.5, math.nan, math.nan], nan_ok=True)
+    assert scores.statuses[:, column].tolist() == [OK, OK, UNSCORED, ERROR]
+
+
+@pytest.mark.parametrize("order", ["hang", "kill"])
+def test_steps_survive_the_search_for_a_culprit(session, order):
+    session.settle()
+    column = session.run(session.pool._score_with(0, call("steps (0, 1),", order, "steps (1, 2),")))
+    assert column.steps == {0: [(0, 1.0)], 2: [(1, 2.0)]}
+    assert column.statuses[0] == column.statuses[2] == OK
 
 
 @pytest.mark.parametrize(

@@ -19,7 +19,7 @@ from protocol.messages import Drain, Goodbye, Group, Hello, Ping, Refused, Retur
 from protocol.tasks import run_loop
 from protocol.versions import Version
 from protocol.weights.layout import build_manifest
-from protocol.weights.transfer import WeightsServer
+from protocol.weights.serving import WeightsServer
 from rollout_server.app import drain, group_tasks, open_scorer, run, serve, text_decoder
 from rollout_server.config import ScriptedOptions, ServerConfig
 from rollout_server.scorers import ScriptedScorer
@@ -126,6 +126,19 @@ def test_with_a_model_tokens_are_text(tiny_model_dir: Path) -> None:
 def test_an_address_off_loopback_is_refused_before_anything_starts() -> None:
     with pytest.raises(ConfigError, match=r"192\.168\.0\.1 is not loopback"):
         run(ServerConfig(learner="tcp://192.168.0.1:5555", engine="scripted"))
+
+
+@pytest.mark.parametrize("half", ["key", "learner_key"])
+def test_one_half_of_the_keys_is_refused(tmp_path: Path, half: str) -> None:
+    with pytest.raises(ValueError, match="give both or none; each side proves who it is"):
+        ServerConfig(**{half: tmp_path / "a"})
+
+
+def test_a_key_file_that_cannot_be_used_is_refused_before_anything_starts(tmp_path: Path) -> None:
+    (tmp_path / "a.key").write_text("")
+    config = ServerConfig(key=tmp_path / "a.key", learner_key=tmp_path / "b.pub", engine="scripted")
+    with pytest.raises(ConfigError, match=r"a\.key: others than its owner may read it \(mode 0644\): chmod 600"):
+        run(config)
 
 
 # --- the whole

@@ -32,7 +32,7 @@ from protocol.tasks import run_loop
 from protocol.versions import Version
 from protocol.waits import Waits
 from protocol.weights.layout import build_manifest
-from protocol.weights.transfer import WeightsServer
+from protocol.weights.serving import WeightsServer
 from rollout_server.app import serve
 from rollout_server.config import ScriptedOptions, ServerConfig
 from rollout_server.engines.base import EngineStatus, SamplesWithheld

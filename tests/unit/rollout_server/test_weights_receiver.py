@@ -20,15 +20,15 @@ from protocol.messages import WeightsFailed, WeightsLive, WeightsLost, WeightsRe
 from protocol.signals import Signal
 from protocol.versions import Version
 from protocol.waits import Waits
-from protocol.weights.layout import MappedWeights, build_manifest
-from protocol.weights.manifest import Manifest, content_digest
-from protocol.weights.transfer import FetchReport
+from protocol.weights.fetching import FetchReport
+from protocol.weights.layout import build_manifest
+from protocol.weights.manifest import Manifest, Shipment, content_digest
 from rollout_server.engines.base import EngineFailure, EngineInfo, LoadReport, StagedWeights
 from rollout_server.weights import RETRY_S, SWAP_S, TURN_AGAIN_S, Report, WeightsReceiver
 from tests.virtual_time import run_virtual
 from tests.weights import make_weights
 
-REPORT = FetchReport(transfer_s=0.25, verify_s=0.125, bytes=1000, refetched_tensors=0)
+REPORT = FetchReport(transfer_s=0.25, verify_s=0.125, bytes=1000, refetched_blocks=0)
 DIALED = "tcp://10.0.0.7:5555"
 SOON_S = 10.0
 
@@ -58,17 +58,17 @@ class FakeFetcher:
 
     outcomes: list[WeightsError] = field(default_factory=list)
     """Errors of the next fetches."""
-    fetched: list[tuple[Version, Sequence[str], Path]] = field(default_factory=list)
+    fetched: list[tuple[Version, Sequence[str]]] = field(default_factory=list)
 
     def fetch(
-        self, manifest: Manifest, addresses: Sequence[str], destination: MappedWeights, *, stop: threading.Event,
+        self, shipment: Shipment, addresses: Sequence[str], destination: memoryview, *, stop: threading.Event,
         deadline_s: float, stall_s: float,
     ) -> FetchReport:  # fmt: skip
-        assert destination.layout == manifest.layout
+        assert destination.nbytes == shipment.nbytes
         assert 0 < stall_s < deadline_s
-        self.fetched.append((manifest.version, addresses, destination.path))
+        self.fetched.append((shipment.version, addresses))
         if stop.is_set():
-            raise Superseded(f"the fetch of version {manifest.version} was called off")
+            raise Superseded(f"the fetch of version {shipment.version} was called off")
         if self.outcomes:
             raise self.outcomes.pop(0)
         return REPORT
@@ -169,7 +169,7 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
     """Run a scenario with a receiver whose loop is running, on a virtual clock."""
     executor, fetcher = HandExecutor(), FakeFetcher()
     monkeypatch.setattr(rollout_server.weights, "ThreadPoolExecutor", lambda *args, **kwargs: executor)
-    monkeypatch.setattr(rollout_server.weights, "WeightsFetcher", lambda **kwargs: fetcher)
+    monkeypatch.setattr(rollout_server.weights, "WeightsFetcher", lambda security: fetcher)
     first = build_manifest(Version(1, 0), make_weights(tmp_path / "published", seed=1), "xxh3_128")
 
     def ready(
@@ -178,7 +178,7 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
         """Announce a version; its content is as new as its number unless said otherwise."""
         version = Version(incarnation, policy_version)
         digest = f"{policy_version if content is None else content:032x}"
-        changed = msgspec.structs.replace(first.tensors[0], digest=digest)
+        changed = msgspec.structs.replace(first.tensors[0], digests=(digest,))
         announced = msgspec.structs.replace(first, version=version, tensors=(changed, *first.tensors[1:]))
         text = np.frombuffer(announced.to_json(), np.uint8)
         return WeightsReady(version=version, manifest=text, addresses=addresses or ("ipc:///x",), **fields)
@@ -190,7 +190,6 @@ def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Play:
             waits,
             learner=DIALED,
             directory=tmp_path / "staging",
-            insecure_plaintext=False,
         )
         r = Receiving(receiver, engine, fetcher, executor, ready)
         loops = [asyncio.create_task(loop) for loop in (receiver.loop(), receiver.engine_loop(), r.play_learner())]
@@ -217,7 +216,7 @@ def test_an_announced_version_is_fetched_loaded_and_reported(play: Play) -> None
         assert (report.transfer_s, report.verify_s, report.pause_s) == (0.25, 0.125, 0.5)
         assert (report.check_s, report.checksum, report.mismatch_kl, report.mismatch) == (0.25, "fake:12", 1e-4, 1e-2)
         assert r.engine.live == r.receiver.live == Version(1, 3)
-        assert r.engine.loaded[0].path == r.fetcher.fetched[0][2]
+        assert r.engine.loaded[0].path.parent.name == "staging"
 
     play(scenario)
 
@@ -236,7 +235,7 @@ def test_all_versions_are_staged_in_one_file(play: Play) -> None:
         for policy_version in (1, 2, 3):
             r.receiver.announce(r.ready(policy_version))
             await r.fetch_ends()
-        assert len({path for _, _, path in r.fetcher.fetched}) == 1
+        assert len({staged.path for staged in r.engine.loaded}) == 1
 
     play(scenario)
 
@@ -279,7 +278,7 @@ def test_a_newer_announcement_calls_off_the_fetch_under_way(play: Play) -> None:
         begun_s = now_s()
         await r.fetch_ends()
         await r.fetch_ends()
-        assert [version for version, _, _ in r.fetcher.fetched] == [Version(1, 1), Version(1, 3)]
+        assert [version for version, _ in r.fetcher.fetched] == [Version(1, 1), Version(1, 3)]
         report = await r.report()
         assert isinstance(report, WeightsLive)
         assert report.version == Version(1, 3)
@@ -655,7 +654,7 @@ def test_a_loss_while_a_newer_version_is_fetched_ends_with_the_newer_one(play: P
         live = await r.report()
         assert isinstance(live, WeightsLive)
         assert live.version == Version(1, 2)
-        assert [version.policy_version for version, _, _ in r.fetcher.fetched] == [1, 2]
+        assert [version.policy_version for version, _ in r.fetcher.fetched] == [1, 2]
 
     play(scenario)
 
@@ -672,7 +671,7 @@ def test_a_file_overwritten_by_a_fetch_that_failed_is_not_loaded(play: Play) -> 
         r.receiver.announce(r.ready(3, content=1))
         await r.fetch_ends()
         assert isinstance(await r.report(), WeightsLive)
-        assert [version.policy_version for version, _, _ in r.fetcher.fetched] == [1, 2, 3]
+        assert [version.policy_version for version, _ in r.fetcher.fetched] == [1, 2, 3]
 
     play(scenario)
 

@@ -17,7 +17,7 @@ from protocol.messages import WeightsFailed, WeightsLive, WeightsReady, WeightsS
 from protocol.versions import Version
 from protocol.waits import Waits
 from protocol.weights.layout import build_manifest
-from protocol.weights.transfer import WeightsServer
+from protocol.weights.serving import WeightsServer
 from rollout_server.config import ScriptedOptions
 from rollout_server.engines.scripted import ScriptedEngine
 from rollout_server.weights import WeightsReceiver
@@ -29,9 +29,7 @@ SOON_S = 10.0
 @contextlib.asynccontextmanager
 async def real_receiver(tmp_path: Path) -> AsyncIterator[tuple[WeightsReceiver, ScriptedEngine]]:
     async with ScriptedEngine(ScriptedOptions(), room=4) as engine:
-        receiver = WeightsReceiver(
-            engine, Waits(), learner="ipc:///nowhere", directory=tmp_path / "staging", insecure_plaintext=False
-        )
+        receiver = WeightsReceiver(engine, Waits(), learner="ipc:///nowhere", directory=tmp_path / "staging")
         loop = asyncio.create_task(receiver.loop())
         try:
             yield receiver, engine

@@ -202,7 +202,7 @@ def test_targets_that_the_model_does_not_have_are_named(make, targets: list[str]
 
 def test_a_missing_package_is_named(make, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ConfigError, match=r"the package peft is not installed here: pip install 'headway\[peft\]'"):
+    with pytest.raises(ConfigError, match=r"the package peft is not installed here: pip install '\.\[peft\]'"):
         make()
 
 

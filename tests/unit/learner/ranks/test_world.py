@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -16,8 +17,8 @@ from learner import commands
 from learner.config import LearnerConfig
 from learner.ranks import launch
 from learner.ranks.keep_alive import keep_alive_loop
-from learner.ranks.place import Place
-from learner.ranks.world import RankLost, World, disagreement
+from learner.ranks.place import Place, check_ranks
+from learner.ranks.world import RankLost, RankSilent, World, disagreement
 from protocol.errors import ConfigError
 from tests.learners import FakeCompute
 
@@ -71,6 +72,43 @@ def test_rank_0_says_on_what_they_disagree_and_the_other_ends_quietly():
     (error,) = raised
     assert isinstance(error, RankLost)
     assert str(error) == "rank 0 says why"
+
+
+def test_a_rank_that_waits_long_for_another_says_so_and_until_when(monkeypatch, capsys):
+    monkeypatch.setattr("learner.ranks.world.PATIENCE_S", 0.0)
+    _, follower = make_worlds(timeout_s=0.05)
+    follower._store.set_timeout(torch.distributed.distributed_c10d.timedelta(seconds=0.05))
+    with pytest.raises(RankSilent, match=r"rank 0 was not heard of within 0\.05 s \(collective_timeout_s\): start it"):
+        follower.agree({})
+    said = capsys.readouterr().err
+    assert said.startswith("headway-learner: rank 1 waits for rank 0, at most 0.05 s (collective_timeout_s); one that")
+    assert said.count("waits for") == 1
+    assert "--dry-run takes no part" in said
+    leader, _ = make_worlds(timeout_s=0.05)
+    leader._store.set_timeout(torch.distributed.distributed_c10d.timedelta(seconds=0.05))
+    with pytest.raises(RankSilent, match="rank 1 was not heard of"):
+        leader.agree({})
+    assert "rank 0 waits for rank 1, at most" in capsys.readouterr().err
+
+
+def test_a_rank_that_finds_nobody_says_whom_it_waits_for(monkeypatch, capsys):
+    monkeypatch.setattr("learner.ranks.world.PATIENCE_S", 0.01)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+    for name, value in address.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(RankLost, match="rank 1 cannot join the others: "):
+        World.join(Place(1, 2, 1), torch.device("cpu"), 0.5)
+    assert "rank 1 waits for the process that starts the ranks, at most 0.5 s" in capsys.readouterr().err
+
+
+def test_a_follower_that_never_hears_of_rank_0_does_not_end_in_silence(monkeypatch):
+    _, follower = make_worlds(timeout_s=0.05)
+    follower._store.set_timeout(torch.distributed.distributed_c10d.timedelta(seconds=0.05))
+    monkeypatch.setattr(launch.World, "join", lambda *arguments: follower)
+    with pytest.raises(RankSilent, match="rank 0 was not heard of"):
+        launch.train_on_ranks(LearnerConfig(model="m", dataset="d", device="cpu"), Place(1, 2, 1))
 
 
 def test_a_rank_that_says_nothing_is_lost_in_time():
@@ -134,11 +172,11 @@ def test_all_keys_and_the_code_are_agreed_on(tmp_path: Path):
 )
 def test_what_several_ranks_cannot_do_is_refused(options, says):
     with pytest.raises(ConfigError, match=says):
-        launch.check_ranks(LearnerConfig(**options))
+        check_ranks(LearnerConfig(**options))
 
 
 def test_several_ranks_may_compute_in_bfloat16():
-    launch.check_ranks(LearnerConfig(autocast="bfloat16"))
+    check_ranks(LearnerConfig(autocast="bfloat16"))
 
 
 def test_an_error_of_ours_is_left_for_rank_0_and_no_collective_follows():

@@ -1,0 +1,226 @@
+"""Where a version lies between the learner and the engine: brought here by one of several paths, whole and verified.
+
+The staged file is a safetensors file that is written again for every version. It holds one version whole, or nothing:
+whatever happens on the way, the engine is only ever pointed at bytes that hash to the learner's manifest (I5). One
+thread calls `bring`; this file must not know the event loop, nor what is said of versions to whom.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from protocol.errors import IntegrityError, MalformedMessage, Superseded
+from protocol.kinds import WeightsPath
+from protocol.logs import event
+from protocol.versions import Version
+from protocol.weights.delta import Costs, LinkSpeed, choose
+from protocol.weights.delta_manifest import DeltaManifest, find_chain
+from protocol.weights.fetching import FetchReport, WeightsFetcher
+from protocol.weights.layout import MappedWeights
+from protocol.weights.manifest import Manifest, Shipment, content_digest
+from protocol.weights.specs import ITEM_BYTES
+from protocol.weights.staging import clean_staging, staging_path
+from rollout_server.deltas import Applied, Changes, apply_chain, wrong_blocks
+from rollout_server.engines.base import Canaries
+
+log = logging.getLogger(__name__)
+
+FETCH_S = 600.0
+"""A version that takes longer is given up (and asked for again while it is the newest)."""
+STALL_S = 3.0
+STRIKES = 3
+"""A path that brings wrong bytes so often in a row is not taken again."""
+UNSEEN_LINK = LinkSpeed(125e6)
+"""1 Gbit/s: what the link is taken for until it has been seen."""
+TELLING_BYTES = 256 << 10
+"""Transfers of fewer bytes measure round trips."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Wanted:
+    """A version that was announced."""
+
+    manifest: Manifest
+    addresses: tuple[str, ...]
+    canaries: Canaries | None
+    deltas: tuple[DeltaManifest, ...] = ()
+
+    @property
+    def version(self) -> Version:
+        """What it is called."""
+        return self.manifest.version
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Delivery:
+    """A version that is here, whole and verified."""
+
+    file: Path
+    digest: str
+    """Its `content_digest`."""
+    path: WeightsPath = WeightsPath.NONE
+    bytes: int = 0
+    """Fetched for it, repetitions included."""
+    transfer_s: float = 0.0
+    verify_s: float = 0.0
+    """Applying a delta included."""
+    refetched_blocks: int = 0
+    base: str = ""
+    """`content_digest` of what was here before, where `changes` is known."""
+    changes: Changes | None = None
+    """What differs from `base`; None: it is not known."""
+
+
+class Stage:
+    """Owns the staged file."""
+
+    def __init__(self, directory: Path, fetcher: WeightsFetcher) -> None:
+        self._directory = directory
+        self._fetcher = fetcher
+        self._file: MappedWeights | None = None
+        self._content = ""
+        """`content_digest` of what the file holds whole; empty while it holds nothing whole."""
+        self._link, self._costs = UNSEEN_LINK, Costs()
+        self._strikes: Counter[WeightsPath] = Counter()
+        clean_staging(directory)
+
+    def bring(self, wanted: Wanted, stop: threading.Event) -> Delivery:
+        """Have the version in the staged file; nothing is fetched where it holds that very content already.
+
+        Args:
+            wanted: What was announced.
+            stop: Set by anyone to call it off.
+
+        Raises:
+            Superseded: `stop` was set, or nobody serves it any more.
+            WeightsError: no room for it, it did not come in time, or its bytes are wrong wherever they come from.
+        """
+        manifest, content = wanted.manifest, content_digest(wanted.manifest)
+        if self._file is not None and not (self._file.layout == manifest.layout and self._file.path.exists()):
+            self.discard()
+        if self._file is None:
+            self._file = MappedWeights.create(staging_path(self._directory), manifest.layout)
+        elif self._content == content:
+            return Delivery(file=self._file.path, digest=content)
+        fetch = _Fetch(self._fetcher, wanted.addresses, stop)
+        chain = self._chain(wanted)
+        delivery = self._by_delta(wanted, self._file, chain, fetch) if chain else None
+        delivery = delivery or self._whole(wanted, self._file, fetch)
+        self._content = content
+        return delivery
+
+    def discard(self) -> None:
+        """Delete the staged file. Whoever has it open still reads what it held."""
+        if self._file is not None:
+            self._file.remove()
+        self._file, self._content = None, ""
+
+    def _whole(self, wanted: Wanted, file: MappedWeights, fetch: _Fetch) -> Delivery:
+        """Fetch every byte."""
+        manifest = wanted.manifest
+        self._content = ""
+        report = fetch(manifest.shipment, file.writable_bytes(0, manifest.file_bytes))
+        self._learn_link(report)
+        return Delivery(
+            file=file.path, digest=content_digest(manifest), path=WeightsPath.DENSE, bytes=report.bytes,
+            transfer_s=report.transfer_s, verify_s=report.verify_s, refetched_blocks=report.refetched_blocks,
+        )  # fmt: skip
+
+    def _chain(self, wanted: Wanted) -> Sequence[DeltaManifest] | None:
+        """Return the deltas to go by, if there are any from what is here, and they are sooner here than everything."""
+        if not self._content or self._strikes[WeightsPath.DELTA] >= STRIKES:
+            return None
+        chain = find_chain(wanted.deltas, self._content, wanted.version)
+        if chain is None:
+            return None
+        chosen = choose(
+            dense_bytes=wanted.manifest.file_bytes,
+            num_elements=sum(entry.nbytes // ITEM_BYTES[entry.spec.dtype] for entry in wanted.manifest.tensors),
+            num_changed=sum(delta.num_changed for delta in chain),
+            link=self._link,
+            costs=self._costs,
+            delta_bytes=sum(delta.nbytes for delta in chain),
+        )
+        return chain if chosen == "delta" else None
+
+    def _by_delta(
+        self, wanted: Wanted, file: MappedWeights, chain: Sequence[DeltaManifest], fetch: _Fetch
+    ) -> Delivery | None:
+        """Fetch and apply what differs; blocks that are wrong then come out of the version's file.
+
+        None: it takes the whole file.
+        """
+        manifest, base = wanted.manifest, self._content
+        try:
+            applied = apply_chain(chain, file, fetch, self._forget)
+        except (IntegrityError, MalformedMessage) as error:
+            self._strike(WeightsPath.DELTA, wanted.version, str(error))
+            return None
+        except Superseded:
+            if fetch.stop.is_set():
+                raise
+            return None  # the deltas are no longer served; the version may be
+        begun_s = time.monotonic()
+        wrong = wrong_blocks(manifest, file)
+        verify_s = time.monotonic() - begun_s
+        reports = list(applied.reports)
+        if wrong:
+            self._strike(WeightsPath.DELTA, wanted.version, f"{len(wrong)} blocks of the result are wrong")
+            missing = manifest.shipment._replace(blocks=wrong)
+            reports.append(fetch(missing, file.writable_bytes(0, manifest.file_bytes)))
+        else:
+            self._strikes[WeightsPath.DELTA] = 0
+        self._learn(chain, applied, manifest.file_bytes, verify_s)
+        return Delivery(
+            file=file.path,
+            digest=content_digest(manifest),
+            path=WeightsPath.DELTA,
+            bytes=sum(report.bytes for report in reports),
+            transfer_s=sum(report.transfer_s for report in reports),
+            verify_s=sum(report.verify_s for report in reports) + applied.apply_s + verify_s,
+            refetched_blocks=sum(report.refetched_blocks for report in reports) + len(wrong),
+            base="" if wrong else base,
+            changes=None if wrong else applied.changes,
+        )
+
+    def _forget(self) -> None:
+        self._content = ""
+
+    def _strike(self, path: WeightsPath, version: Version, reason: str) -> None:
+        """Count wrong bytes that came by a path."""
+        self._strikes[path] += 1
+        event(log, "weights_wrong", level=logging.WARNING, version=version, path=path, reason=reason)
+        if self._strikes[path] == STRIKES:
+            text = f"{STRIKES} in a row: versions no longer come by {path}"
+            event(log, "weights_path_quarantined", level=logging.ERROR, version=version, path=path, reason=text)
+
+    def _learn_link(self, report: FetchReport) -> None:
+        if report.bytes >= TELLING_BYTES and report.transfer_s > 0:
+            self._link = self._link.after_transfer(report.bytes, report.transfer_s)
+
+    def _learn(self, chain: Sequence[DeltaManifest], applied: Applied, num_bytes: int, verify_s: float) -> None:
+        for report in applied.reports:
+            self._learn_link(report)
+        changed = sum(delta.num_changed for delta in chain)
+        self._costs = self._costs.after_applying(num_changed=changed, s=applied.apply_s)
+        self._costs = self._costs.after_hashing(num_bytes=num_bytes, s=verify_s)
+
+
+@dataclass(frozen=True, slots=True)
+class _Fetch:
+    """A fetcher, with what all shipments of one version have in common."""
+
+    fetcher: WeightsFetcher
+    addresses: tuple[str, ...]
+    stop: threading.Event
+
+    def __call__(self, shipment: Shipment, destination: memoryview) -> FetchReport:
+        return self.fetcher.fetch(
+            shipment, self.addresses, destination, stop=self.stop, deadline_s=FETCH_S, stall_s=STALL_S
+        )
