@@ -66,6 +66,8 @@ class WeightsReceiver:
         """Whether what is live belongs to a run that this server has left."""
         self._runs = 0
         """Runs this server has left."""
+        self._loaded: tuple[Version | None, str] = (None, "")
+        """What the engine was last given, and its `content_digest`: runs name other weights alike."""
         self._changed = Signal()
         self._stop = threading.Event()
         self.reports: asyncio.Queue[Report] = asyncio.Queue()
@@ -168,9 +170,12 @@ class WeightsReceiver:
         turn = await self._wait_turn(wanted)
         if turn is None:
             return
+        live = self._engine.live
+        relative = delivery.changes is not None and self._loaded == (live, delivery.base)
         staged = StagedWeights(
             version=wanted.version, path=delivery.file, digest=delivery.digest, canaries=wanted.canaries,
-            checksums=turn.checksums, adapter=wanted.manifest.adapter,
+            checksums=turn.checksums, adapter=wanted.manifest.adapter, base=live if relative else None,
+            changes=delivery.changes if relative else None,
         )  # fmt: skip
         await self._load(staged, delivery)
 
@@ -207,6 +212,7 @@ class WeightsReceiver:
             self._swapping = None
         if self._engine.live is None:
             raise EngineFailure("the engine lost the version as soon as it had it")
+        self._loaded = staged.version, staged.digest
         if run != self._runs:
             return  # it is of a run that this server has left
         self._foreign = False

@@ -16,7 +16,15 @@ import pytest
 
 import rollout_server.weights
 from protocol.errors import MalformedMessage, Superseded, WeightsError
-from protocol.messages import WeightsFailed, WeightsLive, WeightsLost, WeightsReady, WeightsStaged, WeightsSwap
+from protocol.messages import (
+    WeightsFailed,
+    WeightsLive,
+    WeightsLost,
+    WeightsPath,
+    WeightsReady,
+    WeightsStaged,
+    WeightsSwap,
+)
 from protocol.signals import Signal
 from protocol.versions import Version
 from protocol.waits import Waits
@@ -24,6 +32,7 @@ from protocol.weights.fetching import FetchReport
 from protocol.weights.layout import build_manifest
 from protocol.weights.manifest import Manifest, Shipment, content_digest
 from rollout_server.engines.base import EngineFailure, EngineInfo, LoadReport, StagedWeights
+from rollout_server.stage import Delivery
 from rollout_server.weights import RETRY_S, SWAP_S, TURN_AGAIN_S, Report, WeightsReceiver
 from tests.virtual_time import run_virtual
 from tests.weights import make_weights
@@ -769,5 +778,36 @@ def test_an_engine_that_does_not_check_is_not_bothered_with_canaries(play: Play)
         await r.fetch_ends()
         (staged,) = r.engine.loaded
         assert staged.canaries is None
+
+    play(scenario)
+
+
+@pytest.mark.parametrize("known", [True, False], ids=["of what the engine has", "of something else"])
+def test_changes_are_handed_on_only_to_an_engine_that_has_their_base(
+    play: Play, known: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"w": np.array([3, 5])}
+
+    async def scenario(r: Receiving) -> None:
+        r.receiver.announce(r.ready(1))
+        await r.fetch_ends()
+        assert isinstance(await r.report(), WeightsLive)
+        (first,) = r.engine.loaded
+        assert (first.base, first.changes) == (None, None)
+        delivery = Delivery(
+            file=first.path,
+            digest="new",
+            path=WeightsPath.DELTA,
+            base=first.digest if known else "0" * 32,
+            changes=changes,
+        )
+        monkeypatch.setattr(r.receiver._stage, "bring", lambda wanted, stop: delivery)
+        r.receiver.announce(r.ready(2))
+        await r.fetch_ends()
+        report = await r.report()
+        assert isinstance(report, WeightsLive)
+        assert report.path is WeightsPath.DELTA
+        second = r.engine.loaded[1]
+        assert (second.base, second.changes) == ((Version(1, 1), changes) if known else (None, None))
 
     play(scenario)
