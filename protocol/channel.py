@@ -80,6 +80,10 @@ class Listener(Channel, Protocol):
     def address(self) -> str:
         """Where it listens, with the port that the system chose."""
 
+    @property
+    def sender_host(self) -> str:
+        """Host that the message received last came from; empty where that is not known (ipc)."""
+
     async def recv(self) -> tuple[bytes, AnyMessage | ProtocolError]:
         """Wait for (peer id, message). What is no message comes as a value: one bad peer stops nothing.
 
@@ -178,6 +182,13 @@ class _ZmqListener(_ZmqChannel):
     @property
     def address(self) -> str:
         return self._address
+
+    @property
+    def sender_host(self) -> str:
+        frame = self._socket.first_frame
+        if frame is None or parse_address(self._address)[0] == "ipc":
+            return ""
+        return str(frame.get("Peer-Address"))
 
     async def recv(self) -> tuple[bytes, AnyMessage | ProtocolError]:
         frames = await self._socket.recv()

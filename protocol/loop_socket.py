@@ -41,6 +41,8 @@ class LoopSocket:
         self._burst = 0
         self._heard_s = self._loop.time()
         self._heard = False
+        self.first_frame: zmq.Frame | None = None
+        """Of the message received last: ZeroMQ says with it where that came from."""
         self.broken = False
         """Whether `break_off` was called: nothing more is to be expected of the connection."""
         self._loop.add_reader(self._fd, self._on_signal)
@@ -108,6 +110,8 @@ class LoopSocket:
                     raise PeerGone("this end of the channel is closed") from error
                 raise
             more = frame.more
+            if not frames:
+                self.first_frame = frame
             if len(frames) < _FRAMES_KEPT:
                 frames.append(frame.bytes if len(frame) < COPY_BELOW_BYTES else frame)
         return frames

@@ -258,6 +258,10 @@ class _MemoryListener(_MemoryChannel):
     def address(self) -> str:
         return "memory"
 
+    @property
+    def sender_host(self) -> str:
+        return ""
+
     async def recv(self) -> tuple[bytes, AnyMessage | ProtocolError]:
         item = await self.inbox.get(None)
         assert item is not None, "there is no limit on silence here"

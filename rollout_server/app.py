@@ -25,6 +25,7 @@ from protocol.weights.staging import default_staging_directory
 from rollout_server.config import ServerConfig
 from rollout_server.engines import create_engine
 from rollout_server.loops import Parts, control_loop, heartbeat_loop, report_loop
+from rollout_server.relay import Relay
 from rollout_server.scorers import Scorer, ScriptedScorer
 from rollout_server.weights import WeightsReceiver
 
@@ -39,6 +40,8 @@ def run(config: ServerConfig) -> int:
         Refused: the learner's run and this server do not fit.
     """
     check_address(config.learner, config.insecure_plaintext)
+    if config.relay:
+        check_address(config.relay, config.insecure_plaintext)
     configure_logging("server", config.log_file)
     return run_loop(lambda: serve(config))
 
@@ -51,12 +54,15 @@ async def serve(config: ServerConfig) -> int:
         engine = await stack.enter_async_context(create_engine(config, waits))
         gc.freeze()  # what is loaded stays: a full collection of it would hold the loop for 100 ms (I9)
         dialer = await stack.enter_async_context(dial(config.learner, insecure_plaintext=config.insecure_plaintext))
+        insecure = config.insecure_plaintext
+        relay = stack.enter_context(Relay(config.relay, insecure_plaintext=insecure)) if config.relay else None
         receiver = WeightsReceiver(
             engine,
             waits,
             learner=config.learner,
             directory=config.staging_dir or default_staging_directory(),
-            insecure_plaintext=config.insecure_plaintext,
+            insecure_plaintext=insecure,
+            relay=relay,
         )
         stack.push_async_callback(receiver.close)
         event(

@@ -107,10 +107,14 @@ class ServerConfig(Section):
     """Value of a completion whose scoring timed out; default: no value. Policies learn to hang verifiers."""
     staging_dir: Path | None = None
     """Where incoming weights are assembled; default a private directory on /dev/shm, else the temporary directory."""
+    relay: str = ""
+    """Pass new weights on to other servers from this address, for example tcp://*:5560 (any free port: tcp://*:0), so
+    that the learner need not send them to every server. Others reach it at the host given here; `*`: at the one that
+    this server's connection to the learner comes from. Empty: they do not."""
     log_file: Path | None = None
     """Also write the log there."""
     insecure_plaintext: bool = False
-    """Allow a learner address or an engine_url off loopback, unencrypted: for a closed lab only."""
+    """Allow a learner address, a relay address or an engine_url off loopback, unencrypted: for a closed lab only."""
     drain_s: float = Field(30.0, ge=0)
     """After SIGTERM or the learner's Drain: finish groups for so long, then return them."""
     weight_update_mode: Literal["retract", "in_place", "drain"] = "retract"

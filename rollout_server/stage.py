@@ -8,6 +8,7 @@ thread calls `bring`; this file must not know the event loop, nor what is said o
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from protocol.weights.layout import MappedWeights
 from protocol.weights.manifest import Manifest, content_digest
 from protocol.weights.staging import clean_staging, staging_path
 from rollout_server.engines.base import Canaries
+from rollout_server.relay import Relay
 
 FETCH_S = 600.0
 """A version that takes longer is given up (and asked for again while it is the newest)."""
@@ -56,9 +58,10 @@ class Delivery:
 class Stage:
     """Owns the staged file."""
 
-    def __init__(self, directory: Path, fetcher: WeightsFetcher) -> None:
+    def __init__(self, directory: Path, fetcher: WeightsFetcher, relay: Relay | None = None) -> None:
         self._directory = directory
         self._fetcher = fetcher
+        self._relay = relay
         self._file: MappedWeights | None = None
         self._content = ""
         """`content_digest` of what the file holds whole; empty while it holds nothing whole."""
@@ -81,20 +84,39 @@ class Stage:
         if self._file is None:
             self._file = MappedWeights.create(staging_path(self._directory), manifest.layout)
         elif self._content == content:
+            if self._relay is not None:
+                self._relay.whole(manifest.shipment, self._file)
             return Delivery(file=self._file.path, digest=content)
-        self._content = ""
+        file, on_block = self._make_room(manifest, stop)
         report = self._fetcher.fetch(
-            manifest.shipment, wanted.addresses, self._file.writable_bytes(0, manifest.file_bytes),
-            stop=stop, deadline_s=FETCH_S, stall_s=STALL_S,
+            manifest.shipment, wanted.addresses, file.writable_bytes(0, manifest.file_bytes),
+            stop=stop, deadline_s=FETCH_S, stall_s=STALL_S, on_block=on_block,
         )  # fmt: skip
         self._content = content
         return Delivery(
-            file=self._file.path, digest=content, path=WeightsPath.DENSE, bytes=report.bytes,
+            file=file.path, digest=content, path=WeightsPath.DENSE, bytes=report.bytes,
             transfer_s=report.transfer_s, verify_s=report.verify_s, refetched_blocks=report.refetched_blocks,
         )  # fmt: skip
 
+    def _make_room(
+        self, manifest: Manifest, stop: threading.Event
+    ) -> tuple[MappedWeights, Callable[[int], None] | None]:
+        """Return the file that may be written now, and whom to tell of every block that is in it."""
+        assert self._file is not None
+        self._content = ""
+        if self._relay is None:
+            return self._file, None
+        if not self._relay.vacate(self._file, stop):
+            self.discard()
+            self._file = MappedWeights.create(staging_path(self._directory), manifest.layout)
+        memory = self._file.bytes(0, manifest.file_bytes)
+        (on_block,) = self._relay.offer((manifest.shipment, memory), file=self._file)
+        return self._file, on_block
+
     def discard(self) -> None:
         """Delete the staged file. Whoever has it open still reads what it held."""
+        if self._relay is not None:
+            self._relay.withdraw()
         if self._file is not None:
             self._file.remove()
         self._file, self._content = None, ""

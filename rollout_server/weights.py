@@ -27,6 +27,7 @@ from protocol.waits import Waits, WaitTimeout
 from protocol.weights.fetching import WeightsFetcher
 from protocol.weights.manifest import Manifest
 from rollout_server.engines.base import Canaries, Engine, EngineFailure, StagedWeights
+from rollout_server.relay import Relay
 from rollout_server.stage import Delivery, Stage, Wanted
 
 log = logging.getLogger(__name__)
@@ -46,12 +47,21 @@ class WeightsReceiver:
     """Makes the newest announced version live."""
 
     def __init__(
-        self, engine: Engine, waits: Waits, *, learner: str, directory: Path, insecure_plaintext: bool
+        self,
+        engine: Engine,
+        waits: Waits,
+        *,
+        learner: str,
+        directory: Path,
+        insecure_plaintext: bool,
+        relay: Relay | None = None,
     ) -> None:
         self._engine = engine
         self._waits = waits
         self._learner = learner
-        self._stage = Stage(directory, WeightsFetcher(insecure_plaintext=insecure_plaintext))
+        self._stage = Stage(directory, WeightsFetcher(insecure_plaintext=insecure_plaintext), relay)
+        self.relay_address = relay.address if relay is not None else ""
+        """Where this server passes versions on to others."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._wanted: Wanted | None = None
         self._waiting: Version | None = None

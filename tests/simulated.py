@@ -261,6 +261,7 @@ class SimListener:
     """The learner's end, which dies with it, and at which I7 is watched."""
 
     address = "memory"
+    sender_host = ""
 
     def __init__(self, network: MemoryNetwork, life: Life) -> None:
         self._listener, self._life = network.listener(), life

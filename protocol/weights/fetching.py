@@ -115,6 +115,7 @@ class WeightsFetcher:
                 self._strike(address, sources)
             elif end is not _End.DONE:
                 self.counters.reconnects += end is _End.SILENT
+                self.counters.moves += end is _End.SLOW
                 sources.move_on()
         for address in set(addresses) - struck:
             del self._strikes[address]

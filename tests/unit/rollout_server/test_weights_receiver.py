@@ -62,7 +62,7 @@ class FakeFetcher:
 
     def fetch(
         self, shipment: Shipment, addresses: Sequence[str], destination: memoryview, *, stop: threading.Event,
-        deadline_s: float, stall_s: float,
+        deadline_s: float, stall_s: float, on_block: Callable[[int], None] | None,
     ) -> FetchReport:  # fmt: skip
         assert destination.nbytes == shipment.nbytes
         assert 0 < stall_s < deadline_s
