@@ -67,13 +67,14 @@ def plan_relay(holders: Sequence[Holder], fetched: Mapping[str, Fetched]) -> dic
     rates = {name: f.rate for name, f in large.items()}
     usual = median(rates.values()) if rates else 0.0
     slow = {name for name, f in large.items() if f.rate < SLOW * rates.get(f.parent, usual)}
-    trunk = [h.name for h in holders if h.address and h.name not in slow]
+    relays = [h.name for h in holders if h.address]
+    trunk = [name for name in relays if name not in slow] or relays
     leaves = [h.name for h in holders if h.name not in trunk]
     leaves.sort(key=lambda name: -rates[name] if name in slow else -math.inf)  # the slowest last
     most_bytes = max((f.nbytes for f in fetched.values()), default=0)
     children = _children_each(len(trunk), most_bytes)
     parents = {name: trunk[(i - 1) // children] if i else LEARNER for i, name in enumerate(trunk)}
-    for i, name in enumerate(leaves):  # the last ones of the trunk have least to send
+    for i, name in enumerate(leaves):  # the last of the trunk has least to send
         parents[name] = trunk[-1 - i % len(trunk)] if trunk else LEARNER
     return parents
 

@@ -28,7 +28,7 @@ FREE_S = 5.0
 """A neighbor that reads so slowly keeps the old file; the next version is staged in a new one."""
 FREE_CHECK_S = 0.01
 FILES_LEFT = 1
-"""Old files that neighbors may keep. While there are more, nothing is passed on: memory stays bounded."""
+"""Old files that neighbors may keep. While there are so many, nothing is passed on: memory stays bounded."""
 
 
 class Relay:
@@ -111,8 +111,8 @@ class Relay:
 
     def _pass_on(self, offers: Sequence[Offer], file: MappedWeights) -> None:
         self._left = [left for left in self._left if not self._server.is_free(left)]
-        if len(self._left) <= FILES_LEFT:
-            self._server.pass_on(offers, file)
+        passes_on = len(self._left) < FILES_LEFT
+        self._server.pass_on(offers[0].shipment.version, offers if passes_on else (), file)
 
     def _teller(self, filling: Filling) -> Callable[[int], None]:
         def arrived(block: int) -> None:

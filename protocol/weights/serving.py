@@ -128,18 +128,19 @@ class WeightsServer:
         with self._lock:
             self._add((version, base), _Served(np.frombuffer(delta, np.uint8), None, None))
 
-    def pass_on(self, offers: Sequence[Offer], mapped: MappedWeights) -> None:
+    def pass_on(self, version: Version, offers: Sequence[Offer], mapped: MappedWeights) -> None:
         """Make available what is still arriving, block by block. After every block that has, call `arrived`.
 
         Args:
-            offers: The ways in which one version comes, all that will be offered of it: who asks for another is sent
-                away.
+            version: What arrives.
+            offers: The ways in which it comes, all that will be offered of it: who asks for another is sent away.
             mapped: Where the version's file lies. Not written again, but for what arrives, until `is_free` says so.
         """
         with self._lock:
+            self._newest = max(version, self._newest or version)
             for shipment, memory, filling in offers:
                 array = np.frombuffer(memory.toreadonly(), np.uint8)
-                self._add((shipment.version, shipment.base), _Served(array, mapped, filling))
+                self._add((version, shipment.base), _Served(array, mapped, filling))
         self.arrived()
 
     def arrived(self) -> None:

@@ -43,7 +43,7 @@ class Parent:
 
     def begin(self) -> None:
         memory = self._source.bytes(0, self.shipment.nbytes)
-        self.server.pass_on([Offer(self.shipment, memory, self.filling)], self._source)
+        self.server.pass_on(self.shipment.version, [Offer(self.shipment, memory, self.filling)], self._source)
 
     def arrived(self, *blocks: int) -> None:
         for block in blocks:
@@ -351,7 +351,7 @@ class PassingOn(Child):
 
     def run(self) -> None:
         offer = Offer(self._manifest.shipment, self.weights.bytes(0, self._manifest.file_bytes), self._filling)
-        self.server.pass_on([offer], self.weights)
+        self.server.pass_on(self._manifest.version, [offer], self.weights)
 
         class Tell(list[int]):
             def append(told, block: int) -> None:  # noqa: N805 - self is the child
