@@ -98,8 +98,9 @@ class Relay:
         self._server.withdraw_all()
 
     def close(self) -> None:
-        """Stop."""
+        """Stop, and say what was passed on."""
         self._server.close()
+        event(log, "passed_on", address=self.address, bytes=self.counters.bytes, waited=self.counters.parked)
 
     def __enter__(self) -> Self:
         return self
