@@ -99,7 +99,7 @@ class Coordinator:
         self.progress = Progress(self.clock())
         self.weights = WeightsDesk(
             fleet=self.fleet, links=Links(local=is_local(self.config.bind)), clock=self.clock, send=self.send,
-            notice=self.notice, went_live=self.went_live,
+            notice=self.notice, went_live=self.went_live, key_of=self.channel.key_of,
         )  # fmt: skip
         self.counters.update(dict.fromkeys(COUNTED, 0))
         self.ids = {self.train_id(entry.ordinal): entry.ordinal for entry in self.ledger.entries.values()}

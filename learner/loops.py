@@ -19,6 +19,8 @@ import logging
 from collections.abc import Sequence
 from typing import Protocol
 
+import msgspec
+
 from learner.arrivals import Arrivals
 from learner.batch import Batch, StepResult
 from learner.buffer import Buffer
@@ -31,6 +33,7 @@ from learner.journal_records import Record, StepRecord
 from learner.prompts import PromptRow, Prompts
 from learner.publish import Publisher
 from learner.recorder import Recorder, StepTimer
+from learner.relay_plan import reachable
 from protocol.errors import ProtocolError, RunStopped, VersionMismatch
 from protocol.logs import event
 from protocol.messages import (
@@ -100,7 +103,8 @@ async def receive_loop(coordinator: Coordinator, arrivals: Arrivals) -> None:
             refuse(coordinator, peer, message)
             continue
         if isinstance(message, Hello):
-            coordinator.hello(peer, message)
+            address = reachable(message.relay_address, coordinator.channel.sender_host)
+            coordinator.hello(peer, msgspec.structs.replace(message, relay_address=address))
             continue
         server = coordinator.fleet.heard(peer, coordinator.clock())
         if server is None:  # of a connection this process has never welcomed, or has given up

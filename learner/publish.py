@@ -124,7 +124,8 @@ class Publisher:
             self._serve(*held)
 
     async def close(self) -> None:
-        """End the thread and give the mappings back."""
+        """End the thread and give the mappings back; say how much was sent."""
+        event(log, "served", versions=self.published, bytes=self._server.counters.bytes)
         await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
         for mapped in self._buffers:
             mapped.remove()

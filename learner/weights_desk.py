@@ -1,19 +1,22 @@
 """Versions in the hands of the servers: who is told of them, who swaps when, and what came of it.
 
-Belongs to the coordinator, runs on the event loop, never waits. Who may swap is decided by rollover.py, who is live is
-kept in fleet.py; here both meet the messages.
+Belongs to the coordinator, runs on the event loop, never waits. Who may swap is decided by rollover.py, who fetches
+from whom by relay_plan.py, who is live is kept in fleet.py; here they meet the messages.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import msgspec
+
 from learner.batch_metrics import Row
-from learner.fleet import Fleet, Server
+from learner.fleet import Fleet, Health, Server
 from learner.links import Links
+from learner.relay_plan import LEARNER, Fetched, Holder, plan_relay, route
 from learner.rollover import Rollover
 from protocol.messages import (
     AnyMessage,
@@ -57,28 +60,35 @@ class WeightsDesk:
     notice: Notice
     went_live: Callable[[Version], None]
     """Told of every version that a server serves now."""
+    key_of: Callable[[bytes], str]
+    """A peer's public key; empty without keys."""
     live_reported: Callable[[str, WeightsLive], None] = lambda server, report: None
     """Told of every report that a version is live, with the server's name."""
     current: WeightsReady | None = None
     """The newest announced version: what a joining server is told."""
     rollover: Rollover = field(default_factory=Rollover)
     findings: Findings | None = None
+    parents: dict[str, str] = field(default_factory=dict)
+    """By server: whom it was told to fetch the newest version from first."""
+    fetched: dict[str, Fetched] = field(default_factory=dict)
+    """By server: what it said of the last version that it fetched."""
 
     def announce(self, ready: WeightsReady) -> None:
         """Tell every server of a version."""
         self.current = ready
         self.rollover.begin(ready.version)
-        for server in list(self.fleet.servers.values()):
-            self.send(server, ready)
+        self.parents = {}
+        servers = list(self.fleet.servers.values())
+        self._tell(servers)
 
     def joined(self, server: Server) -> None:
         """Tell a server that was welcomed."""
         self.links.joined(server.name)
         if self.current is not None:
-            self.send(server, self.current)
+            self._tell([server])
 
     def left(self, server: Server) -> None:
-        """Forget a server; its turn is free, with the next tick."""
+        """Forget a server; its turn is free, with the next tick. How fast it was is remembered: it may come back."""
         self.links.left(server.name)
         self.rollover.left(server.peer)
 
@@ -135,8 +145,30 @@ class WeightsDesk:
             row |= {"mismatch_kl": found.mismatch_kl, "mismatch_logprob": found.mismatch}
         return row
 
+    def _tell(self, servers: Sequence[Server]) -> None:
+        """Announce the newest version to servers, each with the addresses to fetch it from."""
+        assert self.current is not None, "there is nothing to tell"
+        holders = {server.name: self._holder(server) for server in self.fleet.servers.values()}
+        planned = plan_relay(list(holders.values()), self.fetched)
+        for server in servers:
+            self.parents[server.name] = planned[server.name]
+            ancestors = route(server.name, planned, holders)
+            addresses = (*(holder.address for holder in ancestors), *self.current.addresses)
+            keys = (*(holder.key for holder in ancestors), *("" for _ in self.current.addresses))
+            ready = msgspec.structs.replace(self.current, addresses=addresses, address_keys=keys if any(keys) else ())
+            self.send(server, ready)
+
+    def _holder(self, server: Server) -> Holder:
+        """Only who is here and stays passes anything on."""
+        passes_on = self.fleet.health(server, self.clock()) in (Health.JOINING, Health.HEALTHY)
+        address = server.hello.relay_address if passes_on else ""
+        return Holder(server.name, address, self.key_of(server.peer))
+
     def _note(self, server: Server, live: WeightsLive) -> None:
         """Keep what a server has found, and compare its weights with those of the others."""
+        if live.bytes:
+            seconds, parent = live.transfer_s + live.verify_s, self.parents.get(server.name, LEARNER)
+            self.fetched[server.name] = Fetched(live.bytes, seconds, parent)
         other = self.rollover.reported(live.version, live.checksum)
         if other is not None:
             text = f"{server.name} holds other weights of version {live.version}: {live.checksum}, others {other}"

@@ -15,7 +15,7 @@ from typing import Final, Protocol, Self
 
 import zmq
 
-from protocol.addresses import bulk_address, check_address, resolve_address
+from protocol.addresses import bulk_address, check_address, parse_address, resolve_address
 from protocol.codec import Buffer, decode, encode
 from protocol.connection_watch import ConnectionWatch
 from protocol.door import Door
@@ -78,6 +78,10 @@ class Listener(Channel, Protocol):
     def address(self) -> str:
         """Where it listens, with the port that the system chose."""
 
+    @property
+    def sender_host(self) -> str:
+        """Host that the message received last came from; empty where that is not known (ipc)."""
+
     async def recv(self) -> tuple[bytes, AnyMessage | ProtocolError]:
         """Wait for (peer id, message). What is no message comes as a value: one bad peer stops nothing.
 
@@ -93,6 +97,9 @@ class Listener(Channel, Protocol):
         Raises:
             PeerGone: no such peer is connected, or no longer.
         """
+
+    def key_of(self, peer: bytes) -> str:
+        """Public key (Z85) that the peer has proved to have; empty without keys."""
 
     def owner_of(self, peer: bytes) -> str:
         """Who that peer has proved to be: the name beside its key in the allow-list, or the key. Empty without keys."""
@@ -226,6 +233,13 @@ class _ZmqListener(_ZmqChannel):
     def address(self) -> str:
         return self._address
 
+    @property
+    def sender_host(self) -> str:
+        frame = self._socket.first_frame
+        if frame is None or parse_address(self._address)[0] == "ipc":
+            return ""
+        return str(frame.get("Peer-Address"))
+
     async def recv(self) -> tuple[bytes, AnyMessage | ProtocolError]:
         frames = await self._socket.recv()
         assert frames is not None, "there is no limit on silence here"
@@ -238,6 +252,9 @@ class _ZmqListener(_ZmqChannel):
             self._socket.send([peer[self._key_length :], *encode(message)])
         except zmq.ZMQError as error:
             raise PeerGone(f"peer {peer!r} is not connected: {error.strerror}") from None
+
+    def key_of(self, peer: bytes) -> str:
+        return peer[: self._key_length].decode("ascii")
 
     def owner_of(self, peer: bytes) -> str:
         allowed = self._security.allowed

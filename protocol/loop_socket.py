@@ -43,6 +43,8 @@ class LoopSocket:
         self._burst = 0
         self._heard_s = self._loop.time()
         self._heard = False
+        self.first_frame: zmq.Frame | None = None
+        """Of the message received last: ZeroMQ says with it where that came from."""
         self.broken = False
         """Nothing more is to be expected of the connection."""
         self._loop.add_reader(self._fd, self._on_signal)
@@ -114,8 +116,10 @@ class LoopSocket:
                     raise PeerGone("this end of the channel is closed") from error
                 raise
             more = frame.more
-            if self._with_key and not frames:
-                frames.append(str(frame.get("User-Id")).encode())
+            if not frames:
+                self.first_frame = frame
+                if self._with_key:
+                    frames.append(str(frame.get("User-Id")).encode())
             if len(frames) < _FRAMES_KEPT:
                 frames.append(frame.bytes if len(frame) < COPY_BELOW_BYTES else frame)
         return frames

@@ -258,10 +258,17 @@ class _MemoryListener(_MemoryChannel):
     def address(self) -> str:
         return "memory"
 
+    @property
+    def sender_host(self) -> str:
+        return ""
+
     async def recv(self) -> tuple[bytes, AnyMessage | ProtocolError]:
         item = await self.inbox.get(None)
         assert item is not None, "there is no limit on silence here"
         return item
+
+    def key_of(self, peer: bytes) -> str:
+        return ""
 
     def owner_of(self, peer: bytes) -> str:
         return ""  # there are no keys in memory

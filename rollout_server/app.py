@@ -26,6 +26,7 @@ from protocol.weights.staging import default_staging_directory
 from rollout_server.config import ServerConfig
 from rollout_server.engines import create_engine
 from rollout_server.loops import Parts, control_loop, heartbeat_loop, report_loop
+from rollout_server.relay import Relay
 from rollout_server.scorers import Scorer, ScriptedScorer
 from rollout_server.weights import WeightsReceiver
 
@@ -40,9 +41,12 @@ def run(config: ServerConfig) -> int:
         Refused: the learner's run and this server do not fit.
     """
     security = load_security(
-        key=config.key, learner_key=config.learner_key, insecure_plaintext=config.insecure_plaintext
-    )
+        key=config.key, learner_key=config.learner_key, allowed_keys=config.allowed_keys,
+        insecure_plaintext=config.insecure_plaintext,
+    )  # fmt: skip
     check_address(config.learner, off_host=security.off_host)
+    if config.relay:
+        check_address(config.relay, off_host=security.off_host)
     configure_logging("server", config.log_file)
     return run_loop(lambda: serve(config, security))
 
@@ -55,12 +59,14 @@ async def serve(config: ServerConfig, security: Security = PLAIN) -> int:
         engine = await stack.enter_async_context(create_engine(config, waits))
         gc.freeze()  # what is loaded stays: a full collection of it would hold the loop for 100 ms (I9)
         dialer = await stack.enter_async_context(dial(config.learner, security))
+        relay = stack.enter_context(Relay(config.relay, security)) if config.relay else None
         receiver = WeightsReceiver(
             engine,
             waits,
             learner=config.learner,
             directory=config.staging_dir or default_staging_directory(),
             security=security,
+            relay=relay,
         )
         stack.push_async_callback(receiver.close)
         event(

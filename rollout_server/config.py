@@ -111,14 +111,20 @@ class ServerConfig(Section):
     """Value of a completion whose scoring timed out; default: no value. Policies learn to hang verifiers."""
     staging_dir: Path | None = None
     """Where incoming weights are assembled; default a private directory on /dev/shm, else the temporary directory."""
+    relay: str = ""
+    """Pass new weights on to other servers from this address, for example tcp://*:5560 (any free port: tcp://*:0), so
+    that the learner need not send them to every server. Others reach it at the host given here; `*`: at the one that
+    this server's connection to the learner comes from. Empty: they do not."""
     log_file: Path | None = None
     """Also write the log there."""
     key: Path | None = None
     """Secret key of this server, made by `headway-server keygen DIR`: needed where the learner is on another host."""
+    allowed_keys: Path | None = None
+    """With relay: who may fetch from this server, one public key a line: the other servers' keys."""
     learner_key: Path | None = None
     """Public key of the learner, the .pub file that its keygen wrote; several lines while its key is being changed."""
     insecure_plaintext: bool = False
-    """Allow a learner address without keys, or an engine_url, off loopback, unencrypted: for a closed lab only."""
+    """Allow a learner address, a relay address or an engine_url off loopback, unencrypted: for a closed lab only."""
     drain_s: float = Field(30.0, ge=0)
     """After SIGTERM or the learner's Drain: finish groups for so long, then return them."""
     weight_update_mode: Literal["retract", "in_place", "drain"] = "retract"
@@ -152,6 +158,11 @@ class ServerConfig(Section):
         if (self.key is None) != (self.learner_key is None):
             raise ValueError(
                 f"key {self.key} and learner_key {self.learner_key}: give both or none; each side proves who it is"
+            )
+        if (self.allowed_keys is None) == bool(self.relay and self.key):
+            raise ValueError(
+                f"allowed_keys {self.allowed_keys}: it says who may fetch weights from the relay, so it goes with relay"
+                " and key; give all three, or no allowed_keys"
             )
         if self.reward_weights and len(self.reward_weights) != len(self.reward_funcs):
             raise ValueError(

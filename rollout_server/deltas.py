@@ -1,6 +1,6 @@
-"""A staged version brought up to a newer one by what differs: fetched, decoded whole, then applied in place.
+"""A staged version brought up to a newer one by what differs: decoded whole, then applied in place.
 
-Nothing of the staged file changes before every part of the whole chain is here and makes sense; then all of it does,
+Nothing of the staged file changes before every part of the whole chain makes sense; then all of it does,
 and the caller verifies the result block by block (I5). Runs on the thread that fetches.
 """
 
@@ -17,9 +17,7 @@ import numpy.typing as npt
 from protocol.errors import MalformedMessage
 from protocol.weights.delta import TensorDelta, apply_tensor, decode_tensor
 from protocol.weights.delta_manifest import DeltaManifest
-from protocol.weights.fetching import FetchReport
 from protocol.weights.layout import MappedWeights
-from protocol.weights.manifest import Block, Manifest, Shipment, digest
 from protocol.weights.specs import ITEM_BYTES, Layout
 
 Changes = Mapping[str, npt.NDArray[np.int64]]
@@ -31,54 +29,37 @@ class Applied:
     """What a chain has changed in the staged file."""
 
     changes: Changes
-    reports: Sequence[FetchReport]
     apply_s: float
     """Decoding included."""
 
 
 def apply_chain(
     chain: Sequence[DeltaManifest],
+    blobs: Sequence[memoryview],
     staged: MappedWeights,
-    fetch: Callable[[Shipment, memoryview], FetchReport],
     about_to_write: Callable[[], None],
 ) -> Applied:
     """Change the staged file from the first delta's base to the last one's version; see the module's text.
 
     Args:
         chain: Each one's base is the version of the one before.
+        blobs: Their bytes.
         staged: Holds the first one's base, whole.
-        fetch: Brings a shipment into memory, verified.
         about_to_write: Told before the file's first byte changes: from then on it holds no version.
 
     Raises:
         MalformedMessage: a part is none of its tensor, or of no tensor. The file is as it was.
-        WeightsError: a delta cannot be fetched. The file is as it was.
     """
-    reports, decoded, decode_s = [], [], 0.0
-    for delta in chain:
-        blob = memoryview(bytearray(delta.nbytes))
-        reports.append(fetch(delta.shipment, blob))
-        begun_s = time.monotonic()
-        decoded.append(_decode(delta, blob, staged.layout))
-        decode_s += time.monotonic() - begun_s
     begun_s = time.monotonic()
+    decoded = [_decode(delta, blob, staged.layout) for delta, blob in zip(chain, blobs, strict=True)]
     about_to_write()
     for tensors in decoded:
         for name, tensor in tensors.items():
             apply_tensor(tensor, staged.view(name))
-    changes: Changes = {
+    changes = {
         name: _union([tensors[name].indices for tensors in decoded if name in tensors]) for name in _names(decoded)
     }
-    return Applied(changes, reports, decode_s + time.monotonic() - begun_s)
-
-
-def wrong_blocks(manifest: Manifest, staged: MappedWeights) -> list[Block]:
-    """Return the blocks of the file that do not hash to the manifest."""
-    return [
-        block
-        for block in manifest.shipment.blocks
-        if digest(manifest.algorithm, staged.bytes(block.offset, block.nbytes)) != block.digest
-    ]
+    return Applied(changes, time.monotonic() - begun_s)
 
 
 def _decode(delta: DeltaManifest, blob: memoryview, layout: Layout) -> dict[str, TensorDelta]:

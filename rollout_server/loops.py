@@ -194,6 +194,7 @@ def make_hello(parts: Parts) -> Hello:
         live=parts.weights.live,
         unacked=tuple(parts.book.unacked),
         in_flight=tuple(parts.book.in_flight),
+        relay_address=parts.weights.relay_address,
     )
 
 

@@ -11,8 +11,8 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from protocol.errors import IntegrityError, MalformedMessage, Superseded
@@ -23,14 +23,17 @@ from protocol.weights.delta import Costs, LinkSpeed, choose
 from protocol.weights.delta_manifest import DeltaManifest, find_chain
 from protocol.weights.fetching import FetchReport, WeightsFetcher
 from protocol.weights.layout import MappedWeights
-from protocol.weights.manifest import Manifest, Shipment, content_digest
+from protocol.weights.manifest import Manifest, Shipment, content_digest, digest
 from protocol.weights.specs import ITEM_BYTES
 from protocol.weights.staging import clean_staging, staging_path
-from rollout_server.deltas import Applied, Changes, apply_chain, wrong_blocks
+from rollout_server.deltas import Changes, apply_chain
 from rollout_server.engines.base import Canaries
+from rollout_server.relay import Relay
 
 log = logging.getLogger(__name__)
 
+OnBlock = Callable[[int], None]
+"""Told of a block that is here and verified, by its index."""
 FETCH_S = 600.0
 """A version that takes longer is given up (and asked for again while it is the newest)."""
 STALL_S = 3.0
@@ -50,6 +53,8 @@ class Wanted:
     addresses: tuple[str, ...]
     canaries: Canaries | None
     deltas: tuple[DeltaManifest, ...] = ()
+    keys: Mapping[str, str] = field(default_factory=dict)
+    """Public key of who serves at an address, where that is not the learner."""
 
     @property
     def version(self) -> Version:
@@ -80,9 +85,10 @@ class Delivery:
 class Stage:
     """Owns the staged file."""
 
-    def __init__(self, directory: Path, fetcher: WeightsFetcher) -> None:
+    def __init__(self, directory: Path, fetcher: WeightsFetcher, relay: Relay | None = None) -> None:
         self._directory = directory
         self._fetcher = fetcher
+        self._relay = relay
         self._file: MappedWeights | None = None
         self._content = ""
         """`content_digest` of what the file holds whole; empty while it holds nothing whole."""
@@ -107,30 +113,52 @@ class Stage:
         if self._file is None:
             self._file = MappedWeights.create(staging_path(self._directory), manifest.layout)
         elif self._content == content:
+            if self._relay is not None:
+                self._relay.whole(manifest.shipment, self._file)
             return Delivery(file=self._file.path, digest=content)
-        fetch = _Fetch(self._fetcher, wanted.addresses, stop)
+        fetch = _Fetch(self._fetcher, wanted, stop)
         chain = self._chain(wanted)
-        delivery = self._by_delta(wanted, self._file, chain, fetch) if chain else None
-        delivery = delivery or self._whole(wanted, self._file, fetch)
+        delivery = self._by_delta(wanted, chain, fetch) if chain else None
+        delivery = delivery or self._whole(wanted, fetch)
         self._content = content
         return delivery
 
     def discard(self) -> None:
         """Delete the staged file. Whoever has it open still reads what it held."""
+        if self._relay is not None:
+            self._relay.withdraw()
         if self._file is not None:
             self._file.remove()
         self._file, self._content = None, ""
 
-    def _whole(self, wanted: Wanted, file: MappedWeights, fetch: _Fetch) -> Delivery:
+    def _whole(self, wanted: Wanted, fetch: _Fetch) -> Delivery:
         """Fetch every byte."""
         manifest = wanted.manifest
         self._content = ""
-        report = fetch(manifest.shipment, file.writable_bytes(0, manifest.file_bytes))
+        file = self._room(manifest, fetch.stop)
+        (on_block,) = self._pass_on(file, (manifest.shipment, file.bytes(0, manifest.file_bytes)))
+        report = fetch(manifest.shipment, file.writable_bytes(0, manifest.file_bytes), on_block)
         self._learn_link(report)
         return Delivery(
             file=file.path, digest=content_digest(manifest), path=WeightsPath.DENSE, bytes=report.bytes,
             transfer_s=report.transfer_s, verify_s=report.verify_s, refetched_blocks=report.refetched_blocks,
         )  # fmt: skip
+
+    def _room(self, manifest: Manifest, stop: threading.Event) -> MappedWeights:
+        """Return the staged file, once no neighbor reads of it; a copy of it where one goes on for long."""
+        assert self._file is not None
+        if self._relay is not None and not self._relay.vacate(self._file, stop):
+            left, self._file = self._file, MappedWeights.create(staging_path(self._directory), manifest.layout)
+            if self._content:
+                self._file.writable_bytes(0, manifest.file_bytes)[:] = left.bytes(0, manifest.file_bytes)
+            left.remove()
+        return self._file
+
+    def _pass_on(self, file: MappedWeights, *shipments: tuple[Shipment, memoryview]) -> list[OnBlock | None]:
+        """Offer to neighbors what comes; return, for each shipment, whom to tell of every block that is verified."""
+        if self._relay is None:
+            return [None] * len(shipments)
+        return [*self._relay.offer(*shipments, file=file)]
 
     def _chain(self, wanted: Wanted) -> Sequence[DeltaManifest] | None:
         """Return the deltas to go by, if there are any from what is here, and they are sooner here than everything."""
@@ -149,16 +177,19 @@ class Stage:
         )
         return chain if chosen == "delta" else None
 
-    def _by_delta(
-        self, wanted: Wanted, file: MappedWeights, chain: Sequence[DeltaManifest], fetch: _Fetch
-    ) -> Delivery | None:
+    def _by_delta(self, wanted: Wanted, chain: Sequence[DeltaManifest], fetch: _Fetch) -> Delivery | None:
         """Fetch and apply what differs; blocks that are wrong then come out of the version's file.
 
         None: it takes the whole file.
         """
         manifest, base = wanted.manifest, self._content
+        file = self._room(manifest, fetch.stop)
+        blobs = [(delta.shipment, memoryview(bytearray(delta.nbytes))) for delta in chain]
+        last, whole = blobs[-1], (manifest.shipment, file.bytes(0, manifest.file_bytes))
+        *tell, on_block = [None] * (len(chain) - 1) + self._pass_on(file, last, whole)
         try:
-            applied = apply_chain(chain, file, fetch, self._forget)
+            reports = [fetch(shipment, blob, told) for (shipment, blob), told in zip(blobs, tell, strict=True)]
+            applied = apply_chain(chain, [blob for _, blob in blobs], file, self._forget)
         except (IntegrityError, MalformedMessage) as error:
             self._strike(WeightsPath.DELTA, wanted.version, str(error))
             return None
@@ -167,16 +198,17 @@ class Stage:
                 raise
             return None  # the deltas are no longer served; the version may be
         begun_s = time.monotonic()
-        wrong = wrong_blocks(manifest, file)
+        wrong = _verify(manifest, file, on_block)
         verify_s = time.monotonic() - begun_s
-        reports = list(applied.reports)
+        self._learn(chain, reports, applied.apply_s, manifest.file_bytes, verify_s)
         if wrong:
             self._strike(WeightsPath.DELTA, wanted.version, f"{len(wrong)} blocks of the result are wrong")
-            missing = manifest.shipment._replace(blocks=wrong)
-            reports.append(fetch(missing, file.writable_bytes(0, manifest.file_bytes)))
+            blocks = manifest.shipment.blocks
+            missing = manifest.shipment._replace(blocks=[blocks[index] for index in wrong])
+            again = None if on_block is None else lambda number: on_block(wrong[number])
+            reports.append(fetch(missing, file.writable_bytes(0, manifest.file_bytes), again))
         else:
             self._strikes[WeightsPath.DELTA] = 0
-        self._learn(chain, applied, manifest.file_bytes, verify_s)
         return Delivery(
             file=file.path,
             digest=content_digest(manifest),
@@ -204,11 +236,18 @@ class Stage:
         if report.bytes >= TELLING_BYTES and report.transfer_s > 0:
             self._link = self._link.after_transfer(report.bytes, report.transfer_s)
 
-    def _learn(self, chain: Sequence[DeltaManifest], applied: Applied, num_bytes: int, verify_s: float) -> None:
-        for report in applied.reports:
+    def _learn(
+        self,
+        chain: Sequence[DeltaManifest],
+        reports: Sequence[FetchReport],
+        apply_s: float,
+        num_bytes: int,
+        verify_s: float,
+    ) -> None:
+        for report in reports:
             self._learn_link(report)
         changed = sum(delta.num_changed for delta in chain)
-        self._costs = self._costs.after_applying(num_changed=changed, s=applied.apply_s)
+        self._costs = self._costs.after_applying(num_changed=changed, s=apply_s)
         self._costs = self._costs.after_hashing(num_bytes=num_bytes, s=verify_s)
 
 
@@ -217,10 +256,22 @@ class _Fetch:
     """A fetcher, with what all shipments of one version have in common."""
 
     fetcher: WeightsFetcher
-    addresses: tuple[str, ...]
+    wanted: Wanted
     stop: threading.Event
 
-    def __call__(self, shipment: Shipment, destination: memoryview) -> FetchReport:
+    def __call__(self, shipment: Shipment, destination: memoryview, on_block: OnBlock | None) -> FetchReport:
         return self.fetcher.fetch(
-            shipment, self.addresses, destination, stop=self.stop, deadline_s=FETCH_S, stall_s=STALL_S
-        )
+            shipment, self.wanted.addresses, destination, keys=self.wanted.keys, stop=self.stop, deadline_s=FETCH_S,
+            stall_s=STALL_S, on_block=on_block,
+        )  # fmt: skip
+
+
+def _verify(manifest: Manifest, file: MappedWeights, on_block: OnBlock | None) -> list[int]:
+    """Return which blocks of the file do not hash to the manifest; neighbors are told of the others."""
+    wrong = []
+    for index, block in enumerate(manifest.shipment.blocks):
+        if digest(manifest.algorithm, file.bytes(block.offset, block.nbytes)) != block.digest:
+            wrong.append(index)
+        elif on_block is not None:
+            on_block(index)
+    return wrong

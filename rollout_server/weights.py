@@ -29,6 +29,7 @@ from protocol.weights.delta_manifest import read_deltas
 from protocol.weights.fetching import WeightsFetcher
 from protocol.weights.manifest import Manifest
 from rollout_server.engines.base import Canaries, Engine, EngineFailure, StagedWeights
+from rollout_server.relay import Relay
 from rollout_server.stage import Delivery, Stage, Wanted
 
 log = logging.getLogger(__name__)
@@ -48,12 +49,21 @@ class WeightsReceiver:
     """Makes the newest announced version live."""
 
     def __init__(
-        self, engine: Engine, waits: Waits, *, learner: str, directory: Path, security: Security = PLAIN
+        self,
+        engine: Engine,
+        waits: Waits,
+        *,
+        learner: str,
+        directory: Path,
+        security: Security = PLAIN,
+        relay: Relay | None = None,
     ) -> None:
         self._engine = engine
         self._waits = waits
         self._learner = learner
-        self._stage = Stage(directory, WeightsFetcher(security))
+        self._stage = Stage(directory, WeightsFetcher(security), relay)
+        self.relay_address = relay.address if relay is not None else ""
+        """Where this server passes versions on to others."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="weights")
         self._wanted: Wanted | None = None
         self._waiting: Version | None = None
@@ -91,7 +101,8 @@ class WeightsReceiver:
             return
         addresses = tuple(resolve_address(address, self._learner) for address in ready.addresses)
         deltas = () if ready.deltas is None else read_deltas(ready.deltas.tobytes())
-        self._wanted = Wanted(manifest, addresses, self._canaries(ready), deltas)
+        keys = {address: key for address, key in zip(addresses, ready.address_keys, strict=False) if key}
+        self._wanted = Wanted(manifest, addresses, self._canaries(ready), deltas, keys)
         self._stop.set()  # whatever is being fetched is superseded
         self._changed.notify()
 

@@ -52,6 +52,7 @@ class FakeListener:
     """A `Listener` that keeps what is sent and hands over what `inbox` is given."""
 
     address = "tcp://127.0.0.1:5555"
+    sender_host = "127.0.0.1"
 
     def __init__(self) -> None:
         self.sent: list[tuple[bytes, AnyMessage]] = []
@@ -66,6 +67,9 @@ class FakeListener:
 
     async def recv(self) -> tuple[bytes, AnyMessage | ProtocolError]:
         return await self.inbox.get()
+
+    def key_of(self, peer: bytes) -> str:
+        return ""
 
     def owner_of(self, peer: bytes) -> str:
         return self.owners.get(peer, "")

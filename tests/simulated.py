@@ -261,6 +261,7 @@ class SimListener:
     """The learner's end, which dies with it, and at which I7 is watched."""
 
     address = "memory"
+    sender_host = ""
 
     def __init__(self, network: MemoryNetwork, life: Life) -> None:
         self._listener, self._life = network.listener(), life
@@ -280,6 +281,9 @@ class SimListener:
 
     async def recv(self) -> Any:
         return await self._listener.recv()
+
+    def key_of(self, peer: bytes) -> str:
+        return ""
 
     def owner_of(self, peer: bytes) -> str:
         return self._listener.owner_of(peer)

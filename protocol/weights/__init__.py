@@ -11,7 +11,10 @@
     delta.py      what differs between two tensors, as few bytes
     delta_manifest.py  what leads from one version to the next
     serving.py    one end of the bulk plane: bytes out
-    fetching.py   the other: bytes in
+    filling.py    what of a version may be passed on while it arrives (pure)
+    parking.py    requests for what is not here yet (pure)
+    fetching.py   the other end: bytes in
+    sources.py    from whom, of several (pure)
 
 Invariant kept here: I5, the bytes accepted as version v hash to manifest v; never half a version.
 """

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 import numpy as np
 
@@ -21,6 +22,7 @@ from protocol.weights.chunks import Arrival, ChunkPlan, Stretch
 from protocol.weights.manifest import Hasher, Shipment, new_hasher
 
 MAX_REFETCHES = 3
+MIXED = -1
 
 
 @dataclass(slots=True)
@@ -38,9 +40,28 @@ class FetchCounters:
     malformed: int = 0
     """Frames that are no message."""
     reconnects: int = 0
-    """Sockets given up because nothing useful came for `stall_s`."""
+    """Sockets given up because no sign of life came for `stall_s`."""
+    not_yet: int = 0
+    """Signs of life of sources that wait for the bytes themselves."""
+    trials: int = 0
+    """Stretches asked of the next source, to see whether it is much faster."""
+    moves: int = 0
+    """Sources left because it was, or because of wrong bytes."""
     refetched_blocks: int = 0
     """Blocks whose bytes failed verification and were asked for again."""
+
+
+class Outcome(Enum):
+    """What became of an answer."""
+
+    USED = 0
+    WRONG = 1
+    """It completed a block whose bytes are wrong, all of them from this source."""
+    NOT_YET = 2
+    """The source waits for those bytes itself."""
+    WITHDRAWN = 3
+    """The source does not, or no longer, serve the shipment."""
+    USELESS = 4
 
 
 class Assembly:
@@ -63,8 +84,6 @@ class Assembly:
         on_block: Callable[[int], None] | None = None,
     ) -> None:
         self.plan = ChunkPlan([Stretch(block.offset, block.nbytes) for block in shipment.blocks], chunk_bytes)
-        self.withdrawn = False
-        """Whether the source of the moment does not, or no longer, serve it."""
         self.chunks = 0
         self.bytes = 0
         self.verify_s = 0.0
@@ -76,6 +95,9 @@ class Assembly:
         self._memory = destination
         self._array = np.frombuffer(destination, np.uint8)
         self._on_block = on_block
+        self._verified: set[int] = set()
+        self._origins: dict[int, int] = {}
+        """By block: the source of what is here of it; MIXED where there are several."""
         self._hashers: dict[int, Hasher] = {}
         self._hashed: Counter[int] = Counter()
 
@@ -92,8 +114,8 @@ class Assembly:
         version, base = self._shipment.version, self._shipment.base
         return WeightsRequest(version=version, offset=stretch.offset, length=stretch.nbytes, base=base)
 
-    def take_in(self, frames: Sequence[Buffer]) -> None:
-        """Use an answer, or count why not. It may be anything.
+    def take_in(self, frames: Sequence[Buffer], source: int = 0) -> Outcome:
+        """Use an answer, or count why not. It may be anything; `source` is a number for who sent it.
 
         Raises:
             IntegrityError: a block's bytes were wrong for the fourth time.
@@ -102,41 +124,60 @@ class Assembly:
             message = decode(frames)
         except ProtocolError:
             self._counters.malformed += 1
-            return
+            return Outcome.USELESS
         wanted = (self._shipment.version, self._shipment.base)
         if not isinstance(message, WeightsChunk) or (message.version, message.base) != wanted:
             self._counters.foreign += 1
-        elif message.data is None:
-            self.withdrawn = True
-        else:
-            self._place(message.offset, message.data)
+            return Outcome.USELESS
+        if message.data is None:
+            return Outcome.WITHDRAWN
+        if message.data.size == 0:
+            self._counters.not_yet += 1
+            return Outcome.NOT_YET
+        return self._place(message.offset, message.data, source)
 
     def disconnected(self) -> None:
         """Nothing that is outstanding will come any more: it is missing again."""
         self.plan.lose_outstanding()
-        self.withdrawn = False
 
-    def _place(self, offset: int, data: UInt8) -> None:
+    def _place(self, offset: int, data: UInt8, source: int) -> Outcome:
         arrival = self.plan.arrive(offset, data.size)
         if arrival is not Arrival.NEW:
             self._counters.duplicate += arrival is Arrival.DUPLICATE
             self._counters.foreign += arrival is Arrival.FOREIGN
             self._counters.wrong_size += arrival is Arrival.WRONG_SIZE
-            return
-        self._array[offset : offset + data.size] = data.reshape(-1)
+            return Outcome.USELESS
+        self._copy(offset, data.reshape(-1))
         self.chunks += 1
         self.bytes += data.size
         self._counters.chunks += 1
         self._counters.bytes += data.size
-        begun_s = time.monotonic()
+        begun_s, outcome = time.monotonic(), Outcome.USED
         for index in self.plan.blocks_in(offset, data.size):
+            if self._origins.setdefault(index, source) != source:
+                self._origins[index] = MIXED
             if not self._verify(index):
+                outcome = Outcome.USED if self._origins[index] == MIXED else Outcome.WRONG
                 self._refetch(index)
                 break  # the chunk and what else is in it are missing again
         self.verify_s += time.monotonic() - begun_s
+        return outcome
+
+    def _copy(self, offset: int, data: UInt8) -> None:
+        """Put bytes in place, but for those of blocks that are verified: others may have them already."""
+        end, blocks = offset + data.size, self.plan.blocks_in(offset, data.size)
+        if self._verified.isdisjoint(blocks):
+            self._array[offset:end] = data
+            return
+        for index in set(blocks) - self._verified:
+            block = self._shipment.blocks[index]
+            first, last = max(offset, block.offset), min(end, block.offset + block.nbytes)
+            self._array[first:last] = data[first - offset : last - offset]
 
     def _verify(self, index: int) -> bool:
         """Hash what has become contiguous; False if the block is complete and its bytes are wrong."""
+        if index in self._verified:  # in a chunk that was fetched again for a neighbor's sake
+            return True
         block, hashed = self._shipment.blocks[index], self._hashed[index]
         here = self.plan.contiguous_bytes(index)
         if here == hashed:
@@ -148,6 +189,7 @@ class Assembly:
             return True
         if self._hashers.pop(index).hexdigest() != block.digest:
             return False
+        self._verified.add(index)
         if self._on_block is not None:
             self._on_block(index)
         return True
@@ -155,6 +197,7 @@ class Assembly:
     def _refetch(self, index: int) -> None:
         for affected in self.plan.refetch(index):
             self._hashers.pop(affected, None)
+            self._origins.pop(affected, None)
             self._hashed[affected] = 0
         self.failures[index] += 1
         if self.failures[index] > MAX_REFETCHES:

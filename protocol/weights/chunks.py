@@ -118,6 +118,16 @@ class ChunkPlan:
         self._missing.extendleft(reversed(lost))
         self.num_outstanding = 0
 
+    def give_back(self, stretch: Stretch) -> None:
+        """What is outstanding of a stretch will not come: it is missing again, before the rest."""
+        first = (stretch.offset - self._begin) // self._chunk_bytes
+        stop = -(-(stretch.offset + stretch.nbytes - self._begin) // self._chunk_bytes)
+        lost = [index for index in range(first, stop) if self._states[index] is _State.OUTSTANDING]
+        for index in lost:
+            self._states[index] = _State.MISSING
+        self._missing.extendleft(reversed(lost))
+        self.num_outstanding -= len(lost)
+
     def blocks_in(self, offset: int, nbytes: int) -> range:
         """Return the indices of the blocks that have bytes there."""
         return range(bisect_right(self._ends, offset), bisect_left(self._begins, offset + nbytes))

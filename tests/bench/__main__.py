@@ -16,7 +16,8 @@ from pathlib import Path
 from tests.bench.harness import Result, Row, run_contest, to_json
 
 MACHINERY = (
-    "__main__", "harness", "memory", "meter", "peers_groups", "peers_own", "peers_trl", "side", "sleeping_learner",
+    "__main__", "harness", "links", "memory", "meter", "peers_groups", "peers_own", "peers_trl", "side",
+    "sleeping_learner",
 )  # fmt: skip
 HEADINGS = ("row", "control", "median", "worst", "target", "verdict")
 LAYOUT = "{:<28} {:<38} {:>9} {:>9} {:>9}  {}"

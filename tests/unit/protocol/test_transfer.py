@@ -374,7 +374,7 @@ def flip(data: Any) -> Any:
 FAULTS: dict[str, tuple[Callable[[Frames], list[Frames]], str]] = {
     "flipped bit": (lambda frames: [changed(frames, flip)], "refetched_blocks"),
     "truncated": (lambda frames: [changed(frames, lambda data: data[:-1])], "wrong_size"),
-    "emptied": (lambda frames: [changed(frames, lambda data: data[:0])], "wrong_size"),
+    "emptied": (lambda frames: [changed(frames, lambda data: data[:0]), frames], "not_yet"),
     "oversized": (lambda frames: [changed(frames, lambda data: np.append(data, data))], "wrong_size"),
     "duplicated": (lambda frames: [frames, frames], "duplicate"),
     "of another version": (

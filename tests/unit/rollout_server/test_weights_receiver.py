@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -71,7 +71,7 @@ class FakeFetcher:
 
     def fetch(
         self, shipment: Shipment, addresses: Sequence[str], destination: memoryview, *, stop: threading.Event,
-        deadline_s: float, stall_s: float,
+        deadline_s: float, stall_s: float, keys: Mapping[str, str], on_block: Callable[[int], None] | None,
     ) -> FetchReport:  # fmt: skip
         assert destination.nbytes == shipment.nbytes
         assert 0 < stall_s < deadline_s
