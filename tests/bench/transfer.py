@@ -11,7 +11,7 @@ that BLAKE3, as across hosts). The controls end with the same bytes in the same 
 `transfer_s` is without the time that ours spends hashing, `whole_s` with it.
 
 Missed so far, all but those over tcp against chunks (--quick, 131 MB, 2026-11-30, two busy cores): 0.97 of the
-chunks over tcp and 0.81 over ipc; 0.59 and 0.45 of a message per tensor, which at 2.6 MB a tensor is faster than chunks;
+chunks over tcp and 0.81 over ipc; 0.59 and 0.45 of a message per tensor, which at 2.6 MB is faster than chunks;
 0.5 of gloo. Tried: a receive timeout in place of a poll for every chunk (kept, its effect not told from the noise).
 """
 

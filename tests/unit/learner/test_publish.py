@@ -20,6 +20,7 @@ from protocol.waits import Waits
 from protocol.weights.adapters import AdapterSpec, factor_names
 from protocol.weights.layout import MappedWeights, build_manifest
 from protocol.weights.manifest import Manifest, TensorSpec
+from protocol.weights.serving import ServeCounters
 
 SPECS = [TensorSpec("a", "F32", (64, 4)), TensorSpec("b", "BF16", (100,))]
 
@@ -30,6 +31,7 @@ class FakeServer:
     def __init__(self) -> None:
         self.served: dict[Version, tuple[Manifest, MappedWeights]] = {}
         self.readers: list[MappedWeights] = []
+        self.counters = ServeCounters()
 
     def serve(self, manifest: Manifest, mapped: MappedWeights) -> None:
         assert all(mapped is not other for _, other in self.served.values()), "one mapping, two versions"
