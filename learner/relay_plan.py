@@ -1,7 +1,7 @@
 """Who fetches new weights from whom: a chain of servers behind the learner, so that its uplink carries one copy. Pure.
 
     learner --> s1 --> s2 --> ... --> sn        every link carries every byte once
-                              s(n-1) --> leaf   a server that passes nothing on, or a slow one
+                                     '--> leaf  servers that pass nothing on, and slow ones, from the last on
 
 Servers pass on each block as soon as it is verified, so a chain of n is done n - 1 blocks after its first server. Where
 that is longer than a tree of two takes, whose every link carries two copies (many servers, a small version), it is a

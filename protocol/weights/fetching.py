@@ -167,7 +167,7 @@ def _converse(
     socket: zmq.Socket[bytes], assembly: Assembly, sources: Sources, limits: _Limits, trials: _Trials
 ) -> _End:
     """Ask and take in over one socket until the shipment is complete, or another source is to be asked."""
-    heard_s = time.monotonic()
+    heard_s, wait_ms = time.monotonic(), 0
     while not assembly.done:
         now_s = time.monotonic()
         limits.check(assembly, now_s)
@@ -176,10 +176,14 @@ def _converse(
         if trials.won(now_s):
             return _End.SLOW
         _ask(socket, assembly)
-        if not socket.poll(TRIAL_CHECK_MS if trials.going_on else STOP_CHECK_MS):
+        if wait_ms != (wait_ms := TRIAL_CHECK_MS if trials.going_on else STOP_CHECK_MS):
+            socket.set(zmq.RCVTIMEO, wait_ms)
+        try:
+            frames = socket.recv_multipart(copy=False)
+        except zmq.Again:
             continue
         here = assembly.bytes
-        outcome = assembly.take_in(socket.recv_multipart(copy=False))
+        outcome = assembly.take_in(frames)
         if outcome is Outcome.WITHDRAWN:
             return _End.WITHDRAWN
         if outcome is Outcome.WRONG and len(sources) > 1:

@@ -24,6 +24,7 @@ from protocol.weights.adapters import AdapterSpec, factor_names
 from protocol.weights.delta_manifest import read_deltas
 from protocol.weights.layout import MappedWeights, build_manifest
 from protocol.weights.manifest import Manifest, TensorSpec
+from protocol.weights.serving import ServeCounters
 
 SPECS = [TensorSpec("a", "F32", (64, 4)), TensorSpec("b", "BF16", (100,))]
 
@@ -35,6 +36,7 @@ class FakeServer:
         self.served: dict[Version, tuple[Manifest, MappedWeights]] = {}
         self.readers: list[MappedWeights] = []
         self.deltas: dict[tuple[Version, Version], bytes] = {}
+        self.counters = ServeCounters()
 
     def serve(self, manifest: Manifest, mapped: MappedWeights) -> None:
         assert all(mapped is not other for _, other in self.served.values()), "one mapping, two versions"
