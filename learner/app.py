@@ -197,7 +197,7 @@ class Learner:
         stats, buffer = RunStats(), Buffer()
         arrivals = Arrivals(coordinator, buffer, journal, stats)
         arrivals.restore(start.restored)
-        staging = default_staging_directory()
+        staging = config.staging_dir or default_staging_directory()
         clean_staging(staging)
         publisher = Publisher(
             trainer,

@@ -33,7 +33,8 @@ FREE_TO_CHANGE = frozenset(
         "output_dir", "run_name", "allow_changed", "max_steps", "save_steps", "save_total_limit",
         "num_completions_logged", "eval_steps",
         # where the learner listens and how patient it is
-        "bind", "insecure_plaintext", "heartbeat_s", "liveness_s", "server_wait_s", "collective_timeout_s",
+        "bind", "staging_dir", "insecure_plaintext", "heartbeat_s", "liveness_s", "server_wait_s",
+        "collective_timeout_s",
         # where and how fast the same numbers are computed
         "device", "token_budget", "share_prefix",
     }

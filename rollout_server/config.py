@@ -106,7 +106,8 @@ class ServerConfig(Section):
     reward_on_timeout: float | None = None
     """Value of a completion whose scoring timed out; default: no value. Policies learn to hang verifiers."""
     staging_dir: Path | None = None
-    """Where incoming weights are assembled; default a private directory on /dev/shm, else the temporary directory."""
+    """Where incoming weights are assembled, and those of a learner beside this server are read where its staging_dir is
+    the same; default a private directory on /dev/shm, else the temporary directory."""
     log_file: Path | None = None
     """Also write the log there."""
     insecure_plaintext: bool = False

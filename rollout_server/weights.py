@@ -86,7 +86,7 @@ class WeightsReceiver:
         if self._wanted is not None and manifest.version <= self._wanted.version:
             return
         addresses = tuple(resolve_address(address, self._learner) for address in ready.addresses)
-        self._wanted = Wanted(manifest, addresses, self._canaries(ready))
+        self._wanted = Wanted(manifest, addresses, self._canaries(ready), ready.shared)
         self._stop.set()  # whatever is being fetched is superseded
         self._changed.notify()
 
@@ -155,21 +155,26 @@ class WeightsReceiver:
         """Call off what is being fetched and end the thread."""
         self._stop.set()
         await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
-        self._stage.discard()
+        self._stage.close()
 
     async def _make_live(self, wanted: Wanted) -> None:
         """Fetch, wait for the turn, swap. Returns early when a newer version has superseded this one."""
         self._stop = threading.Event()
         bring = asyncio.get_running_loop().run_in_executor(self._thread, self._stage.bring, wanted, self._stop)
-        delivery = await self._waits.wait(bring, name=f"weights {wanted.version}", owner="bulk plane", deadline_s=None)
-        turn = await self._wait_turn(wanted)
-        if turn is None:
-            return
-        staged = StagedWeights(
-            version=wanted.version, path=delivery.file, digest=delivery.digest, canaries=wanted.canaries,
-            checksums=turn.checksums, adapter=wanted.manifest.adapter,
-        )  # fmt: skip
-        await self._load(staged, delivery)
+        try:
+            delivery = await self._waits.wait(
+                bring, name=f"weights {wanted.version}", owner="bulk plane", deadline_s=None
+            )
+            turn = await self._wait_turn(wanted)
+            if turn is None:
+                return
+            staged = StagedWeights(
+                version=wanted.version, path=delivery.file, mapped=delivery.mapped, digest=delivery.digest,
+                canaries=wanted.canaries, checksums=turn.checksums, adapter=wanted.manifest.adapter,
+            )  # fmt: skip
+            await self._load(staged, delivery)
+        finally:
+            self._stage.release()
 
     async def _wait_turn(self, wanted: Wanted) -> WeightsSwap | None:
         """Say that the version is here, and wait for the turn to swap. None: it is superseded."""
@@ -202,6 +207,7 @@ class WeightsReceiver:
             raise
         finally:
             self._swapping = None
+        self._stage.loaded()
         if self._engine.live is None:
             raise EngineFailure("the engine lost the version as soon as it had it")
         if run != self._runs:

@@ -215,6 +215,9 @@ class NetworkOptions(Section):
 
     bind: str = "tcp://127.0.0.1:5555"
     """tcp://HOST:PORT or ipc:///PATH; weights go over the next port (or PATH-weights)."""
+    staging_dir: Path | None = None
+    """Where published versions lie; default a private directory on /dev/shm, else the temporary directory. Servers of
+    this user on this host whose staging_dir is the same read them there."""
     insecure_plaintext: bool = False
     """Allow an address off loopback without keys. Anyone who can reach the port can then read the weights and feed
     you data: for a closed lab only."""

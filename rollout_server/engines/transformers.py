@@ -150,7 +150,7 @@ class TransformersEngine:
         if weights.adapter is not None:
             staged = await asyncio.to_thread(self._merger.merge, weights.path, weights.adapter)
         else:
-            staged = await asyncio.to_thread(read_weights, weights.path, self._tensors)
+            staged = await asyncio.to_thread(read_weights, weights.path, self._tensors, weights.mapped)
             self._merger.forget()
         answer: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         reply = _replying(answer)
