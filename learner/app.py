@@ -225,7 +225,7 @@ class Learner:
         arrivals.restore(start.restored)
         archive = WeightsArchive(directory.weights_dir, config.keep_versions)
         coordinator.weights.live_reported = archive.live
-        staging = default_staging_directory()
+        staging = config.staging_dir or default_staging_directory()
         clean_staging(staging)
         publisher = Publisher(
             trainer,

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Protocol
@@ -27,16 +27,17 @@ from protocol.messages import WeightsReady
 from protocol.versions import Version
 from protocol.waits import Waits
 from protocol.weights.adapters import AdapterSpec
-from protocol.weights.layout import MappedWeights, build_manifest
+from protocol.weights.layout import MappedWeights, build_manifest, make_manifest
 from protocol.weights.manifest import Algorithm, TensorSpec
 from protocol.weights.serving import WeightsServer
+from protocol.weights.shared import SharedBuffer
 from protocol.weights.specs import Layout
-from protocol.weights.staging import staging_path
 
 log = logging.getLogger(__name__)
 
 BUFFERS = 4
-"""Two versions served, one being written, and one that slow readers still hold."""
+"""Two versions served, one being written, and one whose last chunks are still on their way. Those that servers on this
+host have claimed come on top, as long as there is room: a slow engine costs memory, never a step."""
 FREE_BUFFER_S = 60.0
 
 
@@ -50,8 +51,8 @@ class WeightsSource(Protocol):
     def adapter(self) -> AdapterSpec | None:
         """What a version is beside them, where it is an adapter."""
 
-    def write_weights(self, mapped: MappedWeights) -> None:
-        """Cast and copy every tensor into the mapping.
+    def write_weights(self, mapped: MappedWeights, algorithm: Algorithm | None) -> Mapping[str, Sequence[str]]:
+        """Cast and copy every tensor into the mapping; with an algorithm, return the digests of each one's blocks.
 
         Raises:
             WeightsError: a tensor holds a non-finite number.
@@ -87,12 +88,10 @@ class Publisher:
         self._tasks = tasks
         self._waits = waits
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
-        self._buffers: list[MappedWeights] = []
-        self._busy: set[MappedWeights] = set()
-        """Chosen, and neither served nor held back yet: being written or hashed."""
+        self._buffers: list[SharedBuffer] = []
         self._snapshot: asyncio.Future[None] | None = None
         self._held_at: int | None = None
-        self._held_back: tuple[Published, Canaries | None] | None = None
+        self._held_back: tuple[Published, SharedBuffer, Canaries | None] | None = None
         self._previous: Published | None = None
         """What was published last, announced or held back: what the next version is compared with."""
         self.current: WeightsReady | None = None
@@ -127,8 +126,8 @@ class Publisher:
         """End the thread and give the mappings back; say how much was sent."""
         event(log, "served", versions=self.published, bytes=self._server.counters.bytes)
         await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
-        for mapped in self._buffers:
-            mapped.remove()
+        for buffer in self._buffers:
+            buffer.remove()
 
     async def _publish(self, version: Version, snapshot: asyncio.Future[None], canaries: Canaries | None) -> None:
         """Snapshot, hash, serve, announce one version.
@@ -137,13 +136,18 @@ class Publisher:
         produces: the snapshot future, a delta where it pays, WeightsReady to every server, then what the run keeps
         """
         loop = asyncio.get_running_loop()
-        mapped = await self._free_buffer()
-        begun_s = loop.time()
-        await loop.run_in_executor(self._thread, self._source.write_weights, mapped)
+        buffer = await self._free_buffer()
+        begun_s, mapped = loop.time(), buffer.mapped
+        # xxh3 while a piece is in the cache. BLAKE3 takes longer than the copy, and the weights may change meanwhile.
+        beside = self._algorithm if self._algorithm == "xxh3_128" else None
+        digests = await loop.run_in_executor(self._thread, self._source.write_weights, mapped, beside)
         snapshot_s = loop.time() - begun_s
         snapshot.set_result(None)
-        manifest = await loop.run_in_executor(
-            self._thread, build_manifest, version, mapped, self._algorithm, self._source.adapter
+        adapter = self._source.adapter
+        manifest = (
+            make_manifest(version, self._layout, beside, digests, adapter)
+            if beside
+            else await loop.run_in_executor(self._thread, build_manifest, version, mapped, self._algorithm, adapter)
         )
         hash_s = loop.time() - begun_s - snapshot_s
         published, made = Published(manifest, mapped), None
@@ -157,14 +161,14 @@ class Publisher:
         )  # fmt: skip
         event(log, "published", **msgspec.structs.asdict(row))
         self.published += 1
-        self._busy.remove(mapped)
+        buffer.finish(version)
         if self._held_at is not None and version.policy_version > self._held_at:
-            self._held_back = (published, canaries)  # what was held back before is superseded
+            self._held_back = (published, buffer, canaries)  # what was held back before is superseded
         else:
-            self._serve(published, canaries)
+            self._serve(published, buffer, canaries)
         await loop.run_in_executor(self._thread, self._archive.published, row, manifest, made)
 
-    def _serve(self, published: Published, canaries: Canaries | None) -> None:
+    def _serve(self, published: Published, buffer: SharedBuffer, canaries: Canaries | None) -> None:
         manifest, mapped = published
         self._server.serve(manifest, mapped)
         deltas = self._deltas.offers(manifest.version)
@@ -172,27 +176,53 @@ class Publisher:
             version=manifest.version,
             manifest=np.frombuffer(manifest.to_json(), np.uint8),
             addresses=(self._bulk_address,),
+            shared=buffer.name,
             canary_tokens=None if canaries is None else canaries.tokens,
             canary_logprobs=None if canaries is None else canaries.logprobs,
             deltas=None if deltas is None else np.frombuffer(deltas, np.uint8),
         )
         self._announce(self.current)
 
-    async def _free_buffer(self) -> MappedWeights:
-        """A mapping that nobody reads: at most BUFFERS exist; the wait for one ends when a slow reader is done."""
+    async def _free_buffer(self) -> SharedBuffer:
+        """A mapping that nobody reads, taken for writing; waits for slow readers where there is no room for another."""
         deadline_s = asyncio.get_running_loop().time() + FREE_BUFFER_S
+        no_room: WeightsError | None = None
         while True:
             kept = self._previous.mapped if self._previous else None  # what is held back is the previous one
-            for mapped in self._buffers:
-                # The server knows nothing of busy ones: the previous version may still be hashed when this one begins.
-                if mapped is not kept and mapped not in self._busy and self._server.is_free(mapped):
-                    self._busy.add(mapped)
-                    return mapped
-            if len(self._buffers) < BUFFERS:
-                mapped = await asyncio.to_thread(MappedWeights.create, staging_path(self._directory), self._layout)
-                self._buffers.append(mapped)
-                self._busy.add(mapped)
-                return mapped
+            # The server knows nothing of those being written: the previous version may still be hashed.
+            idle = [
+                buffer
+                for buffer in self._buffers
+                if buffer.mapped is not kept and not buffer.being_written and self._server.is_free(buffer.mapped)
+            ]
+            for buffer in idle:
+                if buffer.begin():
+                    self._shrink([other for other in idle if other is not buffer])
+                    return buffer
+            if len(self._buffers) - len(idle) < BUFFERS and no_room is None:
+                try:
+                    added = await asyncio.to_thread(SharedBuffer.create, self._directory, self._layout)
+                    added.begin()
+                    self._buffers.append(added)
+                    return added
+                except WeightsError as error:
+                    if not idle:
+                        raise
+                    no_room = error  # but what is claimed will be free
             if asyncio.get_running_loop().time() > deadline_s:
-                raise WeightsError(f"all {BUFFERS} published versions are still being read after {FREE_BUFFER_S:g} s")
-            await asyncio.sleep(0.05)  # readers finish on another thread, and only is_free tells
+                raise WeightsError(self._describe_readers(idle)) from no_room
+            await asyncio.sleep(0.05)  # readers finish on another thread, or in another process
+
+    def _shrink(self, idle: Sequence[SharedBuffer]) -> None:
+        """Remove what more there is than BUFFERS, now that readers have let go of it."""
+        for buffer in idle:
+            if len(self._buffers) > BUFFERS and buffer.begin():
+                self._buffers.remove(buffer)
+                buffer.remove()
+
+    def _describe_readers(self, claimed: Sequence[SharedBuffer]) -> str:
+        text = f"all {len(self._buffers)} published versions are still being read after {FREE_BUFFER_S:g} s"
+        if claimed:
+            versions = ", ".join(str(buffer.version) for buffer in claimed)
+            text += f"; servers on this host have claimed {len(claimed)} ({versions}), and there is no room for another"
+        return text

@@ -34,8 +34,8 @@ FREE_TO_CHANGE = frozenset(
         "keep_versions",
         "num_completions_logged", "eval_steps",
         # where the learner listens and how patient it is
-        "bind", "key", "allowed_keys", "insecure_plaintext", "delta_weights", "heartbeat_s", "liveness_s",
-        "server_wait_s",
+        "bind", "key", "allowed_keys", "staging_dir", "insecure_plaintext", "delta_weights", "heartbeat_s",
+        "liveness_s", "server_wait_s",
         "collective_timeout_s",
         # where and how fast the same numbers are computed
         "device", "token_budget", "share_prefix",

@@ -58,7 +58,7 @@ from protocol.identity import tokenizer_digest
 from protocol.logs import event
 from protocol.messages import Float32, Int32
 from protocol.weights.adapters import AdapterSpec
-from protocol.weights.manifest import TensorSpec, schema_digest
+from protocol.weights.manifest import Algorithm, TensorSpec, schema_digest
 
 log = logging.getLogger(__name__)
 
@@ -248,13 +248,13 @@ class Trainer:
         """Describe the tensors of a published version."""
         return export.describe(self._published, self._config.published_dtype)
 
-    def write_weights(self, mapped: export.WritableWeights) -> None:
-        """Write the weights as they are, in the published dtype. May run beside `forward_backward`.
+    def write_weights(self, mapped: export.WritableWeights, algorithm: Algorithm | None = None) -> dict[str, list[str]]:
+        """Write the weights as they are, in the published dtype; see `export.write_tensors`.
 
         Raises:
             WeightsError: a tensor is not finite.
         """
-        export.write_tensors(self._published, self._config.published_dtype, mapped)
+        return export.write_tensors(self._published, self._config.published_dtype, mapped, algorithm)
 
     @property
     def checkpoint_bytes(self) -> int:

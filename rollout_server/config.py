@@ -110,7 +110,8 @@ class ServerConfig(Section):
     reward_on_timeout: float | None = None
     """Value of a completion whose scoring timed out; default: no value. Policies learn to hang verifiers."""
     staging_dir: Path | None = None
-    """Where incoming weights are assembled; default a private directory on /dev/shm, else the temporary directory."""
+    """Where incoming weights are assembled, and those of a learner beside this server are read where its staging_dir is
+    the same; default a private directory on /dev/shm, else the temporary directory."""
     relay: str = ""
     """Pass new weights on to other servers from this address, for example tcp://*:5560 (any free port: tcp://*:0), so
     that the learner need not send them to every server. Others reach it at the host given here; `*`: at the one that

@@ -1,5 +1,7 @@
 """Where a version lies between the learner and the engine: brought here by one of several paths, whole and verified.
 
+A learner on this host lets its own file be read where it lies (shared_stage.py). Else the version is brought into ours.
+
 The staged file is a safetensors file that is written again for every version. It holds one version whole, or nothing:
 whatever happens on the way, the engine is only ever pointed at bytes that hash to the learner's manifest (I5). One
 thread calls `bring`; this file must not know the event loop, nor what is said of versions to whom.
@@ -29,6 +31,7 @@ from protocol.weights.staging import clean_staging, staging_path
 from rollout_server.deltas import Changes, apply_chain
 from rollout_server.engines.base import Canaries
 from rollout_server.relay import Relay
+from rollout_server.shared_stage import SharedStage
 
 log = logging.getLogger(__name__)
 
@@ -55,6 +58,8 @@ class Wanted:
     deltas: tuple[DeltaManifest, ...] = ()
     keys: Mapping[str, str] = field(default_factory=dict)
     """Public key of who serves at an address, where that is not the learner."""
+    shared: str = ""
+    """Name of the learner's own file, which is in the staging directory where the learner is beside this server."""
 
     @property
     def version(self) -> Version:
@@ -69,6 +74,8 @@ class Delivery:
     file: Path
     digest: str
     """Its `content_digest`."""
+    mapped: MappedWeights | None = None
+    """The file, where this process has it mapped for as long as it is read."""
     path: WeightsPath = WeightsPath.NONE
     bytes: int = 0
     """Fetched for it, repetitions included."""
@@ -83,7 +90,7 @@ class Delivery:
 
 
 class Stage:
-    """Owns the staged file."""
+    """Owns the staged file, and this server's claim on the learner's."""
 
     def __init__(self, directory: Path, fetcher: WeightsFetcher, relay: Relay | None = None) -> None:
         self._directory = directory
@@ -95,9 +102,12 @@ class Stage:
         self._link, self._costs = UNSEEN_LINK, Costs()
         self._strikes: Counter[WeightsPath] = Counter()
         clean_staging(directory)
+        self._shared = SharedStage(directory)
 
     def bring(self, wanted: Wanted, stop: threading.Event) -> Delivery:
-        """Have the version in the staged file; nothing is fetched where it holds that very content already.
+        """Have the version in the learner's file or in the staged one, which may hold that very content already.
+
+        What was brought before is no longer to be loaded.
 
         Args:
             wanted: What was announced.
@@ -108,6 +118,14 @@ class Stage:
             WeightsError: no room for it, it did not come in time, or its bytes are wrong wherever they come from.
         """
         manifest, content = wanted.manifest, content_digest(wanted.manifest)
+        self.release()
+        if self._content != content and self._relay is None:  # neighbors read for longer than the learner waits
+            shared = self._shared.bring(manifest, wanted.shared, stop)
+            if shared is not None:
+                mapped, verify_s = shared
+                return Delivery(
+                    file=mapped.path, digest=content, mapped=mapped, path=WeightsPath.SHARED, verify_s=verify_s
+                )
         if self._file is not None and not (self._file.layout == manifest.layout and self._file.path.exists()):
             self.discard()
         if self._file is None:
@@ -115,7 +133,7 @@ class Stage:
         elif self._content == content:
             if self._relay is not None:
                 self._relay.whole(manifest.shipment, self._file)
-            return Delivery(file=self._file.path, digest=content)
+            return Delivery(file=self._file.path, digest=content, mapped=self._file)
         fetch = _Fetch(self._fetcher, wanted, stop)
         chain = self._chain(wanted)
         delivery = self._by_delta(wanted, chain, fetch) if chain else None
@@ -123,8 +141,22 @@ class Stage:
         self._content = content
         return delivery
 
+    def release(self) -> None:
+        """Nobody will load what was brought last: the learner may have its file back."""
+        self._shared.release()
+
+    def loaded(self) -> None:
+        """The engine has loaded what was brought last, and so reads nothing that was brought before."""
+        self._shared.loaded()
+
+    def close(self) -> None:
+        """Give everything up."""
+        self.discard()
+        self._shared.close()
+
     def discard(self) -> None:
-        """Delete the staged file. Whoever has it open still reads what it held."""
+        """Give up what a load that was given up may still be reading: nothing is written into it."""
+        self._shared.doubt()
         if self._relay is not None:
             self._relay.withdraw()
         if self._file is not None:
@@ -140,7 +172,7 @@ class Stage:
         report = fetch(manifest.shipment, file.writable_bytes(0, manifest.file_bytes), on_block)
         self._learn_link(report)
         return Delivery(
-            file=file.path, digest=content_digest(manifest), path=WeightsPath.DENSE, bytes=report.bytes,
+            file=file.path, mapped=file, digest=content_digest(manifest), path=WeightsPath.DENSE, bytes=report.bytes,
             transfer_s=report.transfer_s, verify_s=report.verify_s, refetched_blocks=report.refetched_blocks,
         )  # fmt: skip
 
@@ -211,6 +243,7 @@ class Stage:
             self._strikes[WeightsPath.DELTA] = 0
         return Delivery(
             file=file.path,
+            mapped=file,
             digest=content_digest(manifest),
             path=WeightsPath.DELTA,
             bytes=sum(report.bytes for report in reports),

@@ -102,7 +102,7 @@ class WeightsReceiver:
         addresses = tuple(resolve_address(address, self._learner) for address in ready.addresses)
         deltas = () if ready.deltas is None else read_deltas(ready.deltas.tobytes())
         keys = {address: key for address, key in zip(addresses, ready.address_keys, strict=False) if key}
-        self._wanted = Wanted(manifest, addresses, self._canaries(ready), deltas, keys)
+        self._wanted = Wanted(manifest, addresses, self._canaries(ready), deltas, keys, ready.shared)
         self._stop.set()  # whatever is being fetched is superseded
         self._changed.notify()
 
@@ -171,24 +171,29 @@ class WeightsReceiver:
         """Call off what is being fetched and end the thread."""
         self._stop.set()
         await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
-        self._stage.discard()
+        self._stage.close()
 
     async def _make_live(self, wanted: Wanted) -> None:
         """Fetch, wait for the turn, swap. Returns early when a newer version has superseded this one."""
         self._stop = threading.Event()
         bring = asyncio.get_running_loop().run_in_executor(self._thread, self._stage.bring, wanted, self._stop)
-        delivery = await self._waits.wait(bring, name=f"weights {wanted.version}", owner="bulk plane", deadline_s=None)
-        turn = await self._wait_turn(wanted)
-        if turn is None:
-            return
-        live = self._engine.live
-        relative = delivery.changes is not None and self._loaded == (live, delivery.base)
-        staged = StagedWeights(
-            version=wanted.version, path=delivery.file, digest=delivery.digest, canaries=wanted.canaries,
-            checksums=turn.checksums, adapter=wanted.manifest.adapter, base=live if relative else None,
-            changes=delivery.changes if relative else None,
-        )  # fmt: skip
-        await self._load(staged, delivery)
+        try:
+            delivery = await self._waits.wait(
+                bring, name=f"weights {wanted.version}", owner="bulk plane", deadline_s=None
+            )
+            turn = await self._wait_turn(wanted)
+            if turn is None:
+                return
+            live = self._engine.live
+            relative = delivery.changes is not None and self._loaded == (live, delivery.base)
+            staged = StagedWeights(
+                version=wanted.version, path=delivery.file, mapped=delivery.mapped, digest=delivery.digest,
+                canaries=wanted.canaries, checksums=turn.checksums, adapter=wanted.manifest.adapter,
+                base=live if relative else None, changes=delivery.changes if relative else None,
+            )  # fmt: skip
+            await self._load(staged, delivery)
+        finally:
+            self._stage.release()
 
     async def _wait_turn(self, wanted: Wanted) -> WeightsSwap | None:
         """Say that the version is here, and wait for the turn to swap. None: it is superseded."""
@@ -221,6 +226,7 @@ class WeightsReceiver:
             raise
         finally:
             self._swapping = None
+        self._stage.loaded()
         if self._engine.live is None:
             raise EngineFailure("the engine lost the version as soon as it had it")
         self._loaded = staged.version, staged.digest

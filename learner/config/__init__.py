@@ -222,6 +222,9 @@ class NetworkOptions(Section):
     allowed_keys: Path | None = None
     """File with the public keys of the servers that may connect, one a line: the lines of their .pub files. Read again
     when it changes; a key that is removed loses its connections."""
+    staging_dir: Path | None = None
+    """Where published versions lie; default a private directory on /dev/shm, else the temporary directory. Servers of
+    this user on this host whose staging_dir is the same read them there."""
     insecure_plaintext: bool = False
     """Allow an address off loopback without keys. Anyone who can reach the port can then read the weights and feed
     you data: for a closed lab only."""

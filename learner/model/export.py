@@ -7,6 +7,7 @@ so `lm_head.weight` is absent where it is the embedding; every loader ties again
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, Protocol
@@ -18,9 +19,12 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 from learner.model.load import DTYPES
 from protocol.errors import WeightsError
 from protocol.weights.layout import Layout, MappedWeights
-from protocol.weights.manifest import TensorSpec
+from protocol.weights.manifest import BLOCK_BYTES, Algorithm, TensorSpec, new_hasher
 
 SAFETENSORS_DTYPES: dict[str, Literal["F32", "BF16"]] = {"float32": "F32", "bfloat16": "BF16"}
+
+PIECE_BYTES = 512 << 10
+"""Of the file: with what it is cast from it fits the cache of a core. Divides BLOCK_BYTES."""
 
 
 class WritableWeights(Protocol):
@@ -66,19 +70,49 @@ def write_weights(model: PreTrainedModel, dtype: str, mapped: WritableWeights) -
     write_tensors(unique_tensors(model), dtype, mapped)
 
 
-def write_tensors(tensors: Mapping[str, Tensor], dtype: str, mapped: WritableWeights) -> None:
+def write_tensors(
+    tensors: Mapping[str, Tensor], dtype: str, mapped: WritableWeights, algorithm: Algorithm | None = None
+) -> dict[str, list[str]]:
     """Cast every tensor straight into its place in `mapped`; no second copy of the model exists at any time.
 
-    Safe beside a forward and backward pass in another thread: it only reads the parameters.
+    Copied, looked at and hashed piece by piece, while a piece is in the cache: the memory is read once. Safe beside a
+    forward and backward pass in another thread: it only reads the parameters.
+
+    Returns:
+        With an algorithm, the digests of each tensor's blocks, as `build_manifest` would compute them.
 
     Raises:
         WeightsError: a tensor is not finite. `mapped` is then half written and must not be published.
     """
+    digests: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
-        # The extremes are NaN if any element is; four times cheaper than isfinite, and no temporary.
-        if not all(torch.isfinite(extreme) for extreme in torch.aminmax(tensor)):
+        total, digests[name] = _write(tensor, mapped.view(name), DTYPES[dtype], algorithm)
+        # Whatever is not finite makes the sum so; a sum of finite numbers may still overflow.
+        if not math.isfinite(total) and not torch.isfinite(tensor).all():
             raise WeightsError(f"tensor {name} is not finite: this version cannot be published")
-        _place(mapped, name, tensor, dtype)
+    return digests
+
+
+def _write(
+    tensor: Tensor, view: memoryview, dtype: torch.dtype, algorithm: Algorithm | None
+) -> tuple[float, list[str]]:
+    """Cast a tensor into its bytes; return the sum of its elements and, with an algorithm, its blocks' digests."""
+    flat, target = tensor.reshape(-1), torch.frombuffer(view, dtype=dtype)
+    length = (PIECE_BYTES if tensor.is_cpu else BLOCK_BYTES) // dtype.itemsize
+    total, end, hasher = 0.0, 0, None
+    digests: list[str] = []
+    for source, place in zip(flat.split(length), target.split(length), strict=True):
+        place.copy_(source)
+        total += source.sum().item()
+        if algorithm is None:
+            continue
+        begin, end = end, end + place.nbytes
+        hasher = hasher or new_hasher(algorithm)
+        hasher.update(view[begin:end])
+        if end % BLOCK_BYTES == 0 or end == len(view):
+            digests.append(hasher.hexdigest())
+            hasher = None
+    return total, digests
 
 
 def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

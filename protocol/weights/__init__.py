@@ -6,6 +6,8 @@
     manifest.py   names, places and digests of a version
     layout.py     that layout mapped into memory
     staging.py    where such files live, and who owns them
+    claims.py     who reads or writes one at the moment
+    shared.py     one version in the memory of one host, read where it lies
     chunks.py     which bytes have arrived (pure)
     assembly.py   those bytes put in place and verified
     delta.py      what differs between two tensors, as few bytes

@@ -11,6 +11,7 @@ from __future__ import annotations
 import mmap
 import os
 import stat
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -22,7 +23,7 @@ from protocol.weights.manifest import Algorithm, Manifest, TensorEntry, block_di
 from protocol.weights.specs import MAX_HEADER_BYTES, Layout
 from protocol.weights.staging import create_staging_file
 
-__all__ = ["Layout", "MappedWeights", "build_manifest"]
+__all__ = ["Layout", "MappedWeights", "build_manifest", "make_manifest", "map_file"]
 
 
 class MappedWeights:
@@ -47,7 +48,7 @@ class MappedWeights:
         """
         descriptor = create_staging_file(path, layout.file_bytes)
         try:
-            memory = _map(descriptor, layout.file_bytes, writable=True)
+            memory = map_file(descriptor, layout.file_bytes, writable=True)
         finally:
             os.close(descriptor)  # the mapping keeps a duplicate, and with it the owner's lock
         memory[: len(layout.header)] = layout.header
@@ -66,7 +67,7 @@ class MappedWeights:
             raise WeightsError(f"cannot open the weights file {path}: {error.strerror}") from error
         try:
             layout = _read_layout(descriptor)
-            return cls(path, layout, _map(descriptor, layout.file_bytes, writable))
+            return cls(path, layout, map_file(descriptor, layout.file_bytes, writable))
         except (OSError, ValueError) as error:
             raise WeightsError(f"{path} is not a safetensors file that can be loaded: {error}") from error
         finally:
@@ -107,20 +108,35 @@ def build_manifest(
     version: Version, mapped: MappedWeights, algorithm: Algorithm, adapter: AdapterSpec | None = None
 ) -> Manifest:
     """Hash every block of every tensor and name the result. Takes 0.1 to 0.2 s per GB: not for the event loop."""
-    layout = mapped.layout
+    digests = {spec.name: block_digests(algorithm, mapped.view(spec.name)) for spec in mapped.layout.specs}
+    return make_manifest(version, mapped.layout, algorithm, digests, adapter)
+
+
+def make_manifest(
+    version: Version,
+    layout: Layout,
+    algorithm: Algorithm,
+    digests: Mapping[str, Sequence[str]],
+    adapter: AdapterSpec | None = None,
+) -> Manifest:
+    """Name a version whose blocks were hashed while they were written.
+
+    Args:
+        version: what it is called.
+        layout: of its file.
+        algorithm: of the digests.
+        digests: by tensor, of each of its blocks in order (`block_digests`).
+        adapter: what its tensors are, where they are not the whole model.
+    """
+    entries = (
+        TensorEntry(spec, layout.offset(spec.name), spec.nbytes, tuple(digests[spec.name])) for spec in layout.specs
+    )
     return Manifest(
-        version=version,
-        algorithm=algorithm,
-        tensors=tuple(
-            TensorEntry(spec, layout.offset(spec.name), spec.nbytes, block_digests(algorithm, mapped.view(spec.name)))
-            for spec in layout.specs
-        ),
-        file_bytes=layout.file_bytes,
-        adapter=adapter,
+        version=version, algorithm=algorithm, tensors=tuple(entries), file_bytes=layout.file_bytes, adapter=adapter
     )
 
 
-def _map(descriptor: int, file_bytes: int, writable: bool) -> memoryview:
+def map_file(descriptor: int, file_bytes: int, writable: bool) -> memoryview:
     """Map the file with its pages already faulted in: a fault per 4 KiB would halve the first copy's speed."""
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     return memoryview(mmap.mmap(descriptor, file_bytes, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=protection))

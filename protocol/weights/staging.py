@@ -12,6 +12,7 @@ import errno
 import fcntl
 import os
 import secrets
+import shutil
 import stat
 import tempfile
 from collections.abc import Iterator
@@ -19,10 +20,14 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from protocol.errors import WeightsError
+from protocol.weights.claims import is_claimed
 
 _PREFIX, _SUFFIX = "weights-", ".safetensors"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - only a directory of our own in it is used, see clean_staging
 
+LINKS_MARK = "-links-"
+_PROCESS = secrets.token_hex(4)
+"""Names this process: several may read one file."""
 LEAST_SHARED_BYTES = 2 << 30
 """Shared memory smaller than this is not used: containers get 64 MiB by default, too little for any model."""
 
@@ -36,7 +41,8 @@ def default_staging_directory(shared_memory: Path = _SHARED_MEMORY) -> Path:
 def clean_staging(directory: Path) -> int:
     """Make the directory (0700), remove what dead processes left there, and return how many files that were.
 
-    Call once at start. Files of living processes, this one included, and files of other names are left alone.
+    Call once at start. Left alone are files of living processes, this one included, files that a living process reads
+    (whoever reads a dead one's last removes it, `remove_if_left`), and files of other names.
 
     Raises:
         WeightsError: the directory cannot be made, is somebody else's, or is open to others.
@@ -45,12 +51,30 @@ def clean_staging(directory: Path) -> int:
         directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         _check_private(directory)
         with _locked(directory, fcntl.LOCK_EX):  # nobody is between creating a file and locking it
-            leftovers = [path for path in directory.glob(f"{_PREFIX}*{_SUFFIX}") if _is_ownerless(path)]
-            for path in leftovers:
-                path.unlink()
+            leftovers = [path for path in directory.glob(f"{_PREFIX}*{_SUFFIX}") if remove_if_left(path)]
+            for path in directory.glob(f"{_PREFIX}*{LINKS_MARK}*"):
+                if not path.with_name(path.name.partition(LINKS_MARK)[0] + _SUFFIX).exists():
+                    shutil.rmtree(path, ignore_errors=True)
     except OSError as error:
         raise WeightsError(f"staging directory {directory}: {error.strerror}") from error
     return len(leftovers)
+
+
+def remove_if_left(path: Path) -> bool:
+    """Remove a staging file that no living process owns or has claimed; say whether it was one."""
+    try:
+        with _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as descriptor:
+            if is_claimed(descriptor):
+                return False
+            path.unlink()
+    except (BlockingIOError, FileNotFoundError):  # owned; or renamed or removed by somebody else meanwhile
+        return False
+    return True
+
+
+def links_directory(file: Path) -> Path:
+    """Return where this process may put what an engine needs beside a staging file, which others may read, too."""
+    return file.with_name(f"{file.name.removesuffix(_SUFFIX)}{LINKS_MARK}{_PROCESS}")
 
 
 def staging_path(directory: Path) -> Path:
@@ -104,19 +128,11 @@ def _check_private(directory: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path, operation: int) -> Iterator[None]:
-    """Hold an flock while the block runs."""
+def _locked(path: Path, operation: int) -> Iterator[int]:
+    """Hold an flock while the block runs, and give it the descriptor."""
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, operation)
-        yield
+        yield descriptor
     finally:
         os.close(descriptor)
-
-
-def _is_ownerless(path: Path) -> bool:
-    try:
-        with _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            return True
-    except BlockingIOError:
-        return False

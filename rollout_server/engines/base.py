@@ -21,6 +21,7 @@ from protocol.messages import FinishReason, Float32, Int32, Sampling
 from protocol.signals import Signal
 from protocol.versions import Version
 from protocol.weights.adapters import AdapterSpec
+from protocol.weights.layout import MappedWeights
 
 Positions: TypeAlias = NDArray[np.int64]
 """[n] of elements in a flat tensor, ascending."""
@@ -98,6 +99,8 @@ class StagedWeights:
 
     version: Version
     path: Path
+    mapped: MappedWeights | None = None
+    """The file as this process has mapped it already: its pages are there."""
     digest: str = ""
     """Of the content: equal for equal tensors, whatever the version (manifest.content_digest)."""
     adapter: AdapterSpec | None = None

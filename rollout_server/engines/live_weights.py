@@ -20,11 +20,18 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from protocol.weights.manifest import TensorSpec, schema_digest
+from protocol.weights.layout import MappedWeights
+from protocol.weights.manifest import Dtype, TensorSpec, schema_digest
 from rollout_server.engines.base import EngineFailure, Positions
 from rollout_server.engines.changes import Changes, check_changes
 
 NAMES_SHOWN = 3
+DTYPES: dict[Dtype, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2, "I64": torch.int64, "I32": torch.int32,
+    "I16": torch.int16, "I8": torch.int8, "U64": torch.uint64, "U32": torch.uint32, "U16": torch.uint16,
+    "U8": torch.uint8, "BOOL": torch.bool,
+}  # fmt: skip
 PAGE_BYTES = 4096
 DENSE_ABOVE = 0.03
 """Share of a tensor's elements. Seen on one CPU thread of a shared machine, 8M elements: 1 % takes 0.06 (float32)
@@ -63,24 +70,24 @@ def digest_of(tensors: dict[str, Tensor]) -> str:
     return schema_digest(TensorSpec(name=name, dtype="F32", shape=tuple(t.shape)) for name, t in tensors.items())
 
 
-def read_weights(path: Path, model: dict[str, Tensor], changes: Changes | None = None) -> Staged:
+def read_weights(
+    path: Path, model: dict[str, Tensor], mapping: MappedWeights | None = None, changes: Changes | None = None
+) -> Staged:
     """Map a version's file and check it against the model's `unique_tensors`. Touches only the file.
 
     What is to be copied is read here, off the decode thread: what is left for the pause is the copy.
 
     Args:
         path: of the file.
-        model: the live tensors.
+        model: the live tensors, by name.
+        mapping: of the same file, where this process has one: its pages are there.
         changes: what differs from them; None: not known. Tensors that do not change are not in the result.
 
     Raises:
         EngineFailure: the file cannot be read, or names, shapes, kinds of dtype or positions do not fit; names the
             first few.
     """
-    try:
-        mapped: dict[str, Tensor] = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise EngineFailure(f"weights {path.name} cannot be read: {error}") from error
+    mapped = _load(path) if mapping is None else _tensors(mapping)
     wrong = [f"{name} is missing" for name in model if name not in mapped]
     wrong += [f"{name} is not in the model" for name in mapped if name not in model]
     wrong += [
@@ -92,8 +99,6 @@ def read_weights(path: Path, model: dict[str, Tensor], changes: Changes | None =
         more = f" and {len(wrong) - NAMES_SHOWN} more" if len(wrong) > NAMES_SHOWN else ""
         raise EngineFailure(f"weights {path.name} do not fit the model: {'; '.join(wrong[:NAMES_SHOWN])}{more}")
     if changes is None:
-        for tensor in mapped.values():
-            _fault_in(tensor)
         return {**mapped}
     check_changes(path.name, changes, {name: tuple(tensor.shape) for name, tensor in model.items()})
     return {name: _pick(mapped[name], model[name], positions) for name, positions in changes.items() if len(positions)}
@@ -133,7 +138,36 @@ def _describe(tensor: Tensor) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
+def _load(path: Path) -> dict[str, Tensor]:
+    try:
+        loaded: dict[str, Tensor] = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise EngineFailure(f"weights {path.name} cannot be read: {error}") from error
+    for tensor in loaded.values():
+        _fault_in(tensor)
+    return loaded
+
+
 def _fault_in(tensor: Tensor) -> None:
     """Read one byte of every page. numpy sums without the interpreter lock: the decode thread goes on."""
     content = tensor.reshape(-1).view(torch.uint8).numpy()
     content[::PAGE_BYTES].sum(dtype=np.uint64)
+
+
+class _Bytes:
+    """Memory as numpy takes it for writable: torch would warn of each that is not. Nobody here writes."""
+
+    def __init__(self, mapped: MappedWeights) -> None:
+        self._memory = np.frombuffer(mapped.bytes(0, mapped.layout.file_bytes), np.uint8)
+        address = self._memory.__array_interface__["data"][0]
+        self.__array_interface__ = {**self._memory.__array_interface__, "data": (address, False)}
+
+
+def _tensors(mapped: MappedWeights) -> dict[str, Tensor]:
+    """View every tensor of a mapped file. The views keep its memory."""
+    file = torch.from_numpy(np.asarray(_Bytes(mapped)))
+    tensors = {}
+    for spec in mapped.layout.specs:
+        begin = mapped.layout.offset(spec.name)
+        tensors[spec.name] = file[begin : begin + spec.nbytes].view(DTYPES[spec.dtype]).view(spec.shape)
+    return tensors

@@ -153,7 +153,7 @@ class TransformersEngine:
             staged = await asyncio.to_thread(self._merger.merge, weights.path, weights.adapter)
         else:
             changes = changes_to(weights, self.live)
-            staged = await asyncio.to_thread(read_weights, weights.path, self._tensors, changes)
+            staged = await asyncio.to_thread(read_weights, weights.path, self._tensors, weights.mapped, changes)
             self._merger.forget()
         answer: asyncio.Future[float] = asyncio.get_running_loop().create_future()
         reply = _replying(answer)

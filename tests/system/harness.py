@@ -175,7 +175,8 @@ class Lab:
             "bind": self.address, "model": str(self.model), "dataset": str(self.data()),
             "output_dir": str(self.directory / "runs"), "run_name": "run", "num_generations": 4,
             "max_completion_length": 8, "prompts_per_step": 4, "max_staleness": 2, "max_steps": 6,
-            "learning_rate": 1e-3, "filter_zero_std": False, "heartbeat_s": 0.25, "liveness_s": 4.0, **changes,
+            "learning_rate": 1e-3, "filter_zero_std": False, "heartbeat_s": 0.25, "liveness_s": 4.0,
+            "staging_dir": str(self.directory / "staging"), **changes,
         }  # fmt: skip
         module = ["learner"]
         if faults is not None:

@@ -20,7 +20,8 @@ def test_wrong_and_short_weight_chunks_are_fetched_again_and_poisoned_steps_skip
     faults = {
         "witness": str(witness), "corrupt_chunks": 2, "truncate_chunks": 2, "poison_loss": [3], "poison_gradient": [5],
     }  # fmt: skip
-    learner = lab.learner(faults=faults, max_steps=6, eval_dataset=str(lab.data()), eval_size=4)
+    elsewhere = str(lab.directory / "elsewhere")  # else the server reads the learner's file, and no chunk is sent
+    learner = lab.learner(faults=faults, max_steps=6, eval_dataset=str(lab.data()), eval_size=4, staging_dir=elsewhere)
     server = lab.server(
         engine="transformers", model=str(lab.model), max_model_length=64, reward_funcs=[reward("parity")]
     )
@@ -35,6 +36,7 @@ def test_wrong_and_short_weight_chunks_are_fetched_again_and_poisoned_steps_skip
     assert len(damaged) == len(versions), "every version that was damaged on the way went live all the same"
     assert sum(int(event["refetched_blocks"]) for event in damaged) >= 2
     assert [event["version"] for event in live][-1] == "1.6"
+    assert {event["path"] for event in live} <= {"dense", "none"}
 
     rows = lab.run.rows()
     assert [row["policy_version"] for row in rows if row["skipped"]] == [2, 3]

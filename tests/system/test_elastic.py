@@ -79,6 +79,13 @@ def test_a_server_killed_mid_group_loses_nothing(elastic: Elastic) -> None:
         assert elastic.lineage.groups[ordinal][-1].group.attempt == 2
 
 
+def test_weights_on_one_host_are_read_where_they_lie(elastic: Elastic) -> None:
+    for name, server in elastic.servers.items():
+        paths = [event["path"] for event in server.events("weights_live")]
+        assert paths.count("shared") > len(paths) / 2, f"{name}: {paths}"  # else superseded between word and look
+    assert list((elastic.lab.directory / "staging").iterdir()) == [], "nothing is left, not even of the killed one"
+
+
 def test_every_ordinal_is_trained_exactly_once(elastic: Elastic) -> None:
     summary = elastic.lab.run.summary()
     check_whole_lineage(elastic.lineage, elastic.lab.run.ledger(f"step-{STEPS:06d}"), steps=STEPS)

@@ -67,6 +67,13 @@ def survived(module_lab: Lab) -> Survived:
     )  # fmt: skip
 
 
+def test_the_server_read_weights_where_each_learner_put_them(survived: Survived) -> None:
+    live = survived.server.events("weights_live")
+    shared = {int(event["version"].partition(".")[0]) for event in live if event["path"] == "shared"}
+    assert shared == {1, 2, 3, 4, 5, 6}, [event["path"] for event in live]
+    assert list((survived.lab.directory / "staging").iterdir()) == [], "what the dead left is gone"
+
+
 def test_every_death_happened(survived: Survived) -> None:
     assert survived.deaths == [-signal.SIGKILL] * len(DEATHS), survived.server.tail()
     assert survived.witness == [f"died at {moment.replace(':', ' ')}" for moment in DEATHS]

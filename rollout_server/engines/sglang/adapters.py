@@ -21,6 +21,7 @@ from protocol.logs import event
 from protocol.versions import Version
 from protocol.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS, changed_weights, peft_config
 from protocol.weights.layout import MappedWeights
+from protocol.weights.staging import links_directory
 from rollout_server.engines.base import EngineFailure, StagedWeights
 from rollout_server.engines.sglang.client import Client
 
@@ -100,7 +101,7 @@ def write_adapter(weights: StagedWeights, model: Path) -> Path:
         EngineFailure: none can be made.
     """
     assert weights.adapter is not None
-    directory = weights.path.with_suffix("")
+    directory = links_directory(weights.path)
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
         shutil.copyfile(weights.path, directory / ADAPTER_WEIGHTS)

@@ -17,6 +17,7 @@ from protocol.messages import Float32
 from protocol.versions import Version
 from protocol.waits import Waits
 from protocol.weights.adapters import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from protocol.weights.staging import links_directory
 from rollout_server.engines.base import Canaries, EngineFailure, SamplesWithheld, StagedWeights
 from rollout_server.engines.sglang.answers import score_body, scores
 from rollout_server.engines.sglang.check import Gate, Mismatch, WeightsSuspect, compare
@@ -200,7 +201,7 @@ def link_weights(file: Path) -> Path:
     Raises:
         EngineFailure: none can be made.
     """
-    directory = file.with_suffix("")
+    directory = links_directory(file)
     link = directory / "model.safetensors"
     try:
         directory.mkdir(mode=0o700, exist_ok=True)
@@ -213,7 +214,7 @@ def link_weights(file: Path) -> Path:
 
 def unlink_weights(file: Path) -> None:
     """Remove what `link_weights` made, `adapters.write_adapter` and `SparseLoads`; what else is there stays."""
-    directory = file.with_suffix("")
+    directory = links_directory(file)
     with contextlib.suppress(OSError):
         for name in ("model.safetensors", ADAPTER_WEIGHTS, ADAPTER_CONFIG):
             (directory / name).unlink(missing_ok=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import errno
+import os
 import threading
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -22,9 +24,10 @@ from protocol.versions import Version
 from protocol.waits import Waits
 from protocol.weights.adapters import AdapterSpec, factor_names
 from protocol.weights.delta_manifest import read_deltas
-from protocol.weights.layout import MappedWeights, build_manifest
-from protocol.weights.manifest import Manifest, TensorSpec
+from protocol.weights.layout import Layout, MappedWeights, build_manifest
+from protocol.weights.manifest import Algorithm, Manifest, TensorSpec, block_digests
 from protocol.weights.serving import ServeCounters
+from protocol.weights.shared import SharedReader
 
 SPECS = [TensorSpec("a", "F32", (64, 4)), TensorSpec("b", "BF16", (100,))]
 
@@ -74,13 +77,16 @@ class FakeSource:
     def specs(self) -> list[TensorSpec]:
         return SPECS
 
-    def write_weights(self, mapped: MappedWeights) -> None:
+    def write_weights(self, mapped: MappedWeights, algorithm: Algorithm | None) -> dict[str, tuple[str, ...]]:
         self.writing.set()
         assert self.gate.wait(10)
         if self.error is not None:
             raise self.error
         for spec in SPECS:
             np.frombuffer(mapped.view(spec.name), np.uint8)[:] = self.value
+        if algorithm is None:
+            return {}
+        return {spec.name: block_digests(algorithm, mapped.view(spec.name)) for spec in SPECS}
 
 
 class FakeArchive:
@@ -98,7 +104,7 @@ class FakeArchive:
 class Bench:
     """A publisher with everything around it."""
 
-    def __init__(self, directory: Path, tasks: asyncio.TaskGroup) -> None:
+    def __init__(self, directory: Path, tasks: asyncio.TaskGroup, algorithm: Algorithm = "xxh3_128") -> None:
         self.server, self.source, self.waits = FakeServer(), FakeSource(), Waits()
         self.announced: list[WeightsReady] = []
         self.archive = FakeArchive()
@@ -108,7 +114,7 @@ class Bench:
             DeltaChain(self.server, Links(local=True), "always"),
             self.archive,
             directory=directory,
-            algorithm="xxh3_128",
+            algorithm=algorithm,
             bulk_address="tcp://127.0.0.1:5556",
             announce=self.announced.append,
             tasks=tasks,
@@ -137,10 +143,10 @@ class Bench:
                 await asyncio.sleep(0.001)
 
 
-def on_bench(directory: Path, scenario: Callable[[Bench], Awaitable[None]]) -> None:
+def on_bench(directory: Path, scenario: Callable[[Bench], Awaitable[None]], algorithm: Algorithm = "xxh3_128") -> None:
     async def main() -> None:
         async with asyncio.TaskGroup() as tasks:
-            bench = Bench(directory, tasks)
+            bench = Bench(directory, tasks, algorithm)
             await scenario(bench)
         bench.server.check_bytes()
         await bench.publisher.close()
@@ -227,7 +233,7 @@ def test_i5_a_version_still_being_hashed_is_not_overwritten_by_the_next(tmp_path
         bench.server.check_bytes()
         assert bench.versions() == [1, 2]
 
-    on_bench(tmp_path, scenario)
+    on_bench(tmp_path, scenario, "blake3")  # of which the weights may change while it is computed
 
 
 def test_i5_many_versions_in_a_row_never_touch_what_is_served_or_read(tmp_path):
@@ -256,6 +262,77 @@ def test_slow_readers_of_every_mapping_end_the_run_with_a_reason(tmp_path, monke
     with pytest.raises(ExceptionGroup) as raised:
         on_bench(tmp_path, scenario)
     assert raised.group_contains(WeightsError, match=r"all 4 published versions are still being read after 0\.1 s")
+
+
+# --- servers on this host, which read the mappings themselves
+
+
+def test_a_version_is_announced_with_the_name_of_its_file(tmp_path):
+    async def scenario(bench):
+        await bench.publish(3)
+        (ready,) = bench.announced
+        (file,) = tmp_path.iterdir()
+        assert ready.shared == file.name
+        assert file.name.endswith("-1.3.safetensors")
+        manifest = Manifest.from_json(ready.manifest.tobytes())
+        reader = SharedReader(tmp_path)
+        mapped = reader.claim(ready.shared, manifest.layout)
+        assert build_manifest(ready.version, mapped, manifest.algorithm) == manifest
+        reader.close()
+
+    on_bench(tmp_path, scenario)
+
+
+def test_i5_what_servers_have_claimed_is_not_overwritten_and_no_step_waits_for_them(tmp_path):
+    """Each claim costs one mapping more, for as long as it lasts."""
+
+    async def scenario(bench):
+        readers = []
+        for version in range(6):
+            await bench.publish(version)
+            reader = SharedReader(tmp_path)
+            readers.append((reader, bench.announced[-1]))
+            reader.claim(bench.announced[-1].shared, Layout(SPECS))
+        assert len(list(tmp_path.iterdir())) == 6 > BUFFERS
+        for reader, ready in readers:
+            manifest = Manifest.from_json(ready.manifest.tobytes())
+            assert build_manifest(ready.version, reader._claimed.mapped, "xxh3_128") == manifest
+            reader.close()
+        await bench.publish(6)
+        assert len(list(tmp_path.iterdir())) == BUFFERS, "what they had is given back"
+
+    on_bench(tmp_path, scenario)
+
+
+def test_without_room_for_another_the_step_waits_for_servers_and_the_error_names_what_they_hold(tmp_path, monkeypatch):
+    monkeypatch.setattr(publish_module, "FREE_BUFFER_S", 0.2)
+
+    async def scenario(bench):
+        readers = [SharedReader(tmp_path) for _ in range(BUFFERS)]
+        for version in range(BUFFERS):
+            await bench.publish(version)
+            readers[version].claim(bench.announced[-1].shared, Layout(SPECS))
+        monkeypatch.setattr(os, "posix_fallocate", no_room)
+        bench.start(4)
+        await bench.until(lambda: bench.tried)
+        readers[1].release()
+        await bench.publisher.wait_previous()
+        await bench.until(lambda: bench.publisher.published == 5)
+        bench.start(5)
+        await bench.publisher.wait_previous()
+
+    def no_room(*arguments):
+        benches[0].tried = True
+        raise OSError(errno.ENOSPC, "no space")
+
+    benches = []
+    monkeypatch.setattr(Bench, "tried", False, raising=False)
+    real = Bench.__init__
+    monkeypatch.setattr(Bench, "__init__", lambda self, *arguments: (benches.append(self), real(self, *arguments))[1])
+    with pytest.raises(ExceptionGroup) as raised:
+        on_bench(tmp_path, scenario)
+    expected = r"after 0\.2 s; servers on this host have claimed 2 \(1\.0, 1\.2\), and there is no room for another"
+    assert raised.group_contains(WeightsError, match=r"all 4 published versions are still being read " + expected)
 
 
 def test_weights_that_are_not_finite_end_the_run(tmp_path):

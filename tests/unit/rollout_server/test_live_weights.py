@@ -41,7 +41,7 @@ def test_what_changes_is_the_whole_file_to_the_bit(
     new, changes = change_some(old, share=share)
     save_file(new, tmp_path / "new.safetensors")
     by_few, by_all = (plain_model(tiny_model_dir).to(dtype) for _ in range(2))
-    staged = read_weights(tmp_path / "new.safetensors", unique_tensors(by_few), changes)
+    staged = read_weights(tmp_path / "new.safetensors", unique_tensors(by_few), changes=changes)
     large = {name for name in changes if new[name].numel() * DENSE_ABOVE > 2}
     assert {name for name, tensor in staged.items() if isinstance(tensor, Few)} >= (large if share < 0.1 else set())
     copy_weights(staged, unique_tensors(by_few))
@@ -143,9 +143,9 @@ def test_a_load_that_came_between_is_noticed(
     save_file(new, tmp_path / "new.safetensors")
     go_on = threading.Event()
 
-    def slow_where_few(path: Path, model: Any, changes: Any = None) -> Any:
+    def slow_where_few(path: Path, model: Any, mapping: Any = None, changes: Any = None) -> Any:
         assert changes is None or go_on.wait(20)
-        return read_weights(path, model, changes)
+        return read_weights(path, model, mapping, changes)
 
     monkeypatch.setattr(engine_module, "read_weights", slow_where_few)
 

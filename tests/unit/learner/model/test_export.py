@@ -7,9 +7,10 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from learner.model.export import save_pretrained, specs_of, unique_tensors, write_weights
+from learner.model.export import describe, save_pretrained, specs_of, unique_tensors, write_tensors, write_weights
 from protocol.errors import WeightsError
-from protocol.weights.layout import Layout, MappedWeights
+from protocol.versions import Version
+from protocol.weights.layout import Layout, MappedWeights, build_manifest, make_manifest
 from tests.models import build_tiny_model
 
 
@@ -52,6 +53,43 @@ def test_a_tensor_that_is_not_finite_is_named(model, bad, tmp_path):
     with MappedWeights.create(tmp_path / "version.safetensors", Layout(specs_of(model, "float32"))) as mapped:
         with pytest.raises(WeightsError, match=r"^tensor model\.layers\.1\.mlp\.up_proj\.weight is not finite"):
             write_weights(model, "float32", mapped)
+
+
+LARGE = 1_300_000
+"""More elements than a block, and than several pieces; no multiple of either."""
+
+
+@pytest.mark.parametrize("algorithm", ["xxh3_128", "blake3"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_digests_taken_piece_by_piece_are_those_of_the_file(dtype, algorithm, tmp_path):
+    tensors = {
+        "large": torch.randn(LARGE * 2), "block": torch.randn(1 << 20), "two": torch.randn(1 << 21),
+        "turned": torch.randn(700, 900).T, "small": torch.randn(3), "scalar": torch.tensor(2.0),
+    }  # fmt: skip
+    with MappedWeights.create(tmp_path / "version.safetensors", Layout(describe(tensors, dtype))) as mapped:
+        digests = write_tensors(tensors, dtype, mapped, algorithm)
+        version = Version(1, 2)
+        manifest = make_manifest(version, mapped.layout, algorithm, digests)
+        assert manifest == build_manifest(version, mapped, algorithm)
+        published = load_file(tmp_path / "version.safetensors")
+    assert all(torch.equal(published[name], tensor.to(published[name].dtype)) for name, tensor in tensors.items())
+
+
+@pytest.mark.parametrize("at", [0, LARGE // 2, LARGE - 1])
+def test_one_number_of_a_large_tensor_is_enough_to_refuse_it(at, tmp_path):
+    tensors = {"w": torch.ones(LARGE)}
+    with MappedWeights.create(tmp_path / "version.safetensors", Layout(describe(tensors, "bfloat16"))) as mapped:
+        write_tensors(tensors, "bfloat16", mapped)
+        tensors["w"][at] = float("-inf")
+        with pytest.raises(WeightsError, match=r"^tensor w is not finite"):
+            write_tensors(tensors, "bfloat16", mapped)
+
+
+def test_finite_numbers_whose_sum_is_not_are_published(tmp_path):
+    tensors = {"w": torch.full((LARGE,), 3e38), "v": torch.tensor([3e38, 3e38, -3e38] * 100)}
+    with MappedWeights.create(tmp_path / "version.safetensors", Layout(describe(tensors, "float32"))) as mapped:
+        write_tensors(tensors, "float32", mapped)
+        assert torch.equal(load_file(tmp_path / "version.safetensors")["w"], tensors["w"])
 
 
 def test_a_saved_directory_loads_plainly(model, tmp_path, tiny_model_dir):

@@ -11,6 +11,7 @@ import pytest
 
 from protocol.completions import Completion
 from protocol.versions import Version
+from protocol.weights.staging import links_directory
 from rollout_server.engines.base import EngineFailure, SamplesWithheld, StagedWeights
 from rollout_server.engines.sglang import SGLangEngine
 from tests.fake_sglang.driving import V0, V1, V2, Fake, child_engine, content_of, is_pure, request, run, until
@@ -186,7 +187,7 @@ def test_a_version_that_does_not_fit_leaves_the_old_one_serving(
             with pytest.raises(EngineFailure, match=r"weights broken.safetensors cannot be read"):
                 await engine.load_weights(StagedWeights(version=V1, path=tmp_path / "broken.safetensors"))
             (tmp_path / str(V1)).mkdir()
-            (tmp_path / "1").write_text("in the way")  # Path("1.1").with_suffix("")
+            links_directory(tmp_path / "1.safetensors").write_text("in the way")
             blocked = weights(V1)
             blocked.path.rename(tmp_path / "1.safetensors")
             with pytest.raises(EngineFailure, match=r"weights 1.safetensors cannot be given a directory for SGLang"):
