@@ -20,6 +20,9 @@ from protocol.weights.shared import SharedReader
 
 log = logging.getLogger(__name__)
 
+STRIKES = 3
+"""A path that brings wrong bytes so often in a row is not taken again."""
+
 
 class SharedStage:
     """Owns this server's claim on the learner's files."""
@@ -29,6 +32,8 @@ class SharedStage:
         self._said = False
         self.refused = 0
         """Versions that could not be read where they lie, since the start."""
+        self._wrong = 0
+        """In a row, whose bytes were wrong."""
 
     def bring(self, manifest: Manifest, name: str, stop: threading.Event) -> tuple[MappedWeights, float] | None:
         """Claim and verify the learner's file.
@@ -45,12 +50,13 @@ class SharedStage:
             Superseded: `stop` was set.
         """
         self._reader.release()
-        if not name:
+        if not name or self._wrong >= STRIKES:
             return None
         try:
             mapped = self._reader.claim(name, manifest.layout)
             begun_s = time.monotonic()
             _verify(mapped, manifest, stop)
+            self._wrong = 0
             return mapped, time.monotonic() - begun_s
         except Superseded:
             self._reader.release()
@@ -62,7 +68,15 @@ class SharedStage:
             if not self._said or level == logging.ERROR:
                 event(log, "weights_not_shared", level=level, version=manifest.version, reason=error)
             self._said = True
+            if isinstance(error, IntegrityError):
+                self._strike(manifest)
             return None
+
+    def _strike(self, manifest: Manifest) -> None:
+        self._wrong += 1
+        if self._wrong == STRIKES:
+            text = f"{STRIKES} in a row: versions are no longer read where they lie"
+            event(log, "weights_path_quarantined", level=logging.ERROR, version=manifest.version, reason=text)
 
     def release(self) -> None:
         """Give the claim up, unless a load that was given up may still be reading."""

@@ -31,7 +31,7 @@ from protocol.weights.staging import clean_staging, staging_path
 from rollout_server.deltas import Changes, apply_chain
 from rollout_server.engines.base import Canaries
 from rollout_server.relay import Relay
-from rollout_server.shared_stage import SharedStage
+from rollout_server.shared_stage import STRIKES, SharedStage
 
 log = logging.getLogger(__name__)
 
@@ -40,8 +40,6 @@ OnBlock = Callable[[int], None]
 FETCH_S = 600.0
 """A version that takes longer is given up (and asked for again while it is the newest)."""
 STALL_S = 3.0
-STRIKES = 3
-"""A path that brings wrong bytes so often in a row is not taken again."""
 UNSEEN_LINK = LinkSpeed(125e6)
 """1 Gbit/s: what the link is taken for until it has been seen."""
 TELLING_BYTES = 256 << 10

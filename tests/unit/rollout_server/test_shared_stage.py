@@ -103,9 +103,12 @@ def test_i5_a_wrong_byte_is_found_wherever_it_is_and_the_version_fetched(
         assert holds(delivery.mapped, wanted.manifest)
         assert host.buffer.begin(), "what is wrong is not claimed"
         host.buffer.finish(wanted.version)
-    errors = [record for record in caplog.records if record.levelno == logging.ERROR]
+    *errors, last = [record.getMessage() for record in caplog.records if record.levelno == logging.ERROR]
     assert len(errors) == 3, "each time"
-    assert "its bytes do not hash to the manifest" in errors[0].getMessage()
+    assert "its bytes do not hash to the manifest" in errors[0]
+    assert "weights_path_quarantined" in last
+    honest = host.publish(4)
+    assert (host.bring(honest).path, host.stage._shared.refused) == (WeightsPath.DENSE, 3)
 
 
 def test_a_learner_on_another_host_is_noted_once(host: Host, caplog: pytest.LogCaptureFixture) -> None:

@@ -21,7 +21,9 @@ from protocol.weights.fetching import WeightsFetcher
 from protocol.weights.layout import MappedWeights, build_manifest
 from protocol.weights.manifest import content_digest
 from protocol.weights.serving import WeightsServer
-from rollout_server.stage import STRIKES, Delivery, Stage, Wanted
+from rollout_server.relay import Relay
+from rollout_server.shared_stage import STRIKES
+from rollout_server.stage import Delivery, Stage, Wanted
 from tests.weights import SMALL_SPECS, fill, make_weights
 
 
@@ -222,3 +224,26 @@ def test_a_repair_that_fails_leaves_nothing_that_is_taken_for_whole(trip: Trip) 
         trip.stage.bring(wanted, threading.Event())
     trip.step()
     assert trip.bring().path is WeightsPath.DENSE
+
+
+def test_a_delta_is_passed_on_as_it_came_and_what_it_made_of_the_file_too(trip: Trip, tmp_path: Path) -> None:
+    with Relay(f"ipc://{tmp_path}/relay") as relay:
+        first = Stage(tmp_path / "first", WeightsFetcher(), relay)
+        second = Stage(tmp_path / "second", WeightsFetcher())
+        late = Stage(tmp_path / "late", WeightsFetcher())
+        for stage in (first, second):
+            stage.bring(trip.wanted(), threading.Event())
+        trip.step()
+        direct = trip.wanted()
+        through = Wanted(direct.manifest, (relay.address,), None, direct.deltas)
+        sent = trip.server.counters.bytes
+        for stage, wanted, path in ((first, direct, WeightsPath.DELTA), (second, through, WeightsPath.DELTA)):
+            delivery = stage.bring(wanted, threading.Event())
+            assert delivery.path is path
+            assert delivery.file.read_bytes() == trip.newest.mapped.path.read_bytes()
+        delivery = late.bring(through, threading.Event())
+        assert delivery.path is WeightsPath.DENSE, "it has no base, and the first one has the whole file"
+        assert delivery.file.read_bytes() == trip.newest.mapped.path.read_bytes()
+        assert trip.server.counters.bytes - sent == direct.deltas[-1].nbytes, "once, to the first one"
+        for stage in (first, second, late):
+            stage.close()
