@@ -7,6 +7,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import ParamSpec, TypeVar
 
+from learner.model.host_memory import keep_freed_memory
 from protocol.tasks import finish
 
 P = ParamSpec("P")
@@ -17,6 +18,7 @@ class Compute:
     """Call it with a function and its arguments. `busy_with` is what the screen shows."""
 
     def __init__(self) -> None:
+        keep_freed_memory()
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="compute")
         self.busy_with = ""
 

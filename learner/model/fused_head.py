@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from learner.model.logprobs import HeadGradients, Statistics, chunks, in_head_dtype, without_autocast
+from learner.model.logprobs import HeadGradients, Statistics, chunks, in_head_dtype, send_back, without_autocast
 
 TokenLossFunction = Callable[[Tensor, slice], Tensor]
 """Given the logprobs [rows] of some consecutive tokens and which of the T they are: their share [] of the loss."""
@@ -31,6 +31,7 @@ def fused_token_loss(
     token_loss: TokenLossFunction,
     *,
     fp32: bool = False,
+    accumulates: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Compute a loss of the target tokens' logprobs, and its gradients at once.
 
@@ -42,13 +43,15 @@ def fused_token_loss(
         temperature_T: [T] > 0.
         token_loss: the loss; called once for every chunk of tokens, in order.
         fp32: matrix products in float32, whatever the model's dtype or autocast.
+        accumulates: the loss will be backpropagated, as it is, into gradients that add up: where the weight has one
+            already, this one is added to it here and now, which saves a tensor of the weight's size.
 
     Returns:
         The loss [], to be differentiated once with respect to hidden states, weight and bias; logprobs [T] and
         entropies [T] in nats, not differentiable. All float32 (float64 for a float64 model).
     """
     hidden_TH = in_head_dtype(hidden_TH, fp32=fp32)
-    arguments = (hidden_TH, weight_VH, bias_V, targets_T, 1.0 / temperature_T, token_loss)
+    arguments = (hidden_TH, weight_VH, bias_V, targets_T, 1.0 / temperature_T, token_loss, accumulates)
     loss, logprobs_T, entropy_T = _FusedTokenLoss.apply(*arguments)  # type: ignore[no-untyped-call]
     return loss, logprobs_T, entropy_T
 
@@ -65,19 +68,20 @@ class _FusedTokenLoss(torch.autograd.Function):
         targets: Tensor,
         inverse_temperature: Tensor,
         token_loss: TokenLossFunction,
+        accumulates: bool,
     ) -> tuple[Tensor, Tensor, Tensor]:
         with without_autocast(hidden):
             head = weight.to(hidden.dtype)
             statistics = Statistics(hidden, targets, inverse_temperature)
-            gradients = HeadGradients(hidden, weight, head, bias, frozen=not ctx.needs_input_grad[1])
+            frozen, onto = not ctx.needs_input_grad[1], weight.grad if accumulates else None
+            gradients = HeadGradients(hidden, weight, head, bias, frozen=frozen, onto=onto)
             loss = statistics.logprobs.new_zeros(())
             for rows, logits in chunks(hidden, head, bias):
                 statistics.add(rows, logits)
                 part, slope = _value_and_slope(token_loss, statistics.logprobs[rows, 0], rows)
                 loss += part
-                statistics.differentiate_(rows, logits, slope[:, None], None)
-                gradients.add(rows, logits)
-        ctx.gradients = gradients.result()
+                send_back(statistics, gradients, rows, logits, slope, None)
+        ctx.gradients, ctx.accumulates = gradients.result(), accumulates
         logprobs, entropy = statistics.logprobs.squeeze(1), statistics.entropy.squeeze(1)
         ctx.mark_non_differentiable(logprobs, entropy)
         ctx.set_materialize_grads(False)
@@ -89,11 +93,12 @@ class _FusedTokenLoss(torch.autograd.Function):
         d_hidden, d_weight, d_bias = ctx.gradients
         del ctx.gradients  # autograd copies a gradient that somebody else still holds
         scale = grad_outputs[0].item()
+        assert scale == 1.0 or not ctx.accumulates, "a part of the gradient is where it belongs already"
         if scale != 1.0:  # spares a pass over a gradient of the weight's size
             for gradient in (d_hidden, d_weight, d_bias):
                 if gradient is not None:
                     gradient.mul_(scale)
-        return d_hidden, d_weight, d_bias, None, None, None
+        return d_hidden, d_weight, d_bias, None, None, None, None
 
 
 def _value_and_slope(token_loss: TokenLossFunction, logprobs: Tensor, rows: slice) -> tuple[Tensor, Tensor]:

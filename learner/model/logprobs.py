@@ -21,12 +21,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 32 << 20
 MIN_CHUNK_TOKENS = 256
 """Logits held at a time, and at least so many rows of them: fewer rows make slow matrix products, many more are no
 faster (measured on CPU)."""
 TILE_ELEMENTS = 1 << 17
 """Logits that are worked on at a time: half a MiB stays in a core's cache (2 to 3 times faster than whole chunks)."""
+MOVED_ROWS = 8
+"""Of a chunk's logits, copied at a time."""
 LOWEST = -1e4
 """Logits this far below the largest have probability 0 in every dtype; kept finite, because 0 x -inf is not 0."""
 
@@ -81,10 +83,41 @@ class _TokenLogprobs(torch.autograd.Function):
         hidden, weight, head, bias = ctx.saved_tensors
         gradients = HeadGradients(hidden, weight, head, bias, frozen=not ctx.needs_input_grad[1])
         for rows, logits in chunks(hidden, head, bias):
-            logprobs, entropy = (None if grad is None else grad[rows, None] for grad in grad_outputs)
-            ctx.statistics.differentiate_(rows, logits, logprobs, entropy)
-            gradients.add(rows, logits)
+            logprobs, entropy = (None if grad is None else grad[rows] for grad in grad_outputs)
+            send_back(ctx.statistics, gradients, rows, logits, logprobs, entropy)
         return *gradients.result(), None, None
+
+
+def send_back(
+    statistics: Statistics,
+    gradients: HeadGradients,
+    rows: slice,
+    logits: Tensor,
+    d_logprobs: Tensor | None,
+    d_entropy: Tensor | None,
+) -> None:
+    """Add the gradients that come through the logits [rows, V] of some tokens, which are overwritten.
+
+    Tokens without a gradient (clipped, or of advantage 0) are left out of the two matrix products.
+
+    Args:
+        statistics: with these tokens.
+        gradients: what to add to.
+        rows: which tokens.
+        logits: theirs.
+        d_logprobs: [rows] gradients with respect to their logprobs, or None.
+        d_entropy: [rows] gradients with respect to their entropies, or None.
+    """
+    moving = torch.zeros(len(logits), dtype=torch.bool, device=logits.device)
+    for gradient in (d_logprobs, d_entropy):
+        if gradient is not None:
+            moving |= gradient != 0
+    kept = _to_front_(logits, moving)
+    logits = logits[: len(kept)]
+    d_logprobs, d_entropy = (None if grad is None else grad[kept, None] for grad in (d_logprobs, d_entropy))
+    tokens = kept + rows.start
+    statistics.differentiate_(tokens, logits, d_logprobs, d_entropy)
+    gradients.add(tokens, logits)
 
 
 class Statistics:
@@ -105,7 +138,7 @@ class Statistics:
     def add(self, rows: slice, logits: Tensor) -> None:
         """Take in the logits [rows, V] of some tokens, which stay as they are."""
         for tile in _tiles(rows, logits.shape[1]):
-            z = logits[_within(tile, rows)] * self._inverse_temperature[tile]
+            z = logits[tile.start - rows.start : tile.stop - rows.start] * self._inverse_temperature[tile]
             largest = z.amax(-1, keepdim=True)
             z.sub_(largest)
             chosen = z.gather(1, self._targets[tile])
@@ -116,26 +149,29 @@ class Statistics:
             self.entropy[tile] = log_total - weights.mul_(z).sum(-1, keepdim=True) / total
             self._lse[tile] = largest + log_total
 
-    def differentiate_(self, rows: slice, logits: Tensor, d_logprobs: Tensor | None, d_entropy: Tensor | None) -> None:
-        """Replace the logits [rows, V] by the gradients with respect to them.
+    def differentiate_(
+        self, tokens: Tensor, logits: Tensor, d_logprobs: Tensor | None, d_entropy: Tensor | None
+    ) -> None:
+        """Replace the logits [n, V] of n tokens by the gradients with respect to them.
 
         Args:
-            rows: which tokens.
+            tokens: [n] int64, which of the T.
             logits: as given to `add`.
-            d_logprobs: [rows, 1] gradients with respect to their logprobs, or None.
-            d_entropy: [rows, 1] gradients with respect to their entropies, or None.
+            d_logprobs: [n, 1] gradients with respect to their logprobs, or None.
+            d_entropy: [n, 1] gradients with respect to their entropies, or None.
         """
-        slope = torch.zeros_like(self._lse[rows]) if d_logprobs is None else d_logprobs.to(self._lse.dtype)
-        for tile in _tiles(rows, logits.shape[1]):
-            within = _within(tile, rows)
-            part, scale = logits[within], self._inverse_temperature[tile]
-            z = part.to(scale.dtype).mul_(scale).sub_(self._lse[tile])  # in place, where the dtypes are equal
+        lse, entropy, targets = self._lse[tokens], self.entropy[tokens], self._targets[tokens]
+        inverse_temperature = self._inverse_temperature[tokens]
+        slope = torch.zeros_like(lse) if d_logprobs is None else d_logprobs.to(lse.dtype)
+        for tile in _tiles(slice(0, len(logits)), logits.shape[1]):
+            part, scale = logits[tile], inverse_temperature[tile]
+            z = part.to(scale.dtype).mul_(scale).sub_(lse[tile])  # in place, where the dtypes are equal
             if d_entropy is None:
-                d_logits = z.exp_().mul_(slope[within] * -scale)
+                d_logits = z.exp_().mul_(slope[tile] * -scale)
             else:
-                surprise = z.clamp_min(LOWEST).add_(self.entropy[tile]).mul_(d_entropy[within]).add_(slope[within])
+                surprise = z.clamp_min(LOWEST).add_(entropy[tile]).mul_(d_entropy[tile]).add_(slope[tile])
                 d_logits = z.exp_().mul_(surprise).mul_(-scale)
-            d_logits.scatter_add_(1, self._targets[tile], slope[within] * scale)
+            d_logits.scatter_add_(1, targets[tile], slope[tile] * scale)
             if d_logits.dtype != part.dtype:
                 part.copy_(d_logits)
 
@@ -149,34 +185,45 @@ class HeadGradients:
         head: the weight in the dtype of hidden.
         bias: [V] or None.
         frozen: the weight does not train (an adapter does): a matrix product less.
+        onto: the weight's gradient so far, to be added to in place; `result` then has none for the weight.
     """
 
-    def __init__(self, hidden: Tensor, weight: Tensor, head: Tensor, bias: Tensor | None, *, frozen: bool) -> None:
+    def __init__(
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        head: Tensor,
+        bias: Tensor | None,
+        *,
+        frozen: bool,
+        onto: Tensor | None = None,
+    ) -> None:
         self._hidden, self._head, self._frozen = hidden, head, frozen
         self._dtype = weight.dtype
-        self._d_hidden = torch.empty_like(hidden)
-        self._d_weight: Tensor | None = None
+        self._d_hidden = torch.zeros_like(hidden)
+        self._d_weight, self._in_place = onto, onto is not None
         self._d_bias = None if bias is None else torch.zeros_like(bias)
 
-    def add(self, rows: slice, d_logits: Tensor) -> None:
-        """Take in the gradients [rows, V] with respect to the logits of some tokens."""
-        torch.mm(d_logits, self._head, out=self._d_hidden[rows])
+    def add(self, tokens: Tensor, d_logits: Tensor) -> None:
+        """Take in the gradients [n, V] with respect to the logits of the tokens [n]."""
+        self._d_hidden[tokens] = d_logits @ self._head
+        hidden = self._hidden[tokens]
         if self._frozen:
             pass
         elif self._d_weight is None:
-            self._d_weight = d_logits.T @ self._hidden[rows]
+            self._d_weight = d_logits.T @ hidden
             # Sums of many chunks are kept in the wider of both dtypes.
             self._d_weight = self._d_weight.to(torch.promote_types(self._dtype, d_logits.dtype))
         elif self._d_weight.dtype == d_logits.dtype:
-            self._d_weight.addmm_(d_logits.T, self._hidden[rows])
+            self._d_weight.addmm_(d_logits.T, hidden)
         else:
-            self._d_weight += d_logits.T @ self._hidden[rows]
+            self._d_weight += d_logits.T @ hidden
         if self._d_bias is not None:
             self._d_bias += d_logits.sum(0)
 
     def result(self) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Hand over the gradients of hidden, weight (None where frozen, or without tokens) and bias."""
-        d_weight = None if self._d_weight is None else self._d_weight.to(self._dtype)
+        """Hand over the gradients of hidden, weight (None where frozen, without tokens, or done) and bias."""
+        d_weight = None if self._d_weight is None or self._in_place else self._d_weight.to(self._dtype)
         self._d_weight = None  # autograd copies a gradient that somebody else still holds
         return self._d_hidden, d_weight, self._d_bias
 
@@ -211,6 +258,12 @@ def _tiles(rows: slice, vocabulary: int) -> Iterator[slice]:
         yield slice(start, min(start + height, rows.stop))
 
 
-def _within(tile: slice, rows: slice) -> slice:
-    """Where a tile is in its chunk."""
-    return slice(tile.start - rows.start, tile.stop - rows.start)
+def _to_front_(logits: Tensor, wanted: Tensor) -> Tensor:
+    """Move the wanted rows to the front, over others. Returns which row each was, [number wanted]."""
+    kept = torch.arange(int(wanted.sum()), device=logits.device)
+    holes = (~wanted[: len(kept)]).nonzero()[:, 0]
+    behind = wanted[len(kept) :].nonzero()[:, 0] + len(kept)
+    kept[holes] = behind
+    for to, origin in zip(holes.split(MOVED_ROWS), behind.split(MOVED_ROWS), strict=True):
+        logits[to] = logits[origin]
+    return kept

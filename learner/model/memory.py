@@ -14,7 +14,7 @@ from protocol.errors import ConfigError
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
 STATE_BYTES = {"adamw_8bit": 1, "paged_adamw_8bit": 1, "paged_adamw_32bit": 4}
 """Of each of AdamW's two moments, where it is not the weights' own."""
-CHUNK_BYTES = 64 << 20
+CHUNK_BYTES = 32 << 20
 MIN_CHUNK_TOKENS = 256
 """As in logprobs.py, which needs torch."""
 TENSORS_PER_LAYER = 12

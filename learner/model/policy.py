@@ -135,12 +135,13 @@ class Policy:
             prompt: from `forward_prompt`.
 
         Returns:
-            The loss [], for one backward pass; logprobs [T] and entropies [T] without a graph.
+            The loss [], for one plain backward() (no factor, no torch.autograd.grad); logprobs [T] and entropies [T]
+            without a graph.
         """
         with self._precision():
             predictors = self.predictors(rows, prompt)
             arguments = (*head_of(self.model), targets_T, temperature_T, token_loss)
-            return fused_token_loss(predictors, *arguments, fp32=self._fp32_head)
+            return fused_token_loss(predictors, *arguments, fp32=self._fp32_head, accumulates=True)
 
     def step_logprobs(self, step: StepTokens, micro_batches: Sequence[MicroBatch]) -> Tensor:
         """Compute the logprobs of all tokens of the step that train, [T], without gradient.

@@ -13,6 +13,7 @@ import signal
 from pathlib import Path
 
 from learner.config import LearnerConfig
+from learner.model.host_memory import keep_freed_memory
 from learner.ranks.commands import Save, Start, Stay, Stop, Train, Update, batch_of, from_bytes
 from learner.ranks.trainer import RankTrainer
 from learner.ranks.world import World
@@ -29,6 +30,7 @@ def follow(config: LearnerConfig, world: World) -> int:
     Raises:
         RankLost: rank 0, or another rank, is gone.
     """
+    keep_freed_memory()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     with world.watched("loading"):

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 def make_trainer(shape: Shape, **options: Any) -> Trainer:
     from learner.config import LearnerConfig
+    from learner.model.host_memory import keep_freed_memory
     from learner.trainer import Trainer
 
+    keep_freed_memory()  # as learner/compute.py does
     with tempfile.TemporaryDirectory() as directory:
         return Trainer(LearnerConfig(model=str(write_model(Path(directory), shape)), **options))
 

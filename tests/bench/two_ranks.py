@@ -96,9 +96,11 @@ def main(directory: Path, quick: bool) -> None:
     import os
 
     from learner.config import LearnerConfig
+    from learner.model.host_memory import keep_freed_memory
     from learner.ranks.place import place_of
     from learner.trainer import Trainer
 
+    keep_freed_memory()  # as learner/compute.py and learner/ranks/follower.py do
     config = LearnerConfig(model=str(directory / "model"), learning_rate=1e-6, token_budget=2048)
     place = place_of(os.environ)
     if place is None:

@@ -68,6 +68,55 @@ def test_the_same_bits_as_the_head_that_runs_twice():
     assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
 
 
+@pytest.mark.parametrize("head", ["fused", "recompute"])
+def test_tokens_without_a_gradient_are_left_out_of_the_products(head, monkeypatch):
+    tokens = []
+    add = logprobs.HeadGradients.add
+    monkeypatch.setattr(
+        logprobs.HeadGradients,
+        "add",
+        lambda self, kept, d_logits: (tokens.extend(kept.tolist()), add(self, kept, d_logits)),
+    )
+    hidden, weight, bias, targets, temperature = inputs()
+    slopes = torch.where(torch.arange(T) % 3 == 1, torch.linspace(-1.0, 1.0, T, dtype=torch.float64), 0.0)
+
+    def loss(logprobs_T, rows=slice(None)):
+        return (slopes[rows] * logprobs_T).sum()
+
+    if head == "fused":
+        value, _, _ = fused_token_loss(hidden, weight, bias, targets, temperature, loss)
+    else:
+        value = loss(token_logprobs(hidden, weight, bias, targets, temperature)[0])
+    ours = torch.autograd.grad(value, (hidden, weight, bias))
+    assert sorted(tokens) == slopes.nonzero()[:, 0].tolist()
+    expected = torch.autograd.grad(loss(naive(hidden, weight, bias, targets, temperature)[0]), (hidden, weight, bias))
+    for got, want in zip(ours, expected, strict=True):
+        torch.testing.assert_close(got, want)
+
+
+def test_a_step_in_which_no_token_has_a_gradient():
+    hidden, weight, bias, targets, temperature = inputs()
+    loss, _, _ = fused_token_loss(hidden, weight, bias, targets, temperature, lambda part, rows: 0.0 * part.sum())
+    assert all((gradient == 0.0).all() for gradient in torch.autograd.grad(loss, (hidden, weight, bias)))
+
+
+def test_the_weights_gradient_is_added_to_in_place():
+    hidden, weight, bias, targets, temperature = inputs()
+    for times in (1, 2, 3):
+        loss, _, _ = fused_token_loss(hidden, weight, bias, targets, temperature, clipped_loss, accumulates=True)
+        expected = torch.autograd.grad(clipped_loss(naive(hidden, weight, bias, targets, temperature)[0]), weight)[0]
+        if times > 1:
+            torch.testing.assert_close(weight.grad, times * expected)
+        loss.backward()
+        torch.testing.assert_close(weight.grad, times * expected)
+
+
+def test_what_was_added_in_place_takes_no_factor():
+    loss, _, _ = fused_token_loss(*inputs(), clipped_loss, accumulates=True)
+    with pytest.raises(AssertionError, match="is where it belongs already"):
+        (2.0 * loss).backward()
+
+
 def test_every_token_is_asked_for_once_and_in_order():
     seen = []
 
