@@ -78,7 +78,7 @@ def make_trainer(tiny_model_dir: Path) -> Callable[..., Trainer]:
             model=str(tiny_model_dir),
             epsilon=EPSILON,
             epsilon_high=EPSILON_HIGH,
-            importance_sampling_clip_max=CLIP_MAX,
+            **({"importance_sampling_clip_max": CLIP_MAX} if options.get("anchor") == "proximal" else {}),
             **options,
         )
         trainer = Trainer(config)
