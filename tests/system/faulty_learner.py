@@ -23,7 +23,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import numpy as np
 
 Witness = Callable[[str], None]
@@ -54,21 +53,21 @@ def main() -> None:
 
 def damage_chunks(corrupt: int, truncate: int, witness: Witness) -> None:
     """Send some chunks of weights with a wrong byte, and some that are too short."""
-    from protocol.messages import WeightsChunk
+    from protocol.messages import UInt8
+    from protocol.weights.parking import Parked
     from protocol.weights.serving import WeightsServer
 
     send = WeightsServer._send
     todo = ["corrupted"] * corrupt + ["truncated"] * truncate
 
-    def damaged_send(self: WeightsServer, peer: bytes, chunk: WeightsChunk) -> None:
-        if todo and chunk.data is not None:
+    def damaged_send(self: WeightsServer, to: Parked, data: UInt8 | None) -> bool:
+        if todo and data is not None and data.size:
             how = todo.pop(0)
-            data = np.array(chunk.data)
-            data[len(data) // 2] ^= 0xFF
-            wrong = data if how == "corrupted" else data[: len(data) // 2]
-            chunk = msgspec.structs.replace(chunk, data=wrong)
-            witness(f"{how} {chunk.version} {chunk.offset}")
-        send(self, peer, chunk)
+            wrong = np.array(data)
+            wrong[len(wrong) // 2] ^= 0xFF
+            data = wrong if how == "corrupted" else wrong[: len(wrong) // 2]
+            witness(f"{how} {to.version} {to.offset}")
+        return send(self, to, data)
 
     WeightsServer._send = damaged_send  # type: ignore[method-assign]
 
