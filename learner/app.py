@@ -84,9 +84,9 @@ def run(
         key=config.key, allowed_keys=config.allowed_keys, insecure_plaintext=config.insecure_plaintext
     )
     check_address(config.bind, off_host=security.off_host)
-    check_free(config.bind)
     directory = RunDirectory.open(config)
     try:
+        check_free(config.bind)  # after the lock: of two learners of one run that says more
         configure_logging("learner", stderr=False)  # a run that is refused before it has begun leaves no log
         with Screen() as screen:
             return run_loop(lambda: Learner(config, directory, screen, security, make_trainer, keep_alive).main())
