@@ -16,13 +16,15 @@ from typing import Literal, NamedTuple, Protocol
 from learner.links import Links
 from protocol.versions import Version
 from protocol.weights.delta import Costs, changed_fraction, choose, encode_tensor
-from protocol.weights.delta_manifest import MAX_CHAIN, DeltaManifest, build_delta_manifest, write_deltas
+from protocol.weights.delta_manifest import MAX_CHAIN, DeltaManifest, build_delta_manifest, join_deltas, write_delta
 from protocol.weights.layout import MappedWeights
 from protocol.weights.manifest import Manifest
 from protocol.weights.specs import ITEM_BYTES
 
 DeltaWeights = Literal["auto", "always", "never"]
 
+MAX_OFFER_BYTES = 2 << 20
+"""Of the announcement of a chain: it is read on every server's event loop. One delta may have more."""
 _CHAIN_SHARE = 0.5
 """The chain keeps so many bytes, as a share of a whole version's: whoever would need more fetches that."""
 
@@ -67,7 +69,8 @@ class DeltaChain:
         self._mode = mode
         self._keep = keep
         self._costs = Costs()
-        self._chain: deque[DeltaManifest] = deque()
+        self._chain: deque[tuple[DeltaManifest, bytes]] = deque()
+        """Each with its JSON. Changed by the publisher's thread, read by the event loop."""
         self.density: float | None = None
         """Share of the elements that the newest version changed: counted where there is a delta, else a sample's; None
         where nobody looked."""
@@ -84,9 +87,9 @@ class DeltaChain:
         return made
 
     def offers(self, version: Version) -> bytes | None:
-        """Return the chain to that version, as WeightsReady has it; None: there is none."""
-        chain = [delta for delta in self._chain if delta.version <= version]
-        return write_deltas(chain) if chain and chain[-1].version == version else None
+        """Return the chain to that version, as WeightsReady has it; None: there is none. From any thread."""
+        chain = [link for link in tuple(self._chain) if link[0].version <= version]
+        return join_deltas(text for _, text in chain) if chain and chain[-1][0].version == version else None
 
     def _may_pay(self, base: Published, new: Published) -> bool:
         """Whether a delta of as many changes as a sample shows would be sooner at the end of the slowest link."""
@@ -127,15 +130,17 @@ class DeltaChain:
     def _serve(self, made: MadeDelta, file_bytes: int) -> None:
         delta = made.manifest
         self._server.serve_delta(delta.version, delta.base, made.data)
-        self._chain.append(delta)
+        self._chain.append((delta, write_delta(delta)))
         while len(self._chain) > 1 and (
-            sum(link.nbytes for link in self._chain) > file_bytes * _CHAIN_SHARE or len(self._chain) > MAX_CHAIN
+            sum(link.nbytes for link, _ in self._chain) > file_bytes * _CHAIN_SHARE
+            or sum(len(text) for _, text in self._chain) > MAX_OFFER_BYTES
+            or len(self._chain) > MAX_CHAIN
         ):
             self._drop(1)
 
     def _drop(self, count: int) -> None:
         for _ in range(count):
-            delta = self._chain.popleft()
+            delta, _ = self._chain.popleft()
             self._server.withdraw_delta(delta.version, delta.base)
 
 

@@ -34,8 +34,8 @@ class Links:
 
     @property
     def slowest(self) -> LinkSpeed:
-        """The link that a push is waited for longest over; shared memory where there is no other."""
-        return min(self._links.values(), key=lambda link: link.bytes_per_s, default=SHARED)
+        """The link that a push is waited for longest over; shared memory where there is no other. From any thread."""
+        return min(tuple(self._links.values()), key=lambda link: link.bytes_per_s, default=SHARED)
 
     def joined(self, server: str) -> None:
         """Take note of a server; one that has been here before is as fast as it was."""

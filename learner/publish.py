@@ -88,6 +88,8 @@ class Publisher:
         self._tasks = tasks
         self._waits = waits
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="publish")
+        self._keeper = ThreadPoolExecutor(1, thread_name_prefix="keep-versions")
+        """A slow disk must not hold up the next snapshot."""
         self._buffers: list[SharedBuffer] = []
         self._snapshot: asyncio.Future[None] | None = None
         self._held_at: int | None = None
@@ -125,7 +127,8 @@ class Publisher:
     async def close(self) -> None:
         """End the thread and give the mappings back; say how much was sent."""
         event(log, "served", versions=self.published, bytes=self._server.counters.bytes)
-        await asyncio.get_running_loop().run_in_executor(None, self._thread.shutdown)
+        for thread in (self._thread, self._keeper):
+            await asyncio.get_running_loop().run_in_executor(None, thread.shutdown)
         for buffer in self._buffers:
             buffer.remove()
 
@@ -166,7 +169,7 @@ class Publisher:
             self._held_back = (published, buffer, canaries)  # what was held back before is superseded
         else:
             self._serve(published, buffer, canaries)
-        await loop.run_in_executor(self._thread, self._archive.published, row, manifest, made)
+        await loop.run_in_executor(self._keeper, self._archive.published, row, manifest, made)
 
     def _serve(self, published: Published, buffer: SharedBuffer, canaries: Canaries | None) -> None:
         manifest, mapped = published

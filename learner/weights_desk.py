@@ -149,7 +149,8 @@ class WeightsDesk:
         """Announce the newest version to servers, each with the addresses to fetch it from."""
         assert self.current is not None, "there is nothing to tell"
         holders = {server.name: self._holder(server) for server in self.fleet.servers.values()}
-        planned = plan_relay(list(holders.values()), self.fetched)
+        fetched = {name: found for name, found in self.fetched.items() if name in holders}
+        planned = plan_relay(list(holders.values()), fetched)
         for server in servers:
             self.parents[server.name] = planned[server.name]
             ancestors = route(server.name, planned, holders)
@@ -167,8 +168,8 @@ class WeightsDesk:
     def _note(self, server: Server, live: WeightsLive) -> None:
         """Keep what a server has found, and compare its weights with those of the others."""
         if live.bytes:
-            seconds, parent = live.transfer_s + live.verify_s, self.parents.get(server.name, LEARNER)
-            self.fetched[server.name] = Fetched(live.bytes, seconds, parent)
+            parent = self.parents.get(server.name, LEARNER)
+            self.fetched[server.name] = Fetched(live.bytes, live.transfer_s, parent)
         other = self.rollover.reported(live.version, live.checksum)
         if other is not None:
             text = f"{server.name} holds other weights of version {live.version}: {live.checksum}, others {other}"

@@ -30,7 +30,7 @@ class Applied:
 
     changes: Changes
     apply_s: float
-    """Decoding included."""
+    """Decoding included; not the union of changes, which is for the engine."""
 
 
 def apply_chain(
@@ -56,10 +56,11 @@ def apply_chain(
     for tensors in decoded:
         for name, tensor in tensors.items():
             apply_tensor(tensor, staged.view(name))
+    apply_s = time.monotonic() - begun_s
     changes = {
         name: _union([tensors[name].indices for tensors in decoded if name in tensors]) for name in _names(decoded)
     }
-    return Applied(changes, time.monotonic() - begun_s)
+    return Applied(changes, apply_s)
 
 
 def _decode(delta: DeltaManifest, blob: memoryview, layout: Layout) -> dict[str, TensorDelta]:
@@ -80,5 +81,9 @@ def _names(decoded: Sequence[Mapping[str, TensorDelta]]) -> list[str]:
 
 
 def _union(positions: Sequence[npt.NDArray[np.unsignedinteger[Any] | np.int64]]) -> npt.NDArray[np.int64]:
-    together = positions[0] if len(positions) == 1 else np.unique(np.concatenate(positions))
-    return together.astype(np.int64, copy=False)
+    if len(positions) == 1:
+        return positions[0].astype(np.int64, copy=False)
+    together = np.sort(np.concatenate(positions))  # numpy's own unique takes many times as long
+    keep = np.ones(together.size, np.bool_)
+    np.not_equal(together[1:], together[:-1], out=keep[1:])
+    return together[keep].astype(np.int64, copy=False)

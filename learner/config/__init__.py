@@ -273,6 +273,10 @@ class LearnerConfig(
                 "sync_ref_model with use_peft: the reference is the base model under the adapter, which does not move;"
                 " leave sync_ref_model out, or train all weights, without use_peft"
             )
+        if self.use_peft and self.keep_versions:
+            raise ValueError(
+                "keep_versions with use_peft: adapters are small, and every checkpoint has one: lower save_steps"
+            )
         if self.use_peft and self.has_critic:
             raise ValueError(
                 "advantage_estimator gae with use_peft: the critic trains all its weights; use another"

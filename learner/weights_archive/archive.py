@@ -1,10 +1,12 @@
 """Writes a run's `weights/`. Nothing of it takes part in recovery: lines are flushed, not synced.
 
-A version's directory is complete or not there: it is made under another name and renamed.
+A version's directory is complete or not there: it is made under another name and renamed. A disk that refuses ends the
+keeping, with one error in the log, and not the run.
 """
 
 from __future__ import annotations
 
+import logging
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,9 +14,12 @@ from typing import Any
 import msgspec
 
 from learner.deltas import MadeDelta
+from protocol.logs import event
 from protocol.messages import WeightsLive
 from protocol.versions import Version
 from protocol.weights.manifest import Manifest
+
+log = logging.getLogger(__name__)
 
 VERSIONS, MANIFEST, DELTA, DATA = "versions.jsonl", "manifest.json", "delta.json", "delta.bin"
 
@@ -59,19 +64,23 @@ class WeightsArchive:
     def __init__(self, directory: Path, keep_versions: int) -> None:
         self.directory = directory
         self.keep_versions = keep_versions
+        self._refused = False
         directory.mkdir(exist_ok=True)
         for unfinished in directory.glob("*.tmp"):
             shutil.rmtree(unfinished)
+        if (directory / VERSIONS).exists():
+            _cut_torn_line(directory / VERSIONS)
 
     def published(self, row: PublishedRow, manifest: Manifest, made: MadeDelta | None) -> None:
-        """Keep a version. On the publisher's thread.
-
-        Raises:
-            OSError: the disk refused.
-        """
+        """Keep a version. On a thread of its own."""
         self._append(row)
-        if not self.keep_versions:
-            return
+        if self.keep_versions and not self._refused:
+            try:
+                self._keep(manifest, made)
+            except OSError as error:
+                self._give_up(error)
+
+    def _keep(self, manifest: Manifest, made: MadeDelta | None) -> None:
         final = self.directory / str(manifest.version)
         temporary = final.with_name(f"{final.name}.tmp")
         temporary.mkdir()
@@ -93,8 +102,25 @@ class WeightsArchive:
         )  # fmt: skip
 
     def _append(self, row: PublishedRow | LiveRow) -> None:
-        with (self.directory / VERSIONS).open("ab") as file:
-            file.write(msgspec.json.encode(row) + b"\n")
+        if self._refused:
+            return
+        try:
+            with (self.directory / VERSIONS).open("ab") as file:
+                file.write(msgspec.json.encode(row) + b"\n")
+        except OSError as error:
+            self._give_up(error)
+
+    def _give_up(self, error: OSError) -> None:
+        self._refused = True
+        text = f"{self.directory} keeps nothing more of this run's versions: {error.strerror}; the run goes on"
+        event(log, "weights_not_kept", level=logging.ERROR, reason=text)
+
+
+def _cut_torn_line(path: Path) -> None:
+    """Cut what a crash has left of a line, so that the next one begins anew."""
+    with path.open("rb+") as file:
+        content = file.read()
+        file.truncate(content.rfind(b"\n") + 1)
 
 
 def kept_versions(directory: Path) -> list[Version]:

@@ -15,7 +15,8 @@ from pathlib import Path
 
 import msgspec
 
-from learner.weights_archive.archive import DATA, DELTA, MANIFEST, kept_versions
+from learner.checkpoint import MANIFEST as CHECKPOINT_MANIFEST
+from learner.weights_archive.archive import DATA, DELTA, MANIFEST, PublishedRow, kept_versions, read_rows
 from protocol.errors import ConfigError, HeadwayError, MalformedMessage, WeightsError
 from protocol.versions import Version
 from protocol.weights.delta import apply_tensor, decode_tensor
@@ -51,8 +52,21 @@ class Kept:
         self.checkpoints = {
             int(path.name.removeprefix("step-")): path
             for path in checkpoints_dir.glob("step-??????*")
-            if path.suffix == "" and (path / WEIGHTS_FILE).exists()
+            if path.suffix == "" and (path / WEIGHTS_FILE).exists() and (path / CHECKPOINT_MANIFEST).exists()
         }
+        self._saved_by = {step: _incarnation(path) for step, path in self.checkpoints.items()}
+        self._began: dict[int, int] = {}
+        """Incarnation -> the first version that it published."""
+        for row in read_rows(weights_dir):
+            if isinstance(row, PublishedRow):
+                self._began.setdefault(row.version.incarnation, row.version.policy_version)
+
+    def _is_held(self, version: Version) -> bool:
+        """Whether the checkpoint of that step is of that version: saved by its incarnation, or what that began with."""
+        saved = self._saved_by.get(version.policy_version)
+        if saved is None or saved > version.incarnation:
+            return False
+        return saved == version.incarnation or self._began.get(version.incarnation) == version.policy_version
 
     def path_to(self, version: Version) -> tuple[Version, list[Version]] | None:
         """Return (a version that a checkpoint holds, the deltas to apply from there on, in order); None: no way."""
@@ -60,7 +74,7 @@ class Kept:
         seen = {version}
         while ahead:
             here, applied = ahead.popleft()
-            if here.policy_version in self.checkpoints:
+            if self._is_held(here):
                 return here, applied
             for delta in self.deltas.values():
                 for other in {delta.version, delta.base} - {here} if here in (delta.version, delta.base) else ():
@@ -111,7 +125,7 @@ class Kept:
     def verify_checkpoint(self, step: int) -> str:
         """Cast a checkpoint anew and compare with the versions published at its step; "" for nothing wrong."""
         for version, manifest in self.manifests.items():
-            if version.policy_version == step and manifest.adapter is None:
+            if version.policy_version == step and manifest.adapter is None and self._is_held(version):
                 with tempfile.TemporaryDirectory() as directory:
                     mapped = MappedWeights.create(Path(directory) / WEIGHTS_FILE, manifest.layout)
                     try:
@@ -204,6 +218,12 @@ def _read_delta(path: Path) -> DeltaManifest:
         return msgspec.json.decode(path.read_bytes(), type=DeltaManifest)
     except msgspec.DecodeError as error:
         raise MalformedMessage(f"{path}: {error}") from None
+
+
+def _incarnation(checkpoint: Path) -> int:
+    """Who saved it."""
+    found: int = msgspec.json.decode((checkpoint / CHECKPOINT_MANIFEST).read_bytes())["incarnation"]
+    return found
 
 
 def _listed(versions: dict[Version, Manifest]) -> str:

@@ -164,15 +164,16 @@ class Assembly:
         return outcome
 
     def _copy(self, offset: int, data: UInt8) -> None:
-        """Put bytes in place, but for those of blocks that are verified: others may have them already."""
-        end, blocks = offset + data.size, self.plan.blocks_in(offset, data.size)
-        if self._verified.isdisjoint(blocks):
-            self._array[offset:end] = data
-            return
-        for index in set(blocks) - self._verified:
-            block = self._shipment.blocks[index]
-            first, last = max(offset, block.offset), min(end, block.offset + block.nbytes)
-            self._array[first:last] = data[first - offset : last - offset]
+        """Put bytes in place: of blocks that are not verified, and of nothing that is not asked for.
+
+        What is verified others may have already, and what lies between the blocks of a shipment nobody looks at again.
+        """
+        end = offset + data.size
+        for index in self.plan.blocks_in(offset, data.size):
+            if index not in self._verified:
+                block = self._shipment.blocks[index]
+                first, last = max(offset, block.offset), min(end, block.offset + block.nbytes)
+                self._array[first:last] = data[first - offset : last - offset]
 
     def _verify(self, index: int) -> bool:
         """Hash what has become contiguous; False if the block is complete and its bytes are wrong."""

@@ -97,7 +97,7 @@ class ChunkPlan:
     def arrive(self, offset: int, nbytes: int) -> Arrival:
         """Record an answer. The caller copies the bytes if and only if it is NEW."""
         index, astray = divmod(offset - self._begin, self._chunk_bytes)
-        if astray or not 0 <= index < self.num_chunks:
+        if astray or not 0 <= index < len(self._states):
             return Arrival.FOREIGN
         if self._states[index] is not _State.OUTSTANDING:
             return Arrival.DUPLICATE

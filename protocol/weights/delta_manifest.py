@@ -8,7 +8,7 @@ receiver follows it from the version it has. This file must not know sockets, fi
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 
 import msgspec
 
@@ -91,9 +91,14 @@ def build_delta_manifest(version: Version, base: Manifest, parts: Iterable[tuple
     )
 
 
-def write_deltas(deltas: Sequence[DeltaManifest]) -> bytes:
-    """Encode for WeightsReady."""
-    return msgspec.json.encode(deltas)
+def write_delta(delta: DeltaManifest) -> bytes:
+    """Encode one; see `join_deltas`."""
+    return msgspec.json.encode(delta)
+
+
+def join_deltas(encoded: Iterable[bytes]) -> bytes:
+    """Make of encoded ones what WeightsReady has."""
+    return b"[" + b",".join(encoded) + b"]"
 
 
 def read_deltas(data: bytes | memoryview) -> tuple[DeltaManifest, ...]:

@@ -201,6 +201,9 @@ class WeightsServer:
 
     def _add(self, key: Key, served: _Served) -> None:
         """With the lock held."""
+        replaced = self._served.get(key)
+        if replaced is not None and replaced.mapped is not None:
+            self._withdrawn.append((replaced.mapped, weakref.ref(replaced.array)))
         self._served[key] = served
         self._newest = max(key[0], self._newest or key[0])
 

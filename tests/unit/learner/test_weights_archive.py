@@ -45,12 +45,16 @@ class Run:
         self.published: dict[int, dict[str, torch.Tensor]] = {}
         self.previous: Published | None = None
 
-    def publish(self, policy_version: int, *, checkpoint: bool = False) -> None:
+    def publish(
+        self, policy_version: int, *, checkpoint: bool = False, incarnation: int = 1, drift: float = 0.01
+    ) -> None:
         for tensor in self.master.values():
-            tensor += 0.01 * torch.randn(tensor.shape) * (torch.rand(tensor.shape) < 0.1)
-        mapped = MappedWeights.create(self.directory / f"{policy_version}.safetensors", Layout(self.specs))
+            tensor += drift * torch.randn(tensor.shape) * (torch.rand(tensor.shape) < 0.1)
+        mapped = MappedWeights.create(
+            self.directory / f"{incarnation}.{policy_version}.safetensors", Layout(self.specs)
+        )
         write_tensors(self.master, "bfloat16", mapped)
-        new = Published(build_manifest(Version(1, policy_version), mapped, "xxh3_128"), mapped)
+        new = Published(build_manifest(Version(incarnation, policy_version), mapped, "xxh3_128"), mapped)
         made = None if self.previous is None else self.chain.extend(self.previous, new)
         row = PublishedRow(
             version=new.manifest.version, bytes=new.manifest.file_bytes, density=self.chain.density,
@@ -62,6 +66,7 @@ class Run:
         if checkpoint:
             home = self.directory / "checkpoints" / f"step-{policy_version:06d}"
             home.mkdir()
+            (home / "MANIFEST.json").write_text(json.dumps({"incarnation": incarnation}))
             save_file({name: tensor.clone() for name, tensor in self.master.items()}, home / "model.safetensors")
             for name in ("config.json", "tokenizer.json", "state.json", "trainer.json", "optimizer.safetensors"):
                 (home / name).write_text(json.dumps({"of": policy_version, "dtype": "float32"}))
@@ -225,3 +230,45 @@ def test_no_run_directory_is_one_clear_error(tmp_path: Path) -> None:
         weights([], prog="headway-learner weights")
     with pytest.raises(ConfigError, match=r"holds no weights/versions\.jsonl"):
         weights([str(tmp_path)], prog="headway-learner weights")
+
+
+def test_a_full_disk_ends_the_keeping_and_not_the_run(run: Run, caplog: pytest.LogCaptureFixture) -> None:
+    versions = run.archive.directory / "versions.jsonl"
+    versions.unlink()
+    versions.symlink_to("/dev/full")
+    run.publish(7)
+    run.publish(8)
+    run.archive.live("a", WeightsLive(version=Version(1, 8)))
+    (told,) = [record.getMessage() for record in caplog.records if "weights_not_kept" in record.getMessage()]
+    assert "No space left on device; the run goes on" in told
+    assert kept_versions(run.archive.directory)[-1] == Version(1, 6)
+
+
+def test_a_run_that_goes_on_begins_a_line_of_its_own(run: Run) -> None:
+    before = read_rows(run.archive.directory)
+    with (run.archive.directory / "versions.jsonl").open("ab") as file:
+        file.write(b'{"what":"publ')
+    run.archive = WeightsArchive(run.archive.directory, 10)
+    run.publish(7)
+    assert len(read_rows(run.archive.directory)) == len(before) + 1
+
+
+def test_a_checkpoint_of_another_incarnation_is_not_taken_for_a_version_of_the_same_number(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """1.3 was saved, 1.4 to 1.6 are orphaned: incarnation 2 went on from step 3 and saved its own step 5."""
+    orphaned = run.published[5]
+    run.previous = None
+    saved = load_file(run.directory / "checkpoints" / "step-000003" / "model.safetensors")
+    run.master = {name: tensor.clone() for name, tensor in saved.items()}
+    run.publish(3, incarnation=2, drift=0.0)
+    for policy_version in (4, 5):
+        run.publish(policy_version, incarnation=2, checkpoint=policy_version == 5)
+    assert run.command("--verify") == 0, capsys.readouterr().out
+    restored = run.restored(5)
+    assert all(torch.equal(restored[name], orphaned[name]) for name in orphaned), "1.5, from step 3"
+    output = run.directory / "out-2.4"
+    assert run.command("--restore", "2.4", "--output", str(output)) == 0
+    assert all(
+        torch.equal(tensor, run.published[4][name]) for name, tensor in load_file(output / "model.safetensors").items()
+    )

@@ -20,11 +20,17 @@ from protocol.weights.delta_manifest import (
     DeltaManifest,
     build_delta_manifest,
     find_chain,
+    join_deltas,
     read_deltas,
-    write_deltas,
+    write_delta,
 )
 from protocol.weights.layout import Layout
 from protocol.weights.manifest import BLOCK_BYTES, Manifest, TensorEntry, TensorSpec, content_digest, digest
+
+
+def write_deltas(deltas: list[DeltaManifest]) -> bytes:
+    return join_deltas(map(write_delta, deltas))
+
 
 SPECS = (TensorSpec("a", "BF16", (4,)), TensorSpec("b", "BF16", (2,)))
 PART = encode_tensor(bytes(8), bytes([0, 0, 1, 0, 0, 0, 2, 0]), 2)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from protocol.weights.manifest import content_digest
 from protocol.weights.serving import WeightsServer
 from rollout_server.relay import Relay
 from rollout_server.shared_stage import STRIKES
-from rollout_server.stage import Delivery, Stage, Wanted
+from rollout_server.stage import STALL_S, Delivery, Stage, Wanted
 from tests.weights import SMALL_SPECS, fill, make_weights
 
 
@@ -138,6 +139,17 @@ def test_a_base_that_was_damaged_here_costs_the_blocks_it_damaged(trip: Trip, ca
         "",
     )
     assert "1 blocks of the result are wrong" in caplog.text
+
+
+def test_damaged_blocks_far_from_each_other_are_fetched_and_what_lies_between_is_left_alone(trip: Trip) -> None:
+    trip.bring()
+    for name in ("model.embed_tokens.weight", "model.layers.0.norm.weight"):
+        trip.damage(name)
+    trip.step()
+    begun_s = time.monotonic()
+    delivery = trip.bring()
+    assert (delivery.path, delivery.refetched_blocks) == (WeightsPath.DELTA, 2)
+    assert time.monotonic() < begun_s + STALL_S, "no answer was taken for a foreign one"
 
 
 def lying(trip: Trip) -> Wanted:
