@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from protocol.errors import ConfigError
+from protocol.weights.staging import links_directory
 from rollout_server.engines.base import EngineFailure
 from rollout_server.engines.live_weights import digest_of, unique_tensors
 from rollout_server.engines.sglang.schema import check_file, read_schema
@@ -105,13 +106,13 @@ def test_sglang_finds_one_file_in_a_directory(tmp_path: Path) -> None:
 def test_a_link_is_of_the_file_wherever_the_directory_is_moved(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "v.safetensors").write_bytes(b"content")
-    link_weights(tmp_path / "a" / "v.safetensors")
+    directory = link_weights(tmp_path / "a" / "v.safetensors")
     (tmp_path / "a").rename(tmp_path / "b")
-    assert (tmp_path / "b" / "v" / "model.safetensors").read_bytes() == b"content"
+    assert (tmp_path / "b" / directory.name / "model.safetensors").read_bytes() == b"content"
 
 
 def test_a_directory_that_cannot_be_made_is_a_failed_load(tmp_path: Path) -> None:
-    (tmp_path / "v").write_text("in the way")
+    links_directory(tmp_path / "v.safetensors").write_text("in the way")
     with pytest.raises(EngineFailure, match=r"weights v.safetensors cannot be given a directory for SGLang: .*exists"):
         link_weights(tmp_path / "v.safetensors")
 
