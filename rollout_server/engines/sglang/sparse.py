@@ -167,7 +167,11 @@ class SparseLoads:
             EngineFailure: SGLang has not passed it on.
         """
         await asyncio.to_thread(_forget_answers, directory, what)
-        await self._client.begin_update()
+        try:
+            await self._client.begin_update()
+        except CallRefused:  # who was here before has left one open
+            await self._client.end_update()
+            await self._client.begin_update()
         text = json.dumps({"do": what, "directory": str(directory)})
         await self._client.update_from_tensor([pickled_order(text)] * self._info.tp_size, LOADER, **update)
         processes = self._info.tp_size * self._info.pp_size
