@@ -169,8 +169,11 @@ class SparseLoads:
         await asyncio.to_thread(_forget_answers, directory, what)
         try:
             await self._client.begin_update()
-        except CallRefused:  # who was here before has left one open
-            await self._client.end_update()
+        except CallRefused as refused:
+            try:
+                await self._client.end_update()  # who was here before may have left one open
+            except CallRefused:
+                raise refused from None
             await self._client.begin_update()
         text = json.dumps({"do": what, "directory": str(directory)})
         await self._client.update_from_tensor([pickled_order(text)] * self._info.tp_size, LOADER, **update)

@@ -126,6 +126,18 @@ def test_what_differs_is_enough(
     run(case())
 
 
+@fake
+def test_an_update_that_somebody_has_left_open_is_closed(tiny_model_dir: Path, weights: MakeWeights) -> None:
+    async def case() -> None:
+        async with child_engine(tiny_model_dir) as (engine, told):
+            assert engine._life is not None
+            await engine._life.client.begin_update()
+            await engine.load_weights(weights(V0))
+            assert loads(await told.tell()) == (1, 2), "mapped and compared"
+
+    run(case())
+
+
 async def serves_second(engine: SGLangEngine, weights: MakeWeights) -> None:
     first = weights(V0)
     await engine.load_weights(first)
