@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import signal
 from collections.abc import Iterator
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -13,8 +14,16 @@ from tests.sglang_cpu.launch import PYTHON, RunningSGLang
 
 
 def pytest_configure() -> None:
-    """Let SIGINT interrupt: a shell starts jobs in the background with it ignored, and so would all they start."""
+    """Let SIGINT interrupt: a shell starts jobs in the background with it ignored, and so would all they start.
+
+    And ask of properties whether they hold, not how fast: machines are shared.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    if find_spec("hypothesis") is not None:  # the tests that need a GPU run without it
+        from hypothesis import settings
+
+        settings.register_profile("headway", deadline=None)
+        settings.load_profile("headway")
 
 
 @pytest.fixture(scope="session")
