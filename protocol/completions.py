@@ -85,6 +85,9 @@ def unpack_completions(group: Group) -> Iterator[Completion]:
 def group_versions(group: Group) -> set[Version]:
     """Every version that sampled a token of a validated group: few, also where there is a span per token (I9)."""
     codes = group.span_versions[:, 0].astype(np.int64) << 32 | group.span_versions[:, 1]
+    codes = np.concatenate(
+        [codes[:1], codes[1:][codes[1:] != codes[:-1]]]
+    )  # neighbors mostly agree; numbers are costly
     return {Version(code >> 32, code & 0xFFFFFFFF) for code in set(codes.tolist())}
 
 
