@@ -178,7 +178,7 @@ def restore(kept: Kept, version: Version, output: Path) -> None:
                 shutil.copy(path, temporary / path.name)
         _name_dtype(temporary / "config.json", kept.manifests[version])
         temporary.rename(output)
-    except BaseException:
+    except BaseException:  # also an interrupt: nothing half-written stays
         shutil.rmtree(temporary)
         raise
 
