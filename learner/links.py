@@ -10,15 +10,11 @@ from typing import Final
 
 from protocol.kinds import WeightsPath
 from protocol.messages import WeightsLive
-from protocol.weights.push_costs import LinkSpeed
+from protocol.weights.push_costs import NETWORK, TELLING_BYTES, LinkSpeed
 
 SHARED: Final = LinkSpeed(math.inf)
 """Both ends map the same memory."""
 LOOPBACK: Final = LinkSpeed(1.5e9)
-NETWORK: Final = LinkSpeed(125e6)
-"""1 Gbit/s: what a link to another host is taken for until it has been seen."""
-TELLING_BYTES: Final = 256 << 10
-"""Transfers of fewer bytes measure round trips."""
 
 
 class Links:
@@ -38,7 +34,7 @@ class Links:
         return min(tuple(self._links.values()), key=lambda link: link.bytes_per_s, default=SHARED)
 
     def joined(self, server: str) -> None:
-        """Take note of a server; one that has been here before is as fast as it was."""
+        """Take note of a server, as fast as such links are taken for; nothing changes for one that is here."""
         self._links.setdefault(server, self._unseen)
 
     def left(self, server: str) -> None:

@@ -13,15 +13,14 @@ import time
 from pathlib import Path
 
 from protocol.errors import IntegrityError, Superseded, WeightsError
+from protocol.kinds import WeightsPath
 from protocol.logs import event
 from protocol.weights.layout import MappedWeights
 from protocol.weights.manifest import Manifest, digest
 from protocol.weights.shared import SharedReader
+from rollout_server.strikes import Strikes
 
 log = logging.getLogger(__name__)
-
-STRIKES = 3
-"""A path that brings wrong bytes so often in a row is not taken again."""
 
 
 class SharedStage:
@@ -32,8 +31,7 @@ class SharedStage:
         self._said = False
         self.refused = 0
         """Versions that could not be read where they lie, since the start."""
-        self._wrong = 0
-        """In a row, whose bytes were wrong."""
+        self._strikes = Strikes(WeightsPath.SHARED)
 
     def bring(self, manifest: Manifest, name: str, stop: threading.Event) -> tuple[MappedWeights, float] | None:
         """Claim and verify the learner's file.
@@ -50,13 +48,13 @@ class SharedStage:
             Superseded: `stop` was set.
         """
         self._reader.release()
-        if not name or self._wrong >= STRIKES:
+        if not name or self._strikes.out:
             return None
         try:
             mapped = self._reader.claim(name, manifest.layout)
             begun_s = time.monotonic()
             _verify(mapped, manifest, stop)
-            self._wrong = 0
+            self._strikes.right()
             return mapped, time.monotonic() - begun_s
         except Superseded:
             self._reader.release()
@@ -69,14 +67,8 @@ class SharedStage:
                 event(log, "weights_not_shared", level=level, version=manifest.version, reason=error)
             self._said = True
             if isinstance(error, IntegrityError):
-                self._strike(manifest)
+                self._strikes.wrong(manifest.version)
             return None
-
-    def _strike(self, manifest: Manifest) -> None:
-        self._wrong += 1
-        if self._wrong == STRIKES:
-            text = f"{STRIKES} in a row: versions are no longer read where they lie"
-            event(log, "weights_path_quarantined", level=logging.ERROR, version=manifest.version, reason=text)
 
     def release(self) -> None:
         """Give the claim up, unless a load that was given up may still be reading."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,17 +20,19 @@ from protocol.errors import IntegrityError, MalformedMessage, Superseded
 from protocol.kinds import WeightsPath
 from protocol.logs import event
 from protocol.versions import Version
-from protocol.weights.delta import Costs, LinkSpeed, choose
+from protocol.weights.delta import Costs, choose
 from protocol.weights.delta_manifest import DeltaManifest, find_chain
 from protocol.weights.fetching import FetchReport, WeightsFetcher
 from protocol.weights.layout import MappedWeights
 from protocol.weights.manifest import Manifest, Shipment, content_digest, digest
+from protocol.weights.push_costs import NETWORK, TELLING_BYTES
 from protocol.weights.specs import ITEM_BYTES
 from protocol.weights.staging import clean_staging, staging_path
 from rollout_server.deltas import Changes, apply_chain
 from rollout_server.engines.base import Canaries
 from rollout_server.relay import Relay
-from rollout_server.shared_stage import STRIKES, SharedStage
+from rollout_server.shared_stage import SharedStage
+from rollout_server.strikes import Strikes
 
 log = logging.getLogger(__name__)
 
@@ -40,10 +41,6 @@ OnBlock = Callable[[int], None]
 FETCH_S = 600.0
 """A version that takes longer is given up (and asked for again while it is the newest)."""
 STALL_S = 3.0
-UNSEEN_LINK = LinkSpeed(125e6)
-"""1 Gbit/s: what the link is taken for until it has been seen."""
-TELLING_BYTES = 256 << 10
-"""Transfers of fewer bytes measure round trips."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,8 +94,8 @@ class Stage:
         self._file: MappedWeights | None = None
         self._content = ""
         """`content_digest` of what the file holds whole; empty while it holds nothing whole."""
-        self._link, self._costs = UNSEEN_LINK, Costs()
-        self._strikes: Counter[WeightsPath] = Counter()
+        self._link, self._costs = NETWORK, Costs()
+        self._strikes = Strikes(WeightsPath.DELTA)
         clean_staging(directory)
         self._shared = SharedStage(directory)
 
@@ -192,7 +189,7 @@ class Stage:
 
     def _chain(self, wanted: Wanted) -> Sequence[DeltaManifest] | None:
         """Return the deltas to go by, if there are any from what is here, and they are sooner here than everything."""
-        if not self._content or self._strikes[WeightsPath.DELTA] >= STRIKES:
+        if not self._content or self._strikes.out:
             return None
         chain = find_chain(wanted.deltas, self._content, wanted.version)
         if chain is None:
@@ -221,7 +218,7 @@ class Stage:
             reports = [fetch(shipment, blob, told) for (shipment, blob), told in zip(blobs, tell, strict=True)]
             applied = apply_chain(chain, [blob for _, blob in blobs], file, self._forget)
         except (IntegrityError, MalformedMessage) as error:
-            self._strike(WeightsPath.DELTA, wanted.version, str(error))
+            self._is_wrong(wanted.version, str(error))
             return None
         except Superseded:
             if fetch.stop.is_set():
@@ -232,13 +229,13 @@ class Stage:
         verify_s = time.monotonic() - begun_s
         self._learn(chain, reports, applied.apply_s, manifest.file_bytes, verify_s)
         if wrong:
-            self._strike(WeightsPath.DELTA, wanted.version, f"{len(wrong)} blocks of the result are wrong")
+            self._is_wrong(wanted.version, f"{len(wrong)} blocks of the result are wrong")
             blocks = manifest.shipment.blocks
             missing = manifest.shipment._replace(blocks=[blocks[index] for index in wrong])
             again = None if on_block is None else lambda number: on_block(wrong[number])
             reports.append(fetch(missing, file.writable_bytes(0, manifest.file_bytes), again))
         else:
-            self._strikes[WeightsPath.DELTA] = 0
+            self._strikes.right()
         return Delivery(
             file=file.path,
             mapped=file,
@@ -255,13 +252,9 @@ class Stage:
     def _forget(self) -> None:
         self._content = ""
 
-    def _strike(self, path: WeightsPath, version: Version, reason: str) -> None:
-        """Count wrong bytes that came by a path."""
-        self._strikes[path] += 1
-        event(log, "weights_wrong", level=logging.WARNING, version=version, path=path, reason=reason)
-        if self._strikes[path] == STRIKES:
-            text = f"{STRIKES} in a row: versions no longer come by {path}"
-            event(log, "weights_path_quarantined", level=logging.ERROR, version=version, path=path, reason=text)
+    def _is_wrong(self, version: Version, reason: str) -> None:
+        event(log, "weights_wrong", level=logging.WARNING, version=version, path=WeightsPath.DELTA, reason=reason)
+        self._strikes.wrong(version)
 
     def _learn_link(self, report: FetchReport) -> None:
         if report.bytes >= TELLING_BYTES and report.transfer_s > 0:

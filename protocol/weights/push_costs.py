@@ -87,6 +87,12 @@ class LinkSpeed:
         return replace(self, bytes_per_s=self.bytes_per_s * _drift(num_bytes / s / self.bytes_per_s))
 
 
+NETWORK: Final = LinkSpeed(125e6)
+"""1 Gbit/s: what a link to another host is taken for until it has been seen."""
+TELLING_BYTES: Final = 256 << 10
+"""Transfers of fewer bytes measure round trips."""
+
+
 def choose(
     *,
     dense_bytes: int,

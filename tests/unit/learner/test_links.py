@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from learner.links import LOOPBACK, NETWORK, SHARED, TELLING_BYTES, Links
+from learner.links import LOOPBACK, SHARED, Links
 from protocol.messages import WeightsLive, WeightsPath
 from protocol.versions import Version
+from protocol.weights.push_costs import NETWORK, TELLING_BYTES
 
 
 def report(path: WeightsPath, *, num_bytes: int = 0, s: float = 0.0) -> WeightsLive:

@@ -23,8 +23,8 @@ from protocol.weights.layout import MappedWeights, build_manifest
 from protocol.weights.manifest import content_digest
 from protocol.weights.serving import WeightsServer
 from rollout_server.relay import Relay
-from rollout_server.shared_stage import STRIKES
 from rollout_server.stage import STALL_S, Delivery, Stage, Wanted
+from rollout_server.strikes import STRIKES
 from tests.weights import SMALL_SPECS, fill, make_weights
 
 
