@@ -243,3 +243,23 @@ def test_answers_without_bytes_say_what_becomes_of_the_request(pair: Pair) -> No
     nothing = np.zeros(0, np.uint8)
     assert (answer(4, None), answer(4, nothing)) == (Outcome.USELESS, Outcome.USELESS)
     assert (answer(5, None), answer(5, nothing)) == (Outcome.WITHDRAWN, Outcome.NOT_YET)
+
+
+def test_what_lies_between_the_blocks_of_a_shipment_is_not_written(pair: Pair) -> None:
+    """Blocks a and c of a version are asked for, in one chunk with b: b is verified already, and nobody looks again."""
+    source, destination, manifest = pair
+    whole = manifest.shipment
+    *_, a, b, c = whole.blocks
+    assert a.offset + a.nbytes == b.offset
+    assert c.offset + c.nbytes - a.offset <= 64, "one chunk has all three"
+    array = np.frombuffer(destination.writable_bytes(0, manifest.file_bytes), np.uint8)
+    before = array[b.offset : b.offset + b.nbytes].copy()
+    some = whole._replace(blocks=[a, c])
+    assembly = Assembly(some, destination.writable_bytes(0, manifest.file_bytes), FetchCounters(), 64)
+    request = assembly.next_request(1)
+    assert request is not None
+    data = np.frombuffer(source.bytes(request.offset, request.length), np.uint8).copy()
+    data[b.offset - request.offset : b.offset - request.offset + b.nbytes] ^= 0xFF
+    assembly.take_in(wire(WeightsChunk(version=request.version, offset=request.offset, data=data)))
+    assert assembly.done
+    assert np.array_equal(array[b.offset : b.offset + b.nbytes], before)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+import learner.deltas as deltas_module
 from learner.deltas import DeltaChain, DeltaWeights, Published
 from learner.links import SHARED, Links
 from protocol.messages import WeightsLive, WeightsPath
@@ -155,3 +156,17 @@ def test_the_chain_is_no_longer_than_a_receiver_looks_at(tmp_path: Path) -> None
     for _ in range(MAX_CHAIN + 2):
         versions.step(0.0)
     assert len(versions.served) == MAX_CHAIN
+
+
+def test_the_announcement_of_the_chain_is_bounded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    versions = Versions(tmp_path, "always")
+    versions.step(0.0001)
+    first = versions.chain.offers(Version(1, 1))
+    assert first is not None
+    monkeypatch.setattr(deltas_module, "MAX_OFFER_BYTES", 3 * len(first))
+    for number in range(2, 9):
+        versions.step(0.0001)
+        offered = versions.chain.offers(Version(1, number))
+        assert offered is not None
+        assert len(offered) <= 3 * len(first) + len(b"[,,]")
+    assert 1 < len(versions.served) <= 3

@@ -179,3 +179,19 @@ def test_blocks_are_passed_on_while_the_rest_is_still_to_come(relay: Relay, tmp_
                 sizes.append(chunk.data.size)
                 tell(0)
             assert sizes == [0, 4]
+
+
+def test_a_version_that_is_offered_twice_is_not_free_before_the_chunks_of_the_first_time_have_left(
+    relay: Relay, tmp_path: Path
+) -> None:
+    weights = make_weights(tmp_path / "staged.safetensors", 1, SPECS)
+    manifest = manifest_of(weights, 1)
+    relay.whole(manifest.shipment, weights)
+    ((_, served),) = relay._server._served.items()
+    on_its_way = served.array[:10]  # as a chunk holds it
+    del served
+    relay.whole(manifest.shipment, weights)
+    relay.withdraw()
+    assert not relay._server.is_free(weights)
+    del on_its_way
+    wait_until(lambda: relay._server.is_free(weights))
