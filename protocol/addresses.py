@@ -25,7 +25,8 @@ def check_address(address: str, *, off_host: bool) -> None:
     raise ConfigError(
         f"address {address}: {host} is not loopback, and without keys whoever reaches the port can read the weights and"
         " feed the learner data. Make a key on each host, `headway-learner keygen DIR` and `headway-server keygen DIR`,"
-        " and name them: the learner's --key and --allowed-keys, a server's --key and --learner-key. Or use"
+        " and name them: the learner's --key and --allowed-keys, a server's --key and --learner-key, with --relay its"
+        " --allowed-keys, too. Or use"
         " tcp://127.0.0.1:PORT or ipc://PATH; in a closed lab only, --insecure-plaintext"
     )
 
