@@ -21,7 +21,7 @@ from learner.config import LearnerConfig
 from learner.evaluation import Evaluation
 from learner.fleet import Fleet, Health, Server
 from learner.journal_records import EndRecord, Record
-from learner.leases import RunIdentity, eval_lease, train_lease
+from learner.leases import RunIdentity
 from learner.ledger import End, Entry, Ledger, State
 from learner.links import Links
 from learner.progress import Progress
@@ -39,8 +39,6 @@ from protocol.waits import Waiting
 
 log = logging.getLogger(__name__)
 
-ROWS_AHEAD, ROWS_AT_ONCE = 32, 4
-"""Rows kept ready for the next grants, and made in one go: some data sets take seconds a row."""
 NOTICES_KEPT = 8
 COUNTED = (
     "malformed", "servers_refused", "groups_refused", "groups_duplicate", "groups_stale", "groups_restored",
@@ -258,22 +256,6 @@ class Coordinator:
             going_on = "; ".join(f"{w.name} ({w.owner}) for {now_s - w.started_s:.0f} s" for w in waits)
             self.notice("stalled", f"no step for {self.progress.limit_s:.0f} s; waits: {going_on}")
 
-    def pump(self) -> None:
-        """Grant free slots and lease what is pending."""
-        if self.training:
-            self._grant()
-        if self.evaluation is not None:
-            self._lease_evaluation(self.evaluation, reserve=True)
-        if self.training:
-            self._lease_pending()
-        if self.evaluation is not None:
-            self._lease_evaluation(self.evaluation, reserve=False)
-
-    def missing_rows(self) -> list[int]:
-        """The next ordinals whose rows are still to be made, some at a time."""
-        ahead = range(self.ledger.cursor, self.ledger.cursor + ROWS_AHEAD)
-        return [ordinal for ordinal in ahead if ordinal not in self.stock][:ROWS_AT_ONCE] if self.training else []
-
     def stop_training(self) -> None:
         """Lease nothing more for training and call back what is out; the ledger keeps it for a continued run."""
         self.training = False
@@ -322,79 +304,6 @@ class Coordinator:
         self.fleet.assign(server, held_id, self.config.num_generations)
         return True
 
-    def _grant(self) -> None:
-        """Fill free slots with the rows in stock."""
-        while self.ledger.can_grant() and self.ledger.cursor in self.stock:
-            row = self.stock.pop(self.ledger.cursor)
-            if row is None:
-                self._filter_row()
-                continue
-            entry = self.ledger.grant()
-            self.rows[entry.ordinal] = row
-            self.ids[self.train_id(entry.ordinal)] = entry.ordinal
-            self.granted(entry)
-
     def _forget(self, ordinal: int) -> None:
         self.rows.pop(ordinal, None)
         self.ids.pop(self.train_id(ordinal), None)
-
-    def _filter_row(self) -> None:
-        ordinal = self.ledger.filter_unleased()
-        self.counters["rows_too_long"] += 1
-        self.unjournaled.append(
-            EndRecord(
-                incarnation=self.identity.incarnation, ordinal=ordinal, sequence=-1, end=End.FILTERED.value,
-                step=self.ledger.policy_version, reason=f"prompt longer than {self.config.max_prompt_length} tokens",
-            )
-        )  # fmt: skip
-
-    def _lease_pending(self) -> None:
-        for entry in self.ledger.pending():
-            server = self.fleet.choose(
-                min_policy_version=self.ledger.min_policy_version(entry.sequence),
-                samples=self.config.num_generations,
-                now_s=self.clock(),
-            )
-            if server is None or server.live is None:
-                return  # those behind it need the same room and at least the same version
-            self.ledger.dispatched(entry.sequence, server.name, server.live.policy_version)
-            self.fleet.assign(server, self.train_id(entry.ordinal), self.config.num_generations)
-            if self.first_lease_s is None:
-                self.first_lease_s = self.clock()
-                self.begun()
-            lease = train_lease(
-                self.config,
-                self.identity,
-                self.rows[entry.ordinal],
-                entry,
-                min_version=self.lineage.at(self.ledger.min_policy_version(entry.sequence)),
-            )
-            self.send(server, lease)
-
-    def _lease_evaluation(self, evaluation: Evaluation, *, reserve: bool) -> None:
-        while evaluation.pending:
-            index = evaluation.pending[0]
-            row = self.eval_rows[index]
-            if row is None:
-                evaluation.pending.popleft()
-                self.counters["rows_too_long"] += 1
-                self.changed.notify()  # it may have been the last one
-                continue
-            samples = self.config.eval_num_generations
-            server = self.fleet.choose(
-                min_policy_version=evaluation.policy_version, samples=samples, now_s=self.clock(),
-                exact=evaluation.pinned, reserve=reserve,
-            )  # fmt: skip
-            if server is None:
-                return
-            attempt = evaluation.dispatched(index)
-            self.fleet.assign(server, self.eval_id(index), samples, evaluation=True)
-            lease = eval_lease(
-                self.config,
-                self.identity,
-                row,
-                self.eval_id(index),
-                attempt=attempt,
-                min_version=self.lineage.at(evaluation.policy_version),
-            )
-            self.send(server, lease)

@@ -30,6 +30,7 @@ from learner.coordinator import Coordinator
 from learner.evaluation import Evaluation
 from learner.fleet import Server
 from learner.journal_records import Record, StepRecord
+from learner.leasing import missing_rows, pump
 from learner.prompts import PromptRow, Prompts
 from learner.publish import Publisher
 from learner.recorder import Recorder, StepTimer
@@ -164,7 +165,7 @@ async def lease_loop(coordinator: Coordinator, waits: Waits, *, tick_s: float) -
     """
     while True:
         coordinator.tick(waits.current())
-        coordinator.pump()
+        pump(coordinator)
         try:
             await waits.wait(coordinator.changed.wait(), name="change", owner="lease_loop", deadline_s=tick_s)
         except WaitTimeout:
@@ -178,7 +179,7 @@ async def stock_loop(coordinator: Coordinator, waits: Waits) -> None:
     produces: rows in stock
     """
     while True:
-        missing = coordinator.missing_rows()
+        missing = missing_rows(coordinator)
         if not missing:
             await waits.wait(coordinator.changed.wait(), name="change", owner="lease_loop", deadline_s=None)
             continue

@@ -23,6 +23,7 @@ from learner.evaluation import Evaluation
 from learner.fleet import Fleet, Server
 from learner.journal_records import EndRecord, GroupRecord, Record, StepRecord
 from learner.leases import RunIdentity
+from learner.leasing import missing_rows, pump
 from learner.ledger import Ledger
 from learner.loops import make_rows
 from learner.prompts import PromptRow
@@ -194,10 +195,10 @@ class Desk:
     def pump(self) -> None:
         """Grant and lease all that is possible, as stock_loop and lease_loop do."""
         coordinator = self.coordinator
-        coordinator.pump()
+        pump(coordinator)
         while coordinator.training and coordinator.ledger.can_grant():
-            coordinator.stock |= make_rows(coordinator.prompts, coordinator.missing_rows())
-            coordinator.pump()
+            coordinator.stock |= make_rows(coordinator.prompts, missing_rows(coordinator))
+            pump(coordinator)
 
     def leases(self, name: str = "north") -> list[Lease]:
         """Leases sent to that peer since the last call."""

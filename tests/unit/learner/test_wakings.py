@@ -8,6 +8,7 @@ from learner.batch import Batch
 from learner.evaluation import Evaluation
 from learner.journal_records import GroupRecord
 from learner.leases import prompt_text
+from learner.leasing import pump
 from learner.ledger import State
 from learner.loops import batch_loop
 from protocol.waits import Waits
@@ -54,7 +55,7 @@ def test_an_evaluation_whose_last_rows_are_too_long_is_known_to_be_done():
     async def told() -> None:
         waiting = asyncio.create_task(desk.coordinator.changed.wait())
         await asyncio.sleep(0)
-        desk.coordinator.pump()
+        pump(desk.coordinator)
         await asyncio.wait_for(waiting, 1.0)
 
     run(told())
