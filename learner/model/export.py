@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Literal, Protocol
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -82,37 +83,53 @@ def write_tensors(
         With an algorithm, the digests of each tensor's blocks, as `build_manifest` would compute them.
 
     Raises:
-        WeightsError: a tensor is not finite. `mapped` is then half written and must not be published.
+        WeightsError: a tensor is not finite in that dtype. `mapped` is then half written and must not be published.
     """
     digests: dict[str, list[str]] = {}
     for name, tensor in tensors.items():
         total, digests[name] = _write(tensor, mapped.view(name), DTYPES[dtype], algorithm)
         # Whatever is not finite makes the sum so; a sum of finite numbers may still overflow.
-        if not math.isfinite(total) and not torch.isfinite(tensor).all():
-            raise WeightsError(f"tensor {name} is not finite: this version cannot be published")
+        if not math.isfinite(total) and not torch.isfinite(tensor.to(DTYPES[dtype])).all():
+            raise WeightsError(f"tensor {name} is not finite as {dtype}: this version cannot be published")
     return digests
 
 
 def _write(
     tensor: Tensor, view: memoryview, dtype: torch.dtype, algorithm: Algorithm | None
 ) -> tuple[float, list[str]]:
-    """Cast a tensor into its bytes; return the sum of its elements and, with an algorithm, its blocks' digests."""
+    """Cast a tensor into its bytes.
+
+    Returns:
+        A number that is finite only where all written elements are, and, with an algorithm, the blocks' digests.
+    """
     flat, target = tensor.reshape(-1), torch.frombuffer(view, dtype=dtype)
     length = (PIECE_BYTES if tensor.is_cpu else BLOCK_BYTES) // dtype.itemsize
+    by_bits = tensor.is_cpu and dtype is torch.bfloat16
     total, end, hasher = 0.0, 0, None
     digests: list[str] = []
-    for source, place in zip(flat.split(length), target.split(length), strict=True):
+    for piece, place in zip(flat.split(length), target.split(length), strict=True):
+        source = piece if tensor.is_cpu else piece.to(dtype)
         place.copy_(source)
-        total += source.sum().item()
+        begin, end = end, end + place.nbytes
+        total += _largest_bf16(view[begin:end]) if by_bits else source.sum().item()
         if algorithm is None:
             continue
-        begin, end = end, end + place.nbytes
         hasher = hasher or new_hasher(algorithm)
         hasher.update(view[begin:end])
         if end % BLOCK_BYTES == 0 or end == len(view):
             digests.append(hasher.hexdigest())
             hasher = None
     return total, digests
+
+
+def _largest_bf16(octets: memoryview) -> float:
+    """Return infinity where an element is not finite, else 0.
+
+    Then its exponent is all ones: no finite number is larger than the positive ones of them as a signed integer, nor
+    than the negative ones as an unsigned integer. Half the bytes of a sum of float32 sources, and faster.
+    """
+    bits = np.frombuffer(octets, np.int16)
+    return math.inf if bits.max() >= 0x7F80 or bits.view(np.uint16).max() >= 0xFF80 else 0.0
 
 
 def save_pretrained(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, directory: Path) -> None:

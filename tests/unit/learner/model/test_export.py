@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -83,6 +85,21 @@ def test_one_number_of_a_large_tensor_is_enough_to_refuse_it(at, tmp_path):
         tensors["w"][at] = float("-inf")
         with pytest.raises(WeightsError, match=r"^tensor w is not finite"):
             write_tensors(tensors, "bfloat16", mapped)
+
+
+@pytest.mark.parametrize("bad", [math.inf, -math.inf, math.nan, -math.nan, 3.4e38, -3.4e38])
+@pytest.mark.parametrize("published", ["float32", "bfloat16"])
+def test_what_would_not_be_finite_once_published_is_refused_and_nothing_else(published, bad, tmp_path):
+    most = torch.finfo(torch.bfloat16).max
+    tensors = {"w": torch.tensor([most, -most, 0.0, -0.0, 1e-40, -1.0])}
+    with MappedWeights.create(tmp_path / "version.safetensors", Layout(describe(tensors, published))) as mapped:
+        write_tensors(tensors, published, mapped)
+        tensors["w"][4] = bad
+        if math.isfinite(bad) and published == "float32":
+            write_tensors(tensors, published, mapped)
+            return
+        with pytest.raises(WeightsError, match=rf"^tensor w is not finite as {published}"):
+            write_tensors(tensors, published, mapped)
 
 
 def test_finite_numbers_whose_sum_is_not_are_published(tmp_path):
