@@ -105,6 +105,8 @@ class Ledger:
         self.max_attempts = max_attempts
         self.max_refill_ratio = max_refill_ratio
         self.policy_version = policy_version
+        self.depth = bounds.steps_ahead
+        """How many steps rollouts may run ahead now, at most `bounds.steps_ahead`: see `limit_depth`."""
         self.cursor = 0
         """Next ordinal to grant."""
         self.next_sequence = 0
@@ -124,14 +126,30 @@ class Ledger:
         """Groups between grant and live weights (I1: <= slots_total)."""
         return len(self.entries) + sum(self._awaiting_live.values())
 
+    @property
+    def slots_allowed(self) -> int:
+        """Slots that may be in use before another is granted: slots_total, or fewer at a lower depth."""
+        return (self.depth + 1) * self.bounds.prompts_per_step
+
+    def limit_depth(self, depth: int) -> None:
+        """Let rollouts run `depth` steps ahead from now on.
+
+        Lower: nothing is taken back, and nothing granted until the slots in use are within the new limit. Higher: slots
+        are free at once. Either way the bound stays: `min_policy_version` looks at what is under way, not at the depth.
+        """
+        lowest, highest = self.bounds.lowest_depth, self.bounds.steps_ahead
+        if not lowest <= depth <= highest:
+            raise InvariantViolation(f"I1, I8: depth {depth}, allowed are {lowest} to {highest}")
+        self.depth = depth
+
     def can_grant(self) -> bool:
         """Whether a slot is free."""
-        return self.slots_in_use < self.bounds.slots_total
+        return self.slots_in_use < self.slots_allowed
 
     def grant(self) -> Entry:
         """Give the next ordinal a slot and a sequence number."""
         if not self.can_grant():
-            raise InvariantViolation(f"I1: {self.slots_in_use} slots in use of {self.bounds.slots_total}")
+            raise InvariantViolation(f"I1: {self.slots_in_use} slots in use of {self.slots_allowed}")
         entry = Entry(ordinal=self.cursor, sequence=self.next_sequence)
         self._add(entry)
         self.cursor += 1
