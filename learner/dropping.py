@@ -1,4 +1,4 @@
-"""The ledger of `staleness_policy = "drop"`: whatever has finished trains, and what has become too old ends `stale`. Pure.
+"""The ledger of `staleness_policy = "drop"`: what has finished trains, what has become too old ends `stale`. Pure.
 
 What a first-in first-out buffer with a check of versions does. No window holds a finished group back for a straggler
 ahead of it, so a straggler may be passed again and again, until no step may train it: then it is dropped, finished or
@@ -14,7 +14,7 @@ from learner.ledger import Entry, Ledger, State
 
 
 class DroppingLedger(Ledger):
-    """See the module's text. Slots and their freeing are those of Ledger; after each `batch` the caller ends `expired`."""
+    """See the module's text. Slots are those of Ledger; after each `batch` the caller ends what is `expired`."""
 
     def latest_version(self, sequence: int) -> int:
         """Weights that train the next batch to be formed: from then on what is too old for them has ended."""

@@ -127,9 +127,9 @@ class AsynchronyOptions(Section):
     reorder_window: int | None = Field(None, ge=1)
     """W: how far a finished group may overtake. Useful: j x prompts_per_step + 1. Default: derived."""
     staleness_policy: Literal["wait", "drop"] = "wait"
-    """wait: a step waits for the groups whose turn it is; nothing is dropped, so long completions train as often as they
-    were leased. drop: a step takes whatever has finished, and what has become older than max_staleness ends `stale`,
-    counted: fewer long completions train (learner/README.md has a figure). max_staleness is hard with both."""
+    """wait: a step waits for the groups whose turn it is; nothing is dropped, so long completions train as often as
+    they were leased. drop: a step takes whatever has finished, and what has become older than max_staleness ends
+    `stale`, counted: fewer long completions train (README.md has figures). max_staleness is hard with both."""
     weight_sync_steps: int = Field(1, ge=1)
     """Publish every k-th version."""
     max_attempts: int = Field(3, ge=1)
@@ -146,6 +146,15 @@ class AsynchronyOptions(Section):
             reorder_window=1 if self.staleness_policy == "drop" else self.reorder_window,
             weight_sync_steps=self.weight_sync_steps,
         )
+
+    @model_validator(mode="after")
+    def _check_window(self) -> AsynchronyOptions:
+        if self.staleness_policy == "drop" and self.reorder_window is not None:
+            raise ValueError(
+                f"reorder_window {self.reorder_window} with staleness_policy drop: nothing waits for its turn there, so"
+                " there is no window; leave reorder_window out, or use staleness_policy wait"
+            )
+        return self
 
 
 class OptimizerOptions(Section):
@@ -272,11 +281,6 @@ class LearnerConfig(
             )
         if self.liveness_s < 2 * self.heartbeat_s:
             raise ValueError(f"liveness_s {self.liveness_s} must be at least twice heartbeat_s {self.heartbeat_s}")
-        if self.staleness_policy == "drop" and self.reorder_window is not None:
-            raise ValueError(
-                f"reorder_window {self.reorder_window} with staleness_policy drop: nothing waits for its turn there, so"
-                " there is no window; leave reorder_window out, or use staleness_policy wait"
-            )
         if self.use_peft and self.sync_ref_model:
             raise ValueError(
                 "sync_ref_model with use_peft: the reference is the base model under the adapter, which does not move;"
