@@ -37,12 +37,17 @@ SMALL = [
     Case(bounds=B(1, 1, 2), servers=2, losses=True, filters=True, skips=True),
     Case(bounds=B(2, 1), losses=True, filters=True, skips=True),
     Case(bounds=B(1, 2, 1, 2), servers=2, losses=True, filters=True, skips=True),
+    Case(bounds=B(1, 1), servers=2, losses=True, depths=True),
+    Case(bounds=B(1, 2), depths=True),
+    Case(bounds=B(1, 2, 2), depths=True),
+    Case(bounds=B(2, 1), losses=True, depths=True),
+    Case(bounds=B(1, 2, 1, 2), servers=2, depths=True),
     Case(bounds=B(2, 0), servers=2, losses=True, filters=True, max_refill_ratio=0),
     Case(bounds=B(2, 1), losses=True, filters=True, max_refill_ratio=0),
     Case(bounds=B(2, 1), filters=True, skips=True, max_refill_ratio=1),
     *(Case(bounds=B(*numbers), ledger=SlotsAlone) for numbers in [(1, 2), (2, 1), (1, 1, 3), (2, 1, 2), (1, 2, 1, 2)]),
     *(Case(bounds=B(*numbers), ledger=DroppingLedger) for numbers in [(1, 0), (1, 1), (1, 2), (2, 1), (1, 2, 1, 2)]),
-    Case(bounds=B(1, 1), ledger=DroppingLedger, servers=2, losses=True, filters=True, skips=True),
+    Case(bounds=B(1, 1), ledger=DroppingLedger, servers=2, losses=True, filters=True, skips=True, depths=True),
     Case(bounds=B(2, 1), ledger=DroppingLedger, filters=True, max_refill_ratio=0),
 ]  # fmt: skip
 """A few seconds together: part of `make test`."""
@@ -54,6 +59,8 @@ LARGE = [
     Case(bounds=B(2, 1), servers=2, losses=True, filters=True, skips=True),
     Case(bounds=B(2, 1, 3), filters=True, max_refill_ratio=0),
     Case(bounds=B(1, 2, 2), servers=2, losses=True, filters=True, skips=True),
+    Case(bounds=B(2, 1, 3), depths=True),
+    Case(bounds=B(1, 2, 2), servers=2, losses=True, depths=True),
     Case(bounds=B(2, 1), ledger=DroppingLedger, servers=2, losses=True, filters=True, skips=True),
 ]
 """About a minute together: part of `make prove`."""

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from protocol.errors import StalenessViolation
 from tests.prove.world import Case, Move, World
 
-FAULTS = frozenset({"filter", "lose", "skip", "turn", "short"})
+FAULTS = frozenset({"filter", "lose", "skip", "turn", "depth", "short"})
 """Moves that nothing may depend on: progress must be possible without them."""
 
 

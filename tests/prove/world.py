@@ -34,6 +34,8 @@ class Case:
     """A lost group goes on from the tokens it has (no shipped rule does that)."""
     max_refill_ratio: int = PLENTY
     """Below PLENTY: short and empty steps once so many groups per trained one were filtered."""
+    depths: bool = False
+    """The depth may change at any moment, to any that is allowed."""
     turned_to: Bounds | None = None
     """A live knob: at any moment, once, these become the ledger's bounds."""
 
@@ -41,7 +43,7 @@ class Case:
     def name(self) -> str:
         """The numbers that matter, in one line."""
         b = self.bounds
-        flags = [word for word in ("losses", "filters", "skips") if vars(self)[word]]
+        flags = [word for word in ("losses", "filters", "skips", "depths") if vars(self)[word]]
         short = ["short steps"] if self.max_refill_ratio < PLENTY else []
         numbers = f"P {b.prompts_per_step} S {b.steps_ahead} W {b.reorder_window} k {b.weight_sync_steps}"
         return f"{numbers}, servers {self.servers}" + "".join(f", {flag}" for flag in flags + short)
@@ -93,6 +95,9 @@ class World:
         for version in sorted(set(self.live)):
             if version < self.published:
                 yield "swap", version
+        if case.depths:
+            lowest, highest = ledger.bounds.lowest_depth, ledger.bounds.steps_ahead
+            yield from (("depth", depth) for depth in range(lowest, highest + 1) if depth != ledger.depth)
         if case.turned_to is not None and not self.turned:
             yield ("turn",)
 
@@ -126,10 +131,13 @@ class World:
         elif what == "swap":
             self.live[self.live.index(int(args[0]))] = self.published
             ledger.live(self.published)
+        elif what == "depth":
+            ledger.limit_depth(int(args[0]))
         else:
             self.turned = True
             assert self.case.turned_to is not None
             ledger.bounds = self.case.turned_to
+            ledger.depth = ledger.bounds.steps_ahead
         self._grant()
         return staleness
 
@@ -162,6 +170,7 @@ class World:
             tuple(sorted(max(oldest, version - now) for version in self.live)),
             self.published - now,
             self.turned,
+            ledger.depth,
             0 if self.case.max_refill_ratio == PLENTY else min(exhausted, ledger.filtered_since_batch),
             None if late is None else late - now,
         )
