@@ -19,7 +19,7 @@ GPU_STAMP := $(GPU_VENV)/.installed
 GPU_PYTHON ?= $(GPU_VENV)/bin/python
 PIP_INSTALL := -m pip install -qq --disable-pip-version-check --no-input
 
-.PHONY: install sglang demo test test-gpu bench clean
+.PHONY: install sglang demo test test-gpu prove bench clean
 
 install: $(STAMP)
 
@@ -62,6 +62,10 @@ $(GPU_STAMP): pyproject.toml
 test-gpu: $(if $(filter $(GPU_VENV)/%,$(GPU_PYTHON)),$(GPU_STAMP)) \
 		$(if $(filter $(SGLANG_VENV)/%,$(GPU_PYTHON)),$(SGLANG_STAMP))
 	@$(GPU_PYTHON) -m pytest tests/gpu -m gpu -s $(ARGS)
+
+# The staleness bound on ten million groups: minutes on two cores. ARGS='--groups 500000' for a look.
+prove: $(STAMP)
+	@OMP_NUM_THREADS=1 $(VENV)/bin/python -m tests.prove $(ARGS)
 
 # Other learners to compare with. Without them (no network) their rows are skipped, and say so.
 $(PEERS_STAMP): $(STAMP)

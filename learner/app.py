@@ -28,6 +28,7 @@ from learner.config import LearnerConfig
 from learner.coordinator import NOTICES_KEPT, Coordinator
 from learner.dashboard.terminal import Screen
 from learner.deltas import DeltaChain
+from learner.dropping import DroppingLedger
 from learner.fleet import Fleet
 from learner.journal import Journal
 from learner.journal_records import IncarnationRecord
@@ -61,6 +62,9 @@ if TYPE_CHECKING:
     from learner.trainer import Trainer
 
 log = logging.getLogger(__name__)
+
+LEDGERS = {"wait": Ledger, "drop": DroppingLedger}
+"""By staleness_policy."""
 
 
 def run(
@@ -192,7 +196,7 @@ class Learner:
     ) -> Run:
         """Put the parts together; nothing runs yet."""
         config, directory, trainer = self.config, self.directory, loaded.trainer
-        ledger = Ledger(
+        ledger = LEDGERS[config.staleness_policy](
             config.granted_bounds, max_attempts=config.max_attempts, max_refill_ratio=config.max_refill_ratio
         )
         start = await asyncio.to_thread(
@@ -299,9 +303,10 @@ def opening_line(config: LearnerConfig, checkpoint: Checkpoint | None) -> str:
     where = f"resuming from step {checkpoint.policy_version}" if checkpoint else "starting"
     bounds = config.granted_bounds
     lowered = " (lowered: buffer_bytes holds no more)" if bounds.steps_ahead < config.bounds.steps_ahead else ""
+    order = "late groups dropped" if config.staleness_policy == "drop" else f"window {bounds.reorder_window}"
     return (
         f"{config.run_dir}: {where}; max_staleness {bounds.max_staleness}, rollouts at most {bounds.steps_ahead} steps"
-        f" ahead{lowered}, window {bounds.reorder_window}, {bounds.slots_total} slots"
+        f" ahead{lowered}, {order}, {bounds.slots_total} slots"
     )
 
 

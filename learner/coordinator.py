@@ -231,6 +231,18 @@ class Coordinator:
             self.ended(entry, End.SKIPPED, reason)
         self.changed.notify()
 
+    def drop_expired(self) -> list[int]:
+        """End what no step may train any more (staleness_policy drop); return the sequences that had finished."""
+        expired = self.ledger.expired()
+        for entry in expired:
+            self.ledger.end(entry.sequence, End.STALE)
+            self.ended(entry, End.STALE, f"its tokens are of version {entry.floor}, too old for the next step")
+        for entry in expired:
+            held_id = self.train_id(entry.ordinal)
+            if (holder := self.fleet.release(held_id)) is not None:
+                self.send(holder, Cancel(group_id=held_id, attempt=entry.attempt, reason="too old to train"))
+        return [entry.sequence for entry in expired if entry.state is State.BUFFERED]
+
     def take_unjournaled(self) -> list[Record]:
         """Hand over the ends that the journal has not got yet."""
         records, self.unjournaled = self.unjournaled, []

@@ -10,7 +10,7 @@ no files (journal_segments.py puts frames on disk).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TypeAlias
+from typing import Literal, TypeAlias
 
 import msgspec
 import numpy as np
@@ -80,7 +80,17 @@ class KnobRecord(_Scalars, frozen=True, kw_only=True, tag="knob"):
     """A live knob changed; what follows in the journal happened under the new value."""
 
     name: str
-    value: bool | int | float | str
+    value: int | float
+    number: int
+    """Of the run's knob changes, from 1: a checkpoint and the journal after it may both have a change."""
+    old: int | float
+    """Its value before."""
+    configured: int | float
+    """What the configuration said when it was set: the value holds as long as that stays."""
+    who: Literal["user", "controller"]
+    reason: str
+    step: int
+    """policy_version of the weights when it was set."""
 
 
 class IncarnationRecord(_Scalars, frozen=True, kw_only=True, tag="incarnation"):

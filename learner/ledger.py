@@ -27,7 +27,7 @@ counts on, so it is allowed only where no group under way could become too old (
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -105,6 +105,8 @@ class Ledger:
         self.max_attempts = max_attempts
         self.max_refill_ratio = max_refill_ratio
         self.policy_version = policy_version
+        self.depth = bounds.steps_ahead
+        """How many steps rollouts may run ahead now, at most `bounds.steps_ahead`: see `limit_depth`."""
         self.cursor = 0
         """Next ordinal to grant."""
         self.next_sequence = 0
@@ -117,6 +119,8 @@ class Ledger:
         self._by_ordinal: dict[int, int] = {}
         self._untaken: list[int] = []
         """Sequences neither batched nor ended, ascending."""
+        self._pending: list[int] = []
+        """Those of them that wait for a server, ascending."""
         self._awaiting_live: dict[int, int] = {}
 
     @property
@@ -124,14 +128,30 @@ class Ledger:
         """Groups between grant and live weights (I1: <= slots_total)."""
         return len(self.entries) + sum(self._awaiting_live.values())
 
+    @property
+    def slots_allowed(self) -> int:
+        """Slots that may be in use before another is granted: slots_total, or fewer at a lower depth."""
+        return (self.depth + 1) * self.bounds.prompts_per_step
+
+    def limit_depth(self, depth: int) -> None:
+        """Let rollouts run `depth` steps ahead from now on.
+
+        Lower: nothing is taken back, and nothing granted until the slots in use are within the new limit. Higher: slots
+        are free at once. Either way the bound stays: `min_policy_version` looks at what is under way, not at the depth.
+        """
+        lowest, highest = self.bounds.lowest_depth, self.bounds.steps_ahead
+        if not lowest <= depth <= highest:
+            raise InvariantViolation(f"I1, I8: depth {depth}, allowed are {lowest} to {highest}")
+        self.depth = depth
+
     def can_grant(self) -> bool:
         """Whether a slot is free."""
-        return self.slots_in_use < self.bounds.slots_total
+        return self.slots_in_use < self.slots_allowed
 
     def grant(self) -> Entry:
         """Give the next ordinal a slot and a sequence number."""
         if not self.can_grant():
-            raise InvariantViolation(f"I1: {self.slots_in_use} slots in use of {self.bounds.slots_total}")
+            raise InvariantViolation(f"I1: {self.slots_in_use} slots in use of {self.slots_allowed}")
         entry = Entry(ordinal=self.cursor, sequence=self.next_sequence)
         self._add(entry)
         self.cursor += 1
@@ -148,7 +168,7 @@ class Ledger:
 
     def pending(self) -> list[Entry]:
         """Entries waiting for a server, oldest first."""
-        return [self.entries[s] for s in self._untaken if self.entries[s].state is State.PENDING]
+        return [self.entries[sequence] for sequence in self._pending]
 
     def latest_version(self, sequence: int) -> int:
         """Newest weights that can be about to train when this untaken group trains: see the module's text."""
@@ -167,6 +187,7 @@ class Ledger:
                 f"I4: group {entry.ordinal} leased to {server} live at {live_policy_version},"
                 f" needs >= {self.min_policy_version(sequence)}"
             )
+        _drop(self._pending, sequence)
         entry.state, entry.server, entry.floor = State.LEASED, server, live_policy_version
         entry.attempt += 1
         return entry
@@ -175,6 +196,7 @@ class Ledger:
         """The lease will not be answered. Return the entry to lease again, or None when it ended quarantined."""
         entry = self._expect(sequence, State.LEASED)
         entry.state, entry.server = State.PENDING, ""
+        insort(self._pending, sequence)
         entry.faults += fault
         if entry.faults < self.max_attempts:
             return entry
@@ -202,6 +224,8 @@ class Ledger:
         entry = self.find(ordinal)
         if entry is None or entry.state not in (State.PENDING, State.LEASED):
             raise InvariantViolation(f"I3: group {ordinal} delivered, but it is {entry.state if entry else 'ended'}")
+        if entry.state is State.PENDING:
+            _drop(self._pending, entry.sequence)
         entry.state, entry.server, entry.floor = State.BUFFERED, "", oldest_policy_version
         return entry
 
@@ -254,8 +278,12 @@ class Ledger:
         self.filtered_since_batch = 0
         for sequence in sequences:
             self._expect(sequence, State.BUFFERED).state = State.BATCHED
-            self._untake(sequence)
+            _drop(self._untaken, sequence)
         self.batches_formed += bool(sequences)
+
+    def expired(self) -> list[Entry]:
+        """Groups to end `stale`: none, since all wait for their turn and none gets too old (dropping.py drops)."""
+        return []
 
     def check_staleness(self, sequences: Iterable[int]) -> None:
         """I4, checked where it matters: on the batch about to train.
@@ -324,15 +352,15 @@ class Ledger:
         self.entries[entry.sequence] = entry
         self._by_ordinal[entry.ordinal] = entry.sequence
         self._untaken.append(entry.sequence)  # sequences grow
+        self._pending.append(entry.sequence)
 
     def _remove(self, sequence: int) -> None:
         entry = self.entries.pop(sequence)
         del self._by_ordinal[entry.ordinal]
         if entry.state is not State.BATCHED:
-            self._untake(sequence)
-
-    def _untake(self, sequence: int) -> None:
-        del self._untaken[bisect_left(self._untaken, sequence)]
+            _drop(self._untaken, sequence)
+        if entry.state is State.PENDING:
+            _drop(self._pending, sequence)
 
     def _before_it_trains(self, sequence: int, untaken: list[int]) -> int:
         """A + O: how many of `untaken` (ascending), or not yet granted, may still train before `sequence` does."""
@@ -352,3 +380,8 @@ class Ledger:
             self._remove(sequence)
             self.ends[how] += 1
         self.batches_formed -= bool(sequences)
+
+
+def _drop(ascending: list[int], sequence: int) -> None:
+    """Remove one that is there."""
+    del ascending[bisect_left(ascending, sequence)]

@@ -219,6 +219,7 @@ async def batch_loop(coordinator: Coordinator, buffer: Buffer, batches: asyncio.
             continue
         ledger.batch(selected)
         batch = Batch(step=ledger.policy_version + ledger.batches_formed, groups=buffer.take(selected))
+        buffer.take(coordinator.drop_expired())
         await waits.wait(batches.put(batch), name="batch place", owner="train_loop", deadline_s=None)
 
 

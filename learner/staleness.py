@@ -38,6 +38,11 @@ class Bounds:
         return (self.steps_ahead + 1) * self.prompts_per_step
 
     @property
+    def lowest_depth(self) -> int:
+        """Fewest steps ahead that do not deadlock: the slots of k - 1 trained steps wait for the k-th to be live."""
+        return self.weight_sync_steps - 1
+
+    @property
     def window_steps(self) -> int:
         """What the reorder window adds to the staleness: ceil((W - 1) / P)."""
         return -(-(self.reorder_window - 1) // self.prompts_per_step)
@@ -73,7 +78,7 @@ def derive_bounds(
             f"reorder_window {reorder_window} alone allows a staleness of {bounds.window_steps}, above max_staleness"
             f" {m}: with prompts_per_step {p} the window may be at most {m * p + 1}"
         )
-    if bounds.steps_ahead < k - 1:
+    if bounds.steps_ahead < bounds.lowest_depth:
         raise ConfigError(
             f"weight_sync_steps {k} with S = {bounds.steps_ahead} steps ahead would deadlock: rollouts need"
             f" S >= {k - 1}; raise max_staleness to at least {k - 1 + bounds.window_steps} or publish more often"

@@ -40,7 +40,14 @@ def step(number: int, *ordinals: int) -> StepRecord:
     return StepRecord(incarnation=1, step=number, ordinals=ordinals, learning_rate=1e-5, num_micro_batches=2)
 
 
-KNOB = KnobRecord(incarnation=1, name="learning_rate", value=2e-6)
+def knob(number: int, name: str, value: float, *, old: float = 0, configured: float = 0, step: int = 0) -> KnobRecord:
+    return KnobRecord(
+        incarnation=1, name=name, value=value, number=number, old=old, configured=configured, who="user", reason="",
+        step=step,
+    )  # fmt: skip
+
+
+KNOB = knob(1, "learning_rate", 2e-6, old=1e-6, configured=1e-6)
 
 
 def plain(record: Record) -> object:

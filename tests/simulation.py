@@ -22,7 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from learner.app import make_recorder, rows_under_way
+from learner.app import LEDGERS, make_recorder, rows_under_way
 from learner.arrivals import Arrivals
 from learner.batch import Batch
 from learner.buffer import Buffer
@@ -33,7 +33,7 @@ from learner.coordinator import Coordinator
 from learner.fleet import Fleet
 from learner.journal_records import IncarnationRecord
 from learner.leases import RunIdentity
-from learner.ledger import End, Ledger
+from learner.ledger import End
 from learner.resume import begin
 from learner.rollover import TURN_S
 from learner.run import Run
@@ -164,7 +164,9 @@ class Simulation:
         try:
             checkpoint = latest_checkpoint(directory.checkpoints_dir)
             incarnation = directory.begin_incarnation()
-            ledger = Ledger(self.config.granted_bounds, max_attempts=self.config.max_attempts)
+            ledger = LEDGERS[self.config.staleness_policy](
+                self.config.granted_bounds, max_attempts=self.config.max_attempts
+            )
             start = begin(ledger, checkpoint, incarnation=incarnation, journal_dir=directory.journal_dir)
             journal = listener.journal = SimJournal(directory.journal_dir, life, self.dice)
             trainer = SimTrainer(self.judge, checkpoint.path if checkpoint else None, self.spoil_step)

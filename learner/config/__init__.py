@@ -126,6 +126,10 @@ class AsynchronyOptions(Section):
     Higher: both sides wait less, data is older. 0 is synchronous."""
     reorder_window: int | None = Field(None, ge=1)
     """W: how far a finished group may overtake. Useful: j x prompts_per_step + 1. Default: derived."""
+    staleness_policy: Literal["wait", "drop"] = "wait"
+    """wait: a step waits for the groups whose turn it is; nothing is dropped, so long completions train as often as
+    they were leased. drop: a step takes whatever has finished, and what has become older than max_staleness ends
+    `stale`, counted: fewer long completions train (README.md has figures). max_staleness is hard with both."""
     weight_sync_steps: int = Field(1, ge=1)
     """Publish every k-th version."""
     max_attempts: int = Field(3, ge=1)
@@ -139,9 +143,18 @@ class AsynchronyOptions(Section):
         return derive_bounds(
             max_staleness=self.max_staleness,
             prompts_per_step=self.prompts_per_step,
-            reorder_window=self.reorder_window,
+            reorder_window=1 if self.staleness_policy == "drop" else self.reorder_window,
             weight_sync_steps=self.weight_sync_steps,
         )
+
+    @model_validator(mode="after")
+    def _check_window(self) -> AsynchronyOptions:
+        if self.staleness_policy == "drop" and self.reorder_window is not None:
+            raise ValueError(
+                f"reorder_window {self.reorder_window} with staleness_policy drop: nothing waits for its turn there, so"
+                " there is no window; leave reorder_window out, or use staleness_policy wait"
+            )
+        return self
 
 
 class OptimizerOptions(Section):

@@ -31,6 +31,7 @@ from learner.journal_writer import SegmentWriter
 from tests.journals import end, group_record, plain, step
 
 ints = st.integers(0, 2**40)
+numbers = ints | st.floats(allow_nan=False)
 scalars = st.one_of(
     st.builds(
         StepRecord,
@@ -41,7 +42,10 @@ scalars = st.one_of(
         num_micro_batches=ints,
     ),
     st.builds(EndRecord, incarnation=ints, ordinal=ints, sequence=ints, end=st.text(), step=ints, reason=st.text()),
-    st.builds(KnobRecord, incarnation=ints, name=st.text(), value=st.booleans() | ints | st.floats(allow_nan=False)),
+    st.builds(
+        KnobRecord, incarnation=ints, name=st.text(), value=numbers, number=ints, old=numbers, configured=numbers,
+        who=st.sampled_from(("user", "controller")), reason=st.text(), step=ints,
+    ),
     st.builds(IncarnationRecord, incarnation=ints, resumed_from=ints),
 )  # fmt: skip
 groups = st.builds(

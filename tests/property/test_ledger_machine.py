@@ -1,10 +1,10 @@
 """I1-I4 on the shipped ledger, driven at random: several servers, rolling versions, filtered and skipped steps, lost
-leases, late and duplicate groups, short steps, restarts from a checkpoint."""
+leases, late and duplicate groups, short steps, changes of the depth, restarts from a checkpoint."""
 
 from __future__ import annotations
 
 import hypothesis.strategies as st
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, rule
 
 from learner.ledger import End, Ledger, State, Verdict
@@ -36,6 +36,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.bounds = bounds
         self.refill = refill
         self.ledger = Ledger(bounds, max_attempts=3, max_refill_ratio=refill)
+        self.slots_before_drain = 0  # in use when the depth was last changed
         self.live = dict.fromkeys(SERVERS, 0)
         self.published = 0
         self.batches: list[list[int]] = []
@@ -61,6 +62,7 @@ class LedgerMachine(RuleBasedStateMachine):
     def _lease(self, data):
         """Fill the free slots; every group goes to some server allowed to have it, the most outdated one included."""
         while self.ledger.can_grant():
+            assert self.ledger.slots_in_use < (self.ledger.depth + 1) * self.bounds.prompts_per_step, "drain first"
             self.ledger.grant()
         for entry in self.ledger.pending():
             needed = self.ledger.min_policy_version(entry.sequence)
@@ -120,7 +122,7 @@ class LedgerMachine(RuleBasedStateMachine):
         self.ledger.live(self.published)
         self.not_live = {step: count for step, count in self.not_live.items() if step > self.published}
 
-    @rule(data=st.data(), what=st.sampled_from(("lose", "late", "skip", "long row", "save", "restart")))
+    @rule(data=st.data(), what=st.sampled_from(("lose", "late", "skip", "long row", "depth", "save", "restart")))
     def disturb(self, data, what):
         leased = self._leased()
         if what == "lose" and leased:
@@ -135,17 +137,27 @@ class LedgerMachine(RuleBasedStateMachine):
             self.ledger.skip(self.batches.pop(0))
         elif what == "long row":
             self.ledger.filter_unleased()
+        elif what == "depth":
+            self._turn_depth(data.draw(st.integers(self.bounds.lowest_depth, self.bounds.steps_ahead)))
         elif what == "save":
             self.checkpoint = (self.ledger.snapshot(), list(self.trained))
         elif what == "restart" and self.checkpoint:
             self._restart()
 
+    def _turn_depth(self, depth):
+        """Nothing that is under way is touched."""
+        before = self.ledger.snapshot()
+        self.ledger.limit_depth(depth)
+        assert self.ledger.snapshot() == before
+        self.slots_before_drain = self.ledger.slots_in_use
+
     def _restart(self):
         """kill -9: back to the checkpoint. Tokens of versions after it are orphaned, so nothing late is admissible."""
-        snapshot, trained = self.checkpoint
+        (snapshot, trained), depth = self.checkpoint, self.ledger.depth
         self.ledger = Ledger(self.bounds, max_attempts=3, max_refill_ratio=self.refill)
         self.ledger.restore(snapshot)
         assert self.ledger.snapshot() == snapshot
+        self._turn_depth(depth)  # the knobs keep their values
         self.trained = list(trained)
         self.published = self.ledger.policy_version
         self.live = dict.fromkeys(SERVERS, self.published)
@@ -160,9 +172,12 @@ class LedgerMachine(RuleBasedStateMachine):
             return
         slots = len(self.ledger.entries) + sum(self.not_live.values())
         assert self.ledger.slots_in_use == slots <= self.bounds.slots_total, "I1, I2"
+        assert slots <= max((self.ledger.depth + 1) * self.bounds.prompts_per_step, self.slots_before_drain), "drain"
         assert self.ledger.unaccounted == 0, "I3"
         assert self.ledger.granted == self.ledger.cursor, "I3"
         assert len(self.trained) == len(set(self.trained)) == self.ledger.ends[End.TRAINED], "I3: none trained twice"
+        waiting = sorted(s for s, entry in self.ledger.entries.items() if entry.state is State.PENDING)
+        assert [entry.sequence for entry in self.ledger.pending()] == waiting, "oldest first, none forgotten"
         for entry in self._leased():
             assert self.ledger.latest_version(entry.sequence) - entry.floor <= self.bounds.max_staleness, "I4"
 
@@ -174,6 +189,39 @@ class LedgerMachine(RuleBasedStateMachine):
         first = self.ledger.pending()[0]
         if first.sequence == min(e.sequence for e in self.ledger.entries.values()):
             assert self.ledger.min_policy_version(first.sequence) <= self.ledger.policy_version
+
+
+@settings(max_examples=300, deadline=None)
+@given(bounds=possible_bounds(), data=st.data())
+def test_a_lower_depth_is_a_lower_staleness_without_a_stop(bounds, data):
+    """One server that is live at once: what is granted at depth d trains at most d + ceil((W - 1) / P) late, and every
+    depth in range goes on, drained or not."""
+    ledger = Ledger(bounds)
+    p, k = bounds.prompts_per_step, bounds.weight_sync_steps
+    live, allowed = 0, {}  # allowed: sequence -> staleness that its depth allows
+    for _ in range(12):
+        ledger.limit_depth(data.draw(st.integers(bounds.lowest_depth, bounds.steps_ahead)))
+        while ledger.can_grant():
+            allowed[ledger.grant().sequence] = ledger.depth + bounds.window_steps
+        for entry in ledger.pending():
+            ledger.dispatched(entry.sequence, "north", live)
+        leased = [entry for entry in ledger.entries.values() if entry.state is State.LEASED]
+        # The step that is next can always finish; of the others some do.
+        first = sorted(ledger.entries)[:p]
+        assert len(first) == p, "a depth in range leaves a step's groups to train"
+        for entry in leased:
+            if entry.sequence in first or data.draw(st.booleans()):
+                ledger.delivered(entry.ordinal, entry.floor)
+        chosen = ledger.select()
+        assert len(chosen) == p
+        ledger.batch(chosen)
+        for sequence in chosen:
+            assert ledger.policy_version - ledger.entries[sequence].floor <= allowed[sequence]
+        ledger.check_staleness(chosen)
+        ledger.trained(chosen, ledger.policy_version + 1)
+        if ledger.policy_version % k == 0:
+            live = ledger.policy_version
+            ledger.live(live)
 
 
 LedgerMachine.TestCase.settings = settings(max_examples=300, stateful_step_count=40, deadline=None)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from learner.ledger import Ledger
+from learner.ledger import End, Ledger
 from protocol.errors import StalenessViolation
 from tests.simulation import Plan, Simulation, simulate
 
@@ -53,6 +53,8 @@ def check_faults(simulation: Simulation) -> None:
         {"max_staleness": 5, "prompts_per_step": 1, "eval_steps": 4},
         {"max_staleness": 6, "reorder_window": 7},
         {"max_staleness": 2, "max_refill_ratio": 0},
+        {"max_staleness": 1, "staleness_policy": "drop"},
+        {"max_staleness": 0, "staleness_policy": "drop"},
     ],
     ids=lambda options: " ".join(f"{key}={value}" for key, value in options.items()),
 )
@@ -78,8 +80,13 @@ def test_the_bound_holds_and_the_run_ends_whatever_goes_wrong(what, servers, see
 @pytest.mark.parametrize("seed", [6, 7])
 @pytest.mark.parametrize(
     "options",
-    [{"max_staleness": 4, "eval_steps": 5}, {"max_staleness": 0}, {"max_staleness": 3, "weight_sync_steps": 3}],
-    ids=["asynchronous", "synchronous", "every third version"],
+    [
+        {"max_staleness": 4, "eval_steps": 5},
+        {"max_staleness": 0},
+        {"max_staleness": 3, "weight_sync_steps": 3},
+        {"max_staleness": 1, "staleness_policy": "drop"},
+    ],
+    ids=["asynchronous", "synchronous", "every third version", "dropping"],
 )
 def test_the_bound_holds_and_the_run_ends_when_everything_goes_wrong(options, seed, tmp_path):
     check_faults(simulate(Plan(seed=seed, max_steps=40, options=options, chaos=Simulation.CHAOS), tmp_path))
@@ -111,3 +118,13 @@ def test_without_the_rule_of_min_versions_the_bound_breaks(monkeypatch, tmp_path
     with pytest.raises(ExceptionGroup) as raised:
         break_something(tmp_path)
     assert raised.group_contains(StalenessViolation, match="I4") or raised.group_contains(AssertionError, match="I4")
+
+
+@pytest.mark.parametrize(("policy", "drops"), [("wait", False), ("drop", True)])
+def test_groups_end_stale_where_they_may_be_dropped_and_nowhere_else(policy, drops, tmp_path):
+    options = {"max_staleness": 1, "prompts_per_step": 3, "staleness_policy": policy}
+    simulation = simulate(Plan(seed=12, max_steps=40, options=options, skip=0.0, fail=0.0), tmp_path)
+    assert simulation.run is not None
+    stale = simulation.run.coordinator.ledger.ends[End.STALE]
+    assert (stale > 0) is drops
+    assert simulation.staleness_max <= 1

@@ -21,12 +21,11 @@ from learner.journal import (
     Journal,
     JournalError,
     JournalReport,
-    KnobRecord,
     Record,
     read_journal,
 )
 from protocol.messages import Group
-from tests.journals import KNOB, end, group_record, ordinals, plain, segments, step, use, write
+from tests.journals import KNOB, end, group_record, knob, ordinals, plain, segments, step, use, write
 
 
 def test_every_record_comes_back_as_it_was(tmp_path: Path) -> None:
@@ -42,7 +41,7 @@ def test_every_record_comes_back_as_it_was(tmp_path: Path) -> None:
         step(11, 8, 7),
         end(9),
         KNOB,
-        KnobRecord(incarnation=1, name="filter_zero_std", value=False),
+        knob(2, "depth", 3, old=4, configured=4, step=7),
     ]
     write(tmp_path, *records)
     assert [plain(record) for record in read_journal(tmp_path)] == [plain(record) for record in records]

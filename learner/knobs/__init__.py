@@ -1,0 +1,1 @@
+"""Live knobs: what may change while a run goes on, through one audited command."""
