@@ -68,6 +68,7 @@ class Critic:
             share_prefix=share_prefix,
             autocast=config.autocast == "bfloat16",
             flex_attention=config.attn_implementation == "flex_attention",
+            activation_offloading=config.activation_offloading,
         )
         value_head = torch.nn.Linear(self._model.get_output_embeddings().in_features, 1, dtype=DTYPES[config.dtype])
         torch.nn.init.zeros_(value_head.weight)  # the first advantages are the rewards, not noise

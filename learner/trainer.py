@@ -34,7 +34,7 @@ from learner.backward import accumulate
 from learner.batch import Batch, StepResult
 from learner.config import LearnerConfig
 from learner.critic import Critic
-from learner.model import export, flex
+from learner.model import export, flex, offloading
 from learner.model.adapters import Adapter
 from learner.model.checkpointing import checkpoint_layers
 from learner.model.load import load_model, load_tokenizer, resolve_device
@@ -90,6 +90,8 @@ class Trainer:
         self._device = resolve_device(config.device)
         if config.attn_implementation == "flex_attention":
             flex.check_device(self._device)
+        if config.activation_offloading:
+            offloading.check_device(self._device)
         self._objective = Objective(config, self._device)
         torch.manual_seed(config.seed)
         source = config.model if checkpoint is None or config.use_peft else checkpoint
@@ -106,6 +108,7 @@ class Trainer:
             autocast=config.autocast == "bfloat16",
             fp32_head=config.cast_lm_head_to_fp32,
             flex_attention=config.attn_implementation == "flex_attention",
+            activation_offloading=config.activation_offloading,
         )
         self._reference = make_reference(config, self._policy, self._adapter)
         self._critic = (
@@ -181,8 +184,7 @@ class Trainer:
             return StepResult(finite=False, reason=str(error), loss_tokens=loss_tokens)
         self._num_completions = step.lengths_N.size
         micro_batches = [micro_batch for update in updates for micro_batch in update.micro_batches]
-        tokens_forwarded = sum(micro_batch.num_tokens for micro_batch in micro_batches)
-        num_micro_batches, tokens_forwarded = self._totals(len(micro_batches), tokens_forwarded)
+        num_micro_batches, tokens_forwarded = self._totals(len(micro_batches), sum(m.num_tokens for m in micro_batches))
         self._metrics[0] |= {
             "num_micro_batches": float(num_micro_batches),
             "tokens_forwarded": float(tokens_forwarded),

@@ -186,6 +186,9 @@ class OptimizerOptions(Section):
     gradient_checkpointing: bool = False
     """Run every layer again in the backward pass instead of keeping its activations: a third more time for a fraction
     of the memory, never the result."""
+    activation_offloading: bool = False
+    """Keep activations in the host's memory until the backward pass, for CUDA devices; with gradient_checkpointing only
+    the layers' inputs. Never the result (tested for equality on CPU; no GPU has run it yet)."""
 
 
 class EvaluationOptions(Section):
@@ -327,6 +330,8 @@ class LearnerConfig(
             yield from no_effect(self, ("eval_dataset_config", *EvaluationOptions.model_fields), "eval_dataset")
         if not self.share_prefix:
             yield from no_effect(self, ("attn_implementation",), "share_prefix")
+        if self.device == "cpu":
+            yield from no_effect(self, ("activation_offloading",), "a CUDA device")
 
     @property
     def name(self) -> str:

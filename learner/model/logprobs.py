@@ -29,6 +29,8 @@ TILE_ELEMENTS = 1 << 17
 """Logits that are worked on at a time: half a MiB stays in a core's cache (2 to 3 times faster than whole chunks)."""
 MOVED_ROWS = 8
 """Of a chunk's logits, copied at a time."""
+LINE_BYTES = 64
+"""Of a cache."""
 LOWEST = -1e4
 """Logits this far below the largest have probability 0 in every dtype; kept finite, because 0 x -inf is not 0."""
 
@@ -244,11 +246,22 @@ def without_autocast(hidden: Tensor) -> torch.autocast:
 def chunks(hidden: Tensor, head: Tensor, bias: Tensor | None) -> Iterator[tuple[slice, Tensor]]:
     """Yield the logits [rows, V] of some rows at a time, all in one buffer that may be overwritten."""
     height = max(MIN_CHUNK_TOKENS, CHUNK_BYTES // (len(head) * head.element_size()))
-    buffer = hidden.new_empty(min(height, len(hidden)), len(head))
+    buffer = _spread_rows(hidden, min(height, len(hidden)), len(head))
     for start in range(0, len(hidden), height):
         rows = slice(start, min(start + height, len(hidden)))
         logits = torch.mm(hidden[rows], head.T, out=buffer[: rows.stop - start])
         yield rows, logits if bias is None else logits.add_(bias)
+
+
+def _spread_rows(like: Tensor, height: int, width: int) -> Tensor:
+    """Make an empty matrix whose rows begin an odd number of cache lines apart.
+
+    Vocabularies are round numbers, and rows a power of two apart share a few sets of the cache: matrix products with
+    such a matrix were seen to be a fifth slower, in and out (CPU, 32,768 columns).
+    """
+    per_line = LINE_BYTES // like.element_size()
+    lines = -(-width // per_line) | 1
+    return like.new_empty(height, lines * per_line)[:, :width]
 
 
 def _tiles(rows: slice, vocabulary: int) -> Iterator[slice]:

@@ -39,6 +39,8 @@ def memory_estimate(config: LearnerConfig) -> dict[str, int]:
     layers, hidden = settings["num_hidden_layers"], settings["hidden_size"]
     width = TENSORS_PER_LAYER * hidden + 4 * settings["intermediate_size"]  # what one layer keeps of a token
     kept = layers * hidden + width if config.gradient_checkpointing else layers * width
+    if config.activation_offloading:
+        kept = width  # of the layer under way
     trained, trained_item = parameters, master
     adapter = 0
     if config.use_peft:

@@ -6,8 +6,10 @@ everything else (which rows there are, what a loss is) is decided by others. Use
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,6 +20,7 @@ from learner.model.attention import ATTENTION, FLEX_ATTENTION, Packed, Prefix
 from learner.model.fused_head import TokenLossFunction, fused_token_loss
 from learner.model.load import head_of
 from learner.model.logprobs import token_logprobs
+from learner.model.offloading import HostActivations
 from learner.model.packing import MicroBatch, Rows, StepTokens, pack_padded, pack_shared
 
 log = logging.getLogger(__name__)
@@ -51,6 +54,7 @@ class Policy:
         autocast: compute in bfloat16.
         fp32_head: run the output head in float32 all the same.
         flex_attention: completions attend to shared prompts by FlexAttention.
+        activation_offloading: keep in the host's memory what a backward pass will need.
     """
 
     def __init__(
@@ -61,10 +65,12 @@ class Policy:
         autocast: bool,
         fp32_head: bool = False,
         flex_attention: bool = False,
+        activation_offloading: bool = False,
     ) -> None:
         self.model = model
         self._attention = FLEX_ATTENTION if flex_attention else ATTENTION
         self._fp32_head = fp32_head
+        self._activation_offloading = activation_offloading
         self.device = model.device
         self.shares_prefix = False
         self._autocast = False  # while probing: what differs then is the method, not the rounding
@@ -181,14 +187,16 @@ class Policy:
         """Run the model without its head: last hidden states, flat [B x L, H]."""
         tokens, positions = self._tensor(rows.tokens_BL), self._tensor(rows.positions_BL)
         if rows.layout is None:
-            output = self.model.base_model(input_ids=tokens, use_cache=False)
-            return torch.flatten(output.last_hidden_state, 0, 1)
+            return self._run(input_ids=tokens)
         if not tokens.numel():  # every completion in the row is one token, predicted by the prompt
             weight, _ = head_of(self.model)
             return torch.empty(0, weight.shape[1], dtype=weight.dtype, device=self.device)
-        output = self.model.base_model(
-            input_ids=tokens, position_ids=positions, use_cache=False, packed=Packed(rows.layout, prefix)
-        )
+        return self._run(input_ids=tokens, position_ids=positions, packed=Packed(rows.layout, prefix))
+
+    def _run(self, **inputs: Any) -> Tensor:
+        """Call the model without its head: [B x L, H]."""
+        with HostActivations(self.model) if self._activation_offloading else contextlib.nullcontext():
+            output = self.model.base_model(use_cache=False, **inputs)
         return torch.flatten(output.last_hidden_state, 0, 1)
 
     def _precision(self) -> torch.autocast:

@@ -220,6 +220,7 @@ FOLLOW = {"sync_ref_model": True, "beta": 0.1}
         ({"eval_temperature": 1.0}, {}, {"eval_dataset": "e.jsonl"}, "eval_dataset"),
         ({"eval_dataset_config": {"size": 5}}, {}, {"eval_dataset": "reasoning_gym:gcd"}, "eval_dataset"),
         ({"attn_implementation": "flex_attention"}, {"share_prefix": False}, {}, "share_prefix"),
+        ({"activation_offloading": True}, {"device": "cpu"}, {"device": "cuda"}, "a CUDA device"),
     ],
 )
 def test_a_word_that_nothing_reads_is_refused_and_where_it_is_read_it_is_not(word, unread, read, needs):

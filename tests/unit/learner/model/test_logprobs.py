@@ -51,6 +51,16 @@ def test_values_and_gradients(bias):
         torch.testing.assert_close(ours, want)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("width", [1, 31, 32, 33, 32_768, 151_936])
+def test_rows_of_logits_begin_in_different_sets_of_the_cache(width, dtype):
+    rows = logprobs._spread_rows(torch.empty(0, dtype=dtype), 3, width)
+    lines, rest = divmod(rows.stride(0) * rows.element_size(), 64)
+    assert (rows.shape, rows.dtype) == ((3, width), dtype)
+    assert (rest, lines % 2) == (0, 1)
+    assert 0 <= rows.stride(0) - width < 2 * 64 / rows.element_size(), "no more than it takes"
+
+
 def test_a_frozen_head_costs_no_product_and_changes_no_other_gradient(monkeypatch):
     hidden, weight, bias, targets, temperature = inputs(bias=False)
     (expected, _) = torch.autograd.grad(

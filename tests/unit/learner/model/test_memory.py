@@ -47,12 +47,14 @@ def test_states_of_one_byte(tiny_model_dir):
     assert estimate["optimizer_bytes"] == 2 * estimate["parameters"]
 
 
-def test_checkpointing_keeps_one_tensor_per_layer_and_all_of_one_layer(tiny_model_dir):
+def test_checkpointing_keeps_one_tensor_per_layer_and_all_of_one_layer_offloading_only_that_layer(tiny_model_dir):
     settings = {"model": str(tiny_model_dir), "token_budget": 100}
     plain, checkpointed = (
         memory_estimate(LearnerConfig(**settings, gradient_checkpointing=on)) for on in (False, True)
     )
+    offloaded = memory_estimate(LearnerConfig(**settings, activation_offloading=True))
     layer = 12 * 32 + 4 * 64
+    assert offloaded["activations_bytes"] == 100 * layer * 4
     assert plain["activations_bytes"] == 100 * 2 * layer * 4
     assert checkpointed["activations_bytes"] == 100 * (2 * 32 + layer) * 4
 
