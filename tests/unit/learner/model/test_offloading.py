@@ -79,7 +79,7 @@ def test_the_critic_offloads_too(tiny_model_dir):
     of_policy_and_critic = len(moved)
     moved.clear()
     gradients(tiny_model_dir, activation_offloading=True)
-    assert of_policy_and_critic == 2 * len(moved)
+    assert of_policy_and_critic == 2 * len(moved) > 0
 
 
 def test_checkpointed_layers_move_their_inputs_alone(tiny_model_dir):
