@@ -15,6 +15,7 @@ usage: {PROG} COMMAND [--config FILE] [flags]
 commands:
   train   train a model on the groups that rollout servers stream in (--dry-run only shows what would run)
   demo    train a small model on this machine: writes two configurations, starts a server and a learner
+  knob    show the live knobs of a running learner, or turn one: knob RUN_DIR [NAME VALUE]
   weights list the versions that a run has published, verify or restore them: weights RUN_DIR
   bench   compare objectives on this machine: bench ppo-vs-grpo
   keygen  make the key of a learner whose servers are on other hosts
@@ -50,13 +51,17 @@ def dispatch(argv: Sequence[str]) -> int:
         from learner.weights_archive.command import weights
 
         return weights(rest, prog=f"{PROG} weights")
+    if command == "knob":
+        from learner.knobs.command import knob
+
+        return knob(rest, prog=f"{PROG} knob")
     if command == "bench":
         return bench(rest)
     if command == "keygen":
         from protocol.keygen import keygen
 
         return keygen(rest, prog=f"{PROG} keygen", side="learner")
-    raise ConfigError(f"unknown command {command!r}: allowed are train, demo, weights, bench and keygen")
+    raise ConfigError(f"unknown command {command!r}: allowed are train, demo, knob, weights, bench and keygen")
 
 
 def bench(argv: Sequence[str]) -> int:

@@ -13,6 +13,7 @@ import contextlib
 import gc
 import logging
 import signal
+import socket
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -32,6 +33,7 @@ from learner.dropping import DroppingLedger
 from learner.fleet import Fleet
 from learner.journal import Journal
 from learner.journal_records import IncarnationRecord
+from learner.knobs.socket import knob_socket
 from learner.leases import RunIdentity
 from learner.ledger import Ledger
 from learner.monitor import Monitor
@@ -148,6 +150,7 @@ class Learner:
             stack.push_async_callback(journal.close)
             async with asyncio.TaskGroup() as tasks:
                 run = await self._build(loaded, channel, server, journal, tasks)
+                run.knob_listener = self._open_knobs(stack)
                 stack.push_async_callback(run.publisher.close)
                 loops = run.start(tasks)
                 with on_signals(run.interrupt, signal.SIGTERM, signal.SIGINT):
@@ -223,6 +226,7 @@ class Learner:
             canary_tokens=loaded.canary_tokens,
             notices=self.notices,
             rows=await asyncio.to_thread(rows_under_way, loaded.prompts, ledger),
+            knob_history=start.knobs,
         )
         stats, buffer = RunStats(), Buffer()
         arrivals = Arrivals(coordinator, buffer, journal, stats)
@@ -254,6 +258,14 @@ class Learner:
             publisher=publisher, recorder=recorder, monitor=monitor, waits=self.waits, lag=self.lag,
             compute=self.compute, screen=self.screen, keep_alive=self.keep_alive,
         )  # fmt: skip
+
+    def _open_knobs(self, stack: contextlib.AsyncExitStack) -> socket.socket | None:
+        """Open the socket of the knob command; a run directory that can have none is no reason not to train."""
+        try:
+            return stack.enter_context(knob_socket(self.directory.path))
+        except OSError as error:
+            self.notices.append(f"no live knobs: {self.directory.path} can have no socket ({error.strerror})")
+            return None
 
     def _conclude(self, run: Run, finished: bool) -> int:
         """Write what is left of the run."""

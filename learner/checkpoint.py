@@ -34,6 +34,7 @@ import msgspec
 from safetensors import SafetensorError
 
 from learner.durable import fsync_directory, fsync_file, write_atomic, write_synced
+from learner.journal_records import KnobRecord
 from protocol.errors import HeadwayError
 
 log = logging.getLogger(__name__)
@@ -67,6 +68,8 @@ class CheckpointState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """The ledger's own snapshot, cursor included: plain JSON values, opaque here."""
     counters: dict[str, int | float] = {}
     """Totals that go on counting after a restart: tokens trained, seconds, ..."""
+    knobs: tuple[KnobRecord, ...] = ()
+    """Every change of a live knob so far, in order."""
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

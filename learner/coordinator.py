@@ -6,6 +6,7 @@ waits, does no I/O but queueing messages. What arrives from servers is arrivals.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import time
@@ -20,7 +21,8 @@ from learner.batch import Batch
 from learner.config import LearnerConfig
 from learner.evaluation import Evaluation
 from learner.fleet import Fleet, Health, Server
-from learner.journal_records import EndRecord, Record
+from learner.journal_records import EndRecord, KnobRecord, Record
+from learner.knobs.core import Knobs, knob_ranges
 from learner.leases import RunIdentity
 from learner.ledger import End, Entry, Ledger, State
 from learner.links import Links
@@ -88,11 +90,21 @@ class Coordinator:
     names: NameOwners = field(default_factory=NameOwners)
     first_lease_s: float | None = None
     quarantined_in_a_row: int = 0
+    knob_history: Sequence[KnobRecord] = ()
+    """Changes made by earlier learners of this run."""
+    step_boundary: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a step is journaled and applied, and while a knob is turned: a change is before a step or after it."""
+    knobs: Knobs = field(init=False)
     progress: Progress = field(init=False)
     weights: WeightsDesk = field(init=False)
 
     def __post_init__(self) -> None:
-        """Expect the reward functions that the user named."""
+        """Expect the reward functions that the user named; set the knobs to what they were."""
+        ranges = knob_ranges(
+            self.ledger.bounds, num_generations=self.config.num_generations, learning_rate=self.config.learning_rate
+        )
+        self.knobs = Knobs(ranges, self.knob_history)
+        self.ledger.limit_depth(self.knobs.depth)
         self.reward_functions = tuple(self.config.reward_funcs)
         self.progress = Progress(self.clock())
         self.weights = WeightsDesk(

@@ -56,6 +56,11 @@ class Server:
         """Samples leased to it and not answered."""
         return sum(self.outstanding.values())
 
+    @property
+    def training_samples(self) -> int:
+        """Those of them that are to train."""
+        return sum(samples for held_id, samples in self.outstanding.items() if held_id not in self.eval_outstanding)
+
 
 class Fleet:
     """All connected servers."""
@@ -113,14 +118,16 @@ class Fleet:
         self.servers[peer].live = None
 
     def choose(
-        self, *, min_policy_version: int, samples: int, now_s: float, exact: bool = False, reserve: bool = False
-    ) -> Server | None:
+        self, *, min_policy_version: int, samples: int, now_s: float, exact: bool = False, reserve: bool = False,
+        most_training: int = 0,
+    ) -> Server | None:  # fmt: skip
         """The admissible server with most room for a group of that many samples, or None.
 
         A server is sent as much again as it has room for, at least one group: of a group that is not answered, most
         samples may have ended, and the places of those who wait for a straggler are not to stay empty. `reserve` is
         for eval leases: a quarter of the room is theirs, whether training fills the rest or not. `exact` asks for
-        that very version.
+        that very version. `most_training` is a knob: samples that one server may be leased for training; 0: what
+        it has room for.
         """
         best: Server | None = None
         for server in self.servers.values():
@@ -133,6 +140,8 @@ class Fleet:
                 has_room = len(server.eval_outstanding) * samples < max(samples, server.hello.room // EVAL_SHARE)
             else:
                 has_room = server.samples < server.hello.room + max(server.hello.room, samples)
+            if most_training and server.training_samples + samples > most_training:
+                has_room = False
             if has_room and (best is None or server.hello.room - server.samples > best.hello.room - best.samples):
                 best = server
         return best

@@ -69,7 +69,10 @@ def lease_pending(coordinator: Coordinator) -> None:
     config, ledger, fleet = coordinator.config, coordinator.ledger, coordinator.fleet
     for entry in ledger.pending():
         oldest = ledger.min_policy_version(entry.sequence)
-        server = fleet.choose(min_policy_version=oldest, samples=config.num_generations, now_s=coordinator.clock())
+        server = fleet.choose(
+            min_policy_version=oldest, samples=config.num_generations, now_s=coordinator.clock(),
+            most_training=coordinator.knobs.concurrency,
+        )  # fmt: skip
         if server is None or server.live is None:
             return  # those behind it need the same room and at least the same version
         ledger.dispatched(entry.sequence, server.name, server.live.policy_version)

@@ -66,6 +66,7 @@ class TrainerLike(Protocol):
     """What train_loop needs of the trainer. Called on the compute thread only."""
 
     policy_version: int
+    peak_learning_rate: float
 
     @property
     def learning_rate(self) -> float:
@@ -320,20 +321,22 @@ async def apply_step(
     timer: StepTimer,
 ) -> None:
     """Journal the step, change the weights, count the groups as trained, publish, record: together or not at all."""
-    incarnation, learning_rate = coordinator.identity.incarnation, trainer.learning_rate
-    with timer.measure("journal_s"):
-        await journal.append(
-            StepRecord(
-                incarnation=incarnation,
-                step=batch.step,
-                ordinals=tuple(group.ordinal for group in batch.groups),
-                learning_rate=learning_rate,
-                num_micro_batches=int(result.metrics.get("num_micro_batches", 1)),
-            ),
-            *coordinator.take_unjournaled(),
-        )
-    with timer.measure("optimizer_s"):
-        policy_version = await compute(trainer.optimizer_step)
+    incarnation = coordinator.identity.incarnation
+    async with coordinator.step_boundary:  # no knob is turned between what is journaled and what is applied
+        learning_rate = trainer.learning_rate
+        with timer.measure("journal_s"):
+            await journal.append(
+                StepRecord(
+                    incarnation=incarnation,
+                    step=batch.step,
+                    ordinals=tuple(group.ordinal for group in batch.groups),
+                    learning_rate=learning_rate,
+                    num_micro_batches=int(result.metrics.get("num_micro_batches", 1)),
+                ),
+                *coordinator.take_unjournaled(),
+            )
+        with timer.measure("optimizer_s"):
+            policy_version = await compute(trainer.optimizer_step)
     result = dataclasses.replace(result, metrics=trainer.step_metrics)
     coordinator.trained(batch, policy_version)
     last = policy_version == coordinator.config.max_steps

@@ -96,23 +96,28 @@ def make_optimizer(named_parameters: dict[str, torch.nn.Parameter], options: Opt
     return optimizer
 
 
-def scheduled_rate(options: OptimizerOptions, updates_done: int) -> float:
+def scheduled_rate(options: OptimizerOptions, updates_done: int, *, peak: float) -> float:
     """Compute the learning rate of the update after `updates_done` others.
 
     Update i (from 1) has  i / warmup_steps  of the peak while it warms up: the first one is small but not lost. After
     that `linear` and `cosine` fall from the peak towards 0, which they would reach at max_steps + 1.
+
+    Args:
+        options: the schedule.
+        updates_done: so far.
+        peak: options.learning_rate, or what a live knob has put in its place.
     """
     if updates_done < options.warmup_steps:
-        return options.learning_rate * (updates_done + 1) / options.warmup_steps
+        return peak * (updates_done + 1) / options.warmup_steps
     falling_steps = max(1, options.max_steps - options.warmup_steps)
     done = min(1.0, (updates_done - options.warmup_steps) / falling_steps)
     match options.lr_scheduler_type:
         case "constant":
-            return options.learning_rate
+            return peak
         case "linear":
-            return options.learning_rate * (1.0 - done)
+            return peak * (1.0 - done)
         case "cosine":
-            return options.learning_rate * 0.5 * (1.0 + math.cos(math.pi * done))
+            return peak * 0.5 * (1.0 + math.cos(math.pi * done))
 
 
 def save_state(

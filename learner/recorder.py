@@ -130,7 +130,7 @@ class Recorder:
             },
             wall_s=now_s - first_s,
         )
-        row |= coordinator.weights.metrics()
+        row |= coordinator.weights.metrics() | coordinator.knobs.metrics()
         row["loop_lag_ms"] = self.lag.p99_ms()
         self.tracker.log(row)
         if result.finite:
@@ -150,6 +150,7 @@ class Recorder:
             config_fingerprint=self.run.config_fingerprint,
             ledger=snapshot,
             counters={"weights_published": self.weights_published},
+            knobs=tuple(self.coordinator.knobs.history),
         )
         begun_s = self.coordinator.clock()
         self.checkpoint = await compute(

@@ -14,8 +14,9 @@ from typing import cast
 
 from learner.batch import TrainGroup
 from learner.checkpoint import Checkpoint
-from learner.journal_records import GroupRecord, IncarnationRecord
+from learner.journal_records import GroupRecord, IncarnationRecord, KnobRecord
 from learner.journal_segments import JournalReport, read_journal
+from learner.knobs.core import joined_history
 from learner.ledger import Ledger, LedgerSnapshot
 from protocol.completions import group_versions
 from protocol.logs import event
@@ -31,6 +32,8 @@ class Start:
     lineage: Lineage
     restored: dict[int, TrainGroup]
     """Journaled groups that may still train, by ordinal."""
+    knobs: list[KnobRecord]
+    """Every change of a live knob so far: what a knob was set to stays, whichever weights are gone."""
 
 
 def begin(ledger: Ledger, checkpoint: Checkpoint | None, *, incarnation: int, journal_dir: Path) -> Start:
@@ -42,11 +45,14 @@ def begin(ledger: Ledger, checkpoint: Checkpoint | None, *, incarnation: int, jo
         ledger.restore(cast("LedgerSnapshot", checkpoint.state.ledger))
     report = JournalReport()
     restored: dict[int, TrainGroup] = {}
+    journaled: list[KnobRecord] = []
     orphaned = 0
     for record in read_journal(journal_dir, report):
         if isinstance(record, IncarnationRecord) and _began_here(record, forks, incarnation, first):
             forks.append((record.incarnation, first))
             lineage = Lineage([*forks, (incarnation, first)])
+        if isinstance(record, KnobRecord):
+            journaled.append(record)
         if not isinstance(record, GroupRecord):
             continue
         ordinal = record.group.ordinal
@@ -62,7 +68,7 @@ def begin(ledger: Ledger, checkpoint: Checkpoint | None, *, incarnation: int, jo
         log, "begun", incarnation=incarnation, policy_version=ledger.policy_version, records=report.num_records,
         restored=len(restored), orphaned=orphaned,
     )  # fmt: skip
-    return Start(lineage, restored)
+    return Start(lineage, restored, joined_history(checkpoint.state.knobs if checkpoint else (), journaled))
 
 
 def _began_here(record: IncarnationRecord, forks: list[tuple[int, int]], incarnation: int, first: int) -> bool:

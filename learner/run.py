@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -16,6 +17,7 @@ from learner.config import LearnerConfig
 from learner.coordinator import Coordinator
 from learner.dashboard.terminal import Screen, screen_loop
 from learner.journal import Journal
+from learner.knobs.desk import KnobDesk, knob_loop
 from learner.loops import (
     accept_loop,
     batch_loop,
@@ -61,9 +63,16 @@ class Run:
     screen: Screen
     keep_alive: Callable[[], None] | None = None
     """For other ranks."""
+    knob_listener: socket.socket | None = None
+    """None: the file system of the run directory has no sockets."""
     batches: asyncio.Queue[Batch] = field(default_factory=lambda: asyncio.Queue(maxsize=1))
     interrupted: str = ""
+    knob_desk: KnobDesk = field(init=False)
     _training: asyncio.Task[None] | None = None
+
+    def __post_init__(self) -> None:
+        """Set what a knob reaches to what it was turned to."""
+        self.knob_desk = KnobDesk(self.coordinator, self.trainer, self.journal)
 
     def start(self, tasks: asyncio.TaskGroup) -> list[asyncio.Task[None]]:
         """Start every loop but the one that ends."""
@@ -79,6 +88,8 @@ class Run:
             "screen_loop": screen_loop(self.monitor.view, self.screen),
             "loop_lag": loop_lag_gauge(self.lag),
         }
+        if self.knob_listener is not None:
+            loops["knob_loop"] = knob_loop(self.knob_listener, self.knob_desk)
         if self.keep_alive is not None:
             loops["keep_alive_loop"] = keep_alive_loop(self.keep_alive, self.compute)
         return [tasks.create_task(loop, name=name) for name, loop in loops.items()]

@@ -126,6 +126,8 @@ class Trainer:
         """Of the step's updates so far."""
         self._num_completions = 0
         self.policy_version = 0
+        self.peak_learning_rate = config.learning_rate
+        """A live knob."""
         if checkpoint is not None:
             self._resume(checkpoint)
 
@@ -149,7 +151,7 @@ class Trainer:
     @property
     def learning_rate(self) -> float:
         """Of the next `optimizer_step`."""
-        return scheduled_rate(self._config, self.policy_version)
+        return scheduled_rate(self._config, self.policy_version, peak=self.peak_learning_rate)
 
     @property
     def num_parameters(self) -> dict[str, int]:

@@ -277,6 +277,7 @@ class FakeTrainer:
     """Trains at once. `results` are what the next forward_backwards find; without one, all is well."""
 
     learning_rate = 1e-3
+    peak_learning_rate = 1e-3
 
     def __init__(self, story: list[str], policy_version: int = 0) -> None:
         self.policy_version = policy_version

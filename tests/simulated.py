@@ -85,6 +85,7 @@ class SimTrainer:
     """A model whose weights are the list of what it was trained on."""
 
     learning_rate = 1e-3
+    peak_learning_rate = 1e-3
     checkpoint_bytes = 0
 
     def __init__(

@@ -32,6 +32,7 @@ from learner.config import LearnerConfig
 from learner.coordinator import Coordinator
 from learner.fleet import Fleet
 from learner.journal_records import IncarnationRecord
+from learner.knobs.core import Knob, Knobs
 from learner.leases import RunIdentity
 from learner.ledger import End
 from learner.resume import begin
@@ -100,7 +101,8 @@ class Simulation:
     """One run from its first learner to its last step."""
 
     CHAOS = (
-        "cut", "reset", "kill server", "drain server", "kill engine", "stick swap", "kill learner", "stop learner",
+        "cut", "reset", "kill server", "drain server", "kill engine", "stick swap", "turn knob", "kill learner",
+        "stop learner",
     )  # fmt: skip
 
     def __init__(self, plan: Plan, directory: Path) -> None:
@@ -122,6 +124,8 @@ class Simulation:
         self.trace: list[tuple[float, int, tuple[int, ...], int]] = []
         """(time, version before the step, ordinals, staleness) of every batch that was computed."""
         self.staleness_max = 0
+        self.slots_before_drain = 0
+        """In use when a knob was last turned, or a learner began."""
         self.run: Run | None = None
         self.finished = asyncio.Event()
         self._learner: asyncio.Task[bool] | None = None
@@ -184,8 +188,13 @@ class Simulation:
                 eval_rows=[self.prompts.row(ordinal) for ordinal in range(6 if self.config.eval_steps else 0)],
                 canary_tokens=choose_canaries(self.prompts, max_length=3),  # type: ignore[arg-type]
                 rows=rows_under_way(self.prompts, ledger),
+                knob_history=start.knobs,
                 clock=asyncio.get_running_loop().time,
             )  # type: ignore[arg-type]  # fmt: skip
+            self.slots_before_drain = ledger.slots_in_use
+            if start.knobs:
+                assert ledger.depth == coordinator.knobs.depth == Knobs(coordinator.knobs.ranges, start.knobs).depth
+                self.witness["knobs kept"] += 1
             rollover = coordinator.weights.rollover
             rollover.expire = functools.partial(self.count_expired, rollover.expire)  # type: ignore[method-assign]
             stats, buffer, lag = RunStats(), Buffer(), LoopLag()
@@ -238,6 +247,9 @@ class Simulation:
             self.staleness_max = max(self.staleness_max, staleness)
         ledger = coordinator.ledger
         assert ledger.slots_in_use <= ledger.bounds.slots_total, "I1"
+        assert ledger.slots_in_use <= max(ledger.slots_allowed, self.slots_before_drain), "a lower depth drains first"
+        assert trainer.peak_learning_rate == coordinator.knobs.learning_rate
+        self.witness["steps at a lower depth"] += ledger.depth < ledger.bounds.steps_ahead
         assert ledger.unaccounted == 0, "I3"
         # A lone server that is heard but hears nothing looks healthy, for minutes: a fault that goes on is no stall.
         lone = self.plan.servers == 1 and "cut" in self.plan.chaos
@@ -343,6 +355,8 @@ class Simulation:
         served = self.servers[name]
         if what == "cut" and name in self._cut:
             return  # the end of one cut must not end another: each lasts long enough to be noticed
+        if what == "turn knob" and not await self.turn_knob():
+            return
         if what in ("kill engine", "stick swap") and not self.disturb_engine(what, served):
             return
         self.witness[what] += 1
@@ -365,6 +379,25 @@ class Simulation:
             await asyncio.sleep(self.dice.uniform(0.1, 8.0))
             if not self.finished.is_set():
                 self.begin_server(tasks)
+
+    async def turn_knob(self) -> bool:
+        """Turn any of them to anything that it may be; False where no learner is there to do it."""
+        if self.run is None or self._life.over:
+            return False
+        run, knobs = self.run, self.run.coordinator.knobs
+        knob = self.dice.choice(list(Knob))
+        allowed = knobs.ranges[knob]
+        value: float = self.dice.uniform(1e-6, 1e-3)
+        if knob is Knob.DEPTH:
+            value = self.dice.randint(int(allowed.lowest), int(allowed.highest))
+        elif knob is Knob.CONCURRENCY:
+            value = self.dice.choice((0, int(allowed.lowest), int(allowed.lowest) + 3))
+        try:
+            await run.knob_desk.turn(knob, value, who="user", reason="chaos")
+        except Killed:
+            return False
+        self.slots_before_drain = run.coordinator.ledger.slots_in_use
+        return True
 
     def disturb_engine(self, what: str, served: Served) -> bool:
         """Let an engine die, or hang in its next swap; False where that cannot happen now."""

@@ -38,6 +38,9 @@ class Train(msgspec.Struct, frozen=True, tag=True):
 class Update(msgspec.Struct, frozen=True, tag=True):
     """optimizer_step."""
 
+    peak_learning_rate: float
+    """A live knob, which rank 0 alone is told of."""
+
 
 class Save(msgspec.Struct, frozen=True, tag=True):
     """Write what this rank has of a checkpoint into a directory."""

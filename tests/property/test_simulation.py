@@ -37,6 +37,8 @@ def check_faults(simulation: Simulation) -> None:
         assert simulation.witness["engines restarted"] > 0
     if plan.chaos == ("stick swap",):
         assert simulation.witness["turns expired"] > 0
+    if plan.chaos == ("turn knob",):
+        assert simulation.witness["steps at a lower depth"] > 0
     if len(plan.chaos) > 1:
         assert sum(simulation.witness[what] for what in plan.chaos) >= 2
 
@@ -90,6 +92,16 @@ def test_the_bound_holds_and_the_run_ends_whatever_goes_wrong(what, servers, see
 )
 def test_the_bound_holds_and_the_run_ends_when_everything_goes_wrong(options, seed, tmp_path):
     check_faults(simulate(Plan(seed=seed, max_steps=40, options=options, chaos=Simulation.CHAOS), tmp_path))
+
+
+@pytest.mark.parametrize("seed", [8, 9])
+def test_knobs_keep_their_values_when_the_learner_dies(seed, tmp_path):
+    simulation = simulate(
+        Plan(seed=seed, max_steps=40, options={"max_staleness": 3}, chaos=("turn knob", "kill learner")), tmp_path
+    )
+    check_faults(simulation)
+    assert simulation.witness["knobs kept"] > 0
+    assert simulation.witness["kill learner"] > 0
 
 
 def test_the_bound_is_reached(tmp_path):

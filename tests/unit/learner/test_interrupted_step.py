@@ -22,6 +22,7 @@ class SlowTrainer:
 
     policy_version = 0
     learning_rate = 0.5
+    peak_learning_rate = 0.5
     step_metrics: ClassVar[dict[str, float]] = {"loss": 0.125}
 
     def __init__(self) -> None:

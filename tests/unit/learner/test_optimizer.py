@@ -13,7 +13,7 @@ from protocol.errors import ConfigError
 
 def rates(count: int, **options) -> list[float]:
     settings = OptimizerOptions(learning_rate=8.0, **options)
-    return [scheduled_rate(settings, done) for done in range(count)]
+    return [scheduled_rate(settings, done, peak=settings.learning_rate) for done in range(count)]
 
 
 def test_constant():

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from learner.ranks.commands import Save, Start, Stay, Stop, Train, Update, batch_of, from_bytes, to_bytes, train_command
 from tests.factories import make_batch, make_train_group
 
-COMMANDS = [Start("/runs/x/step-000003", "/runs/x/logs"), Start(None, ""), Update(), Save("/tmp/é"), Stay(), Stop()]
+COMMANDS = [Start("/runs/x/step-000003", "/runs/x/logs"), Start(None, ""), Update(2e-6), Save("/tmp/é"), Stay(), Stop()]
 
 
 @pytest.mark.parametrize("command", COMMANDS)
@@ -21,8 +21,8 @@ def test_a_command_comes_back(command):
 
 @given(st.lists(st.binary(max_size=40), max_size=5))
 def test_frames_come_back(frames):
-    command, views = from_bytes(to_bytes(Update(), frames))
-    assert command == Update()
+    command, views = from_bytes(to_bytes(Update(2e-6), frames))
+    assert command == Update(2e-6)
     assert [bytes(view) for view in views] == frames
 
 
