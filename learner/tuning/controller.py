@@ -147,7 +147,7 @@ class DepthController:
     _trial: _Trial | None = None
     _raising: Block = field(default_factory=Block)
     _lowering: Block = field(default_factory=lambda: Block(most=MOST_PATIENCE))
-    _collapse: Block = field(default_factory=Block)
+    _collapse: Block = field(default_factory=lambda: Block(most=8 * MOST_PATIENCE))
 
     def decide(self, seen: Observation) -> Move | None:
         """Take in a step; return the move to make now, which counts as made."""
