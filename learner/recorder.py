@@ -92,6 +92,8 @@ class Recorder:
     lag: LoopLag
     step_done: Callable[[Row], None] = lambda row: None
     """Told of every row (the screen's plain line)."""
+    steered: asyncio.Queue[Row] | None = None
+    """Where the rows go that a depth controller reads."""
     requests: asyncio.Queue[tuple[int, bool]] = field(default_factory=asyncio.Queue)
     """Evaluations to make: (policy_version, pinned)."""
     evals: list[EvalPoint] = field(default_factory=list)
@@ -137,6 +139,8 @@ class Recorder:
             self.samples.write(batch, advantages=result.advantages or None)
         self.last_row = row
         self.step_done(row)
+        if self.steered is not None and not self.steered.full():
+            self.steered.put_nowait(row)
 
     async def save(self, compute: Compute) -> None:
         """Write a checkpoint of this moment; then the journal may forget what none of the kept ones needs."""

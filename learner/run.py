@@ -32,6 +32,7 @@ from learner.monitor import Monitor
 from learner.publish import Publisher
 from learner.ranks.keep_alive import keep_alive_loop
 from learner.recorder import Recorder
+from learner.tuning.steering import steer_loop
 from protocol.logs import event
 from protocol.loop_lag import LoopLag, loop_lag_gauge
 from protocol.messages import Drain, Goodbye
@@ -90,6 +91,8 @@ class Run:
         }
         if self.knob_listener is not None:
             loops["knob_loop"] = knob_loop(self.knob_listener, self.knob_desk)
+        if self.config.staleness_control == "auto":
+            loops["steer_loop"] = steer_loop(self.recorder, self.coordinator, self.knob_desk, self.waits)
         if self.keep_alive is not None:
             loops["keep_alive_loop"] = keep_alive_loop(self.keep_alive, self.compute)
         return [tasks.create_task(loop, name=name) for name, loop in loops.items()]

@@ -125,7 +125,7 @@ class Simulation:
         """(time, version before the step, ordinals, staleness) of every batch that was computed."""
         self.staleness_max = 0
         self.slots_before_drain = 0
-        """In use when a knob was last turned, or a learner began."""
+        """In use when a knob was last turned or a learner began, or in use or allowed at the last step."""
         self.run: Run | None = None
         self.finished = asyncio.Event()
         self._learner: asyncio.Task[bool] | None = None
@@ -248,6 +248,8 @@ class Simulation:
         ledger = coordinator.ledger
         assert ledger.slots_in_use <= ledger.bounds.slots_total, "I1"
         assert ledger.slots_in_use <= max(ledger.slots_allowed, self.slots_before_drain), "a lower depth drains first"
+        if self.config.staleness_control == "auto":  # who turned the knob since then, after a step, cannot be asked
+            self.slots_before_drain = max(ledger.slots_in_use, ledger.slots_allowed)
         assert trainer.peak_learning_rate == coordinator.knobs.learning_rate
         self.witness["steps at a lower depth"] += ledger.depth < ledger.bounds.steps_ahead
         assert ledger.unaccounted == 0, "I3"

@@ -130,6 +130,9 @@ class AsynchronyOptions(Section):
     """wait: a step waits for the groups whose turn it is; nothing is dropped, so long completions train as often as
     they were leased. drop: a step takes whatever has finished, and what has become older than max_staleness ends
     `stale`, counted: fewer long completions train (README.md has figures). max_staleness is hard with both."""
+    staleness_control: Literal["off", "auto"] = "off"
+    """auto: move how many steps rollouts run ahead, inside the bound, by what both sides wait for and how good the data
+    is (learner/README.md). off: as far as max_staleness allows."""
     weight_sync_steps: int = Field(1, ge=1)
     """Publish every k-th version."""
     max_attempts: int = Field(3, ge=1)
@@ -148,11 +151,16 @@ class AsynchronyOptions(Section):
         )
 
     @model_validator(mode="after")
-    def _check_window(self) -> AsynchronyOptions:
+    def _check_policies(self) -> AsynchronyOptions:
         if self.staleness_policy == "drop" and self.reorder_window is not None:
             raise ValueError(
                 f"reorder_window {self.reorder_window} with staleness_policy drop: nothing waits for its turn there, so"
                 " there is no window; leave reorder_window out, or use staleness_policy wait"
+            )
+        if self.staleness_control == "auto" and self.bounds.steps_ahead == self.bounds.lowest_depth:
+            raise ValueError(
+                f"staleness_control auto with max_staleness {self.max_staleness}: rollouts run exactly"
+                f" {self.bounds.steps_ahead} steps ahead, nothing can be moved; raise max_staleness, or leave it out"
             )
         return self
 

@@ -140,3 +140,15 @@ def test_groups_end_stale_where_they_may_be_dropped_and_nowhere_else(policy, dro
     stale = simulation.run.coordinator.ledger.ends[End.STALE]
     assert (stale > 0) is drops
     assert simulation.staleness_max <= 1
+
+
+def test_a_depth_that_is_steered_stays_inside_the_bound_and_every_move_is_on_record(tmp_path):
+    options = {"max_staleness": 4, "staleness_control": "auto"}
+    simulation = simulate(Plan(seed=14, max_steps=80, options=options, chaos=("kill learner",)), tmp_path)
+    assert simulation.witness["kill learner"] > 0
+    assert simulation.run is not None
+    moves = simulation.run.coordinator.knobs.history
+    assert len(moves) > 2
+    assert all(move.who == "controller" and move.name == "depth" and move.reason for move in moves)
+    assert simulation.witness["steps at a lower depth"] > 0
+    assert simulation.staleness_max <= 4

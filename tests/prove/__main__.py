@@ -1,7 +1,7 @@
 """`python -m tests.prove [--groups N] [--only PART ...]`: the bound put to the proof, on the shipped state machines.
 
     small       every interleaving of small cases: the bound is exact, no state is a dead end
-    rejected    rules that were not taken, and the shortest way in which each breaks
+    rejected    how the bound is reached; rules that were not taken, and the shortest way in which each breaks
     machines    N groups at random and by an adversary, with everything that goes wrong: 0 violations, bound reached
     lengths     what trains of what was leased, when groups wait and when they are dropped
 
@@ -19,7 +19,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 
-from tests.prove.cases import LARGE, REJECTED, SMALL, Rejected, problems
+from tests.prove.cases import EXAMPLE, LARGE, REJECTED, SMALL, problems
 from tests.prove.exhaustive import Found, search
 from tests.prove.lengths import play_one
 from tests.prove.machine import Tally
@@ -55,18 +55,21 @@ def prove_small(pool: ProcessPoolExecutor) -> None:
 
 
 def prove_rejected() -> None:
-    """Counterexamples."""
+    """How the bound is reached, and the counterexamples."""
+    found = search(EXAMPLE)
+    print(f"\nthe shortest way to staleness {found.staleness_max} in {EXAMPLE.name}")
+    print("    " + "; ".join(told(found)))
     print("\nrejected rules, and the shortest way in which each breaks")
     for rejected in REJECTED:
         harmless = [case for case in rejected.holds if search(case).violation]
         found = search(rejected.breaks)
         print(f"\n  {rejected.name}\n    {rejected.breaks.name}: {found.violation or 'holds'}")
-        print("    " + "; ".join(told(rejected, found)), flush=True)
+        print("    " + "; ".join(told(found)), flush=True)
         if not found.violation or harmless:
             fail(f"{rejected.name}: it should break here, and in no smaller case")
 
 
-def told(rejected: Rejected, found: Found) -> Iterator[str]:
+def told(found: Found) -> Iterator[str]:
     """A trace in words; repeated moves in one."""
 
     def word(move: Move) -> str:

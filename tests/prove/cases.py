@@ -66,6 +66,10 @@ LARGE = [
 """About a minute together: part of `make prove`."""
 
 
+EXAMPLE = Case(bounds=B(2, 1, 3))
+"""The worked example of learner/staleness.md."""
+
+
 def expected_staleness(case: Case) -> int | None:
     """The oldest that any group trains with, exactly. None where no run gets anywhere."""
     s, k = case.bounds.steps_ahead, case.bounds.weight_sync_steps

@@ -110,6 +110,12 @@ def test_a_config_does_not_change():
         ({"max_staleness": 0, "reorder_window": 9}, "reorder_window 9 alone allows a staleness of 1"),
         ({"max_staleness": 1, "weight_sync_steps": 4}, "weight_sync_steps 4 with S = 1 steps ahead would deadlock"),
         ({"max_staleness": 1, "reorder_window": 9}, "reorder_window 9 buys nothing"),
+        (
+            {"staleness_policy": "drop", "reorder_window": 9},
+            "reorder_window 9 with staleness_policy drop: nothing waits",
+        ),
+        ({"max_staleness": 0, "staleness_control": "auto"}, "auto with max_staleness 0: rollouts run exactly 0 steps"),
+        ({"max_staleness": 1, "weight_sync_steps": 2, "staleness_control": "auto"}, "exactly 1 steps ahead, nothing"),
     ],
 )
 def test_refused_pairs(options, says):
