@@ -61,7 +61,7 @@ from tests.simulated import (
     SimReceiver,
     SimTrainer,
 )
-from tests.virtual_time import run_virtual
+from learner.tuning.virtual_time import run_virtual
 
 VOCAB_SIZE, STOP_TOKEN = 64, 1
 LIVENESS_S = 5.0

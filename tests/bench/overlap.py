@@ -75,7 +75,7 @@ def generation_seconds(quick: bool) -> float:
     from rollout_server.engines.base import GenerationRequest, StagedWeights
     from rollout_server.engines.scripted import ScriptedEngine
     from tests.factories import INITIAL, make_lease, make_sampling
-    from tests.virtual_time import run_virtual
+    from learner.tuning.virtual_time import run_virtual
 
     async def play() -> float:
         async with ScriptedEngine(ScriptedOptions.model_validate(SCRIPT), ROOM) as engine:

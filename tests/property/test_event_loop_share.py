@@ -22,7 +22,7 @@ from protocol.loop_lag import LIMIT_MS, LoopLag
 from protocol.versions import Version
 from protocol.waits import Waits
 from tests.learners import FakeCompute, FakePublisher, FakeTrainer, answer, make_config, make_desk
-from tests.virtual_time import run_virtual
+from learner.tuning.virtual_time import run_virtual
 
 TOKENS = 1024
 ONE_VERSION = [[(Version(1, 0), TOKENS)]] * 64

@@ -17,7 +17,7 @@ from protocol.parts import split_group
 from protocol.versions import Lineage, Version
 from tests.factories import make_train_group
 from tests.learners import Desk, answer, make_desk, make_hello
-from tests.virtual_time import run_virtual
+from learner.tuning.virtual_time import run_virtual
 
 
 def begin(**options) -> tuple[Desk, list[Lease]]:

@@ -59,7 +59,7 @@ from tests.learners import (
     make_desk,
     make_hello,
 )
-from tests.virtual_time import run_virtual
+from learner.tuning.virtual_time import run_virtual
 
 NAN = StepResult(finite=False, reason="loss is nan")
 EQUAL = (1.0, 1.0, 1.0, 1.0)

@@ -25,7 +25,7 @@ from protocol.messages import Purpose, ServerStatus, WeightsLive
 from protocol.versions import Version
 from tests.factories import make_batch, make_group
 from tests.learners import Clock, Desk, FakeCompute, make_config, make_desk, run
-from tests.virtual_time import run_virtual
+from learner.tuning.virtual_time import run_virtual
 
 
 class PrunedJournal:

@@ -17,7 +17,7 @@ from protocol.channel import dial, listen
 from protocol.errors import PeerGone, PeerSilent
 from protocol.messages import Ping, Pong
 from protocol.testing import MemoryNetwork
-from tests.virtual_time import run_virtual
+from learner.tuning.virtual_time import run_virtual
 
 SOON_S = 10.0
 

@@ -8,7 +8,7 @@ import pytest
 
 from protocol.errors import HeadwayError
 from protocol.waits import SPANS_KEPT, Span, Waits, WaitTimeout
-from tests.virtual_time import run_virtual
+from learner.tuning.virtual_time import run_virtual
 
 
 def on_virtual_time(scenario):

@@ -28,7 +28,7 @@ from rollout_server.loops import Parts, control_loop, heartbeat_loop, report_loo
 from rollout_server.scorers import Scorer, ScriptedScorer
 from rollout_server.weights import WeightsReceiver
 from tests.factories import INITIAL, RUN_ID
-from tests.virtual_time import run_virtual
+from learner.tuning.virtual_time import run_virtual
 
 M = TypeVar("M")
 PATIENCE_S = 120.0

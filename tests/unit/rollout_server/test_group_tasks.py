@@ -19,7 +19,7 @@ from rollout_server.loops import Parts, handle, welcomed
 from rollout_server.scorers import ScriptedScorer
 from rollout_server.weights import WeightsReceiver
 from tests.factories import INITIAL, RUN_ID, make_group, make_lease
-from tests.virtual_time import run_virtual
+from learner.tuning.virtual_time import run_virtual
 
 
 async def _answers_to(lease: Lease, *again: object) -> list[Group]:

@@ -20,7 +20,7 @@ from rollout_server.config import ScriptedOptions
 from rollout_server.engines.base import EngineFailure, GenerationRequest, LoadReport, StagedWeights
 from rollout_server.engines.scripted import ScriptedEngine
 from rollout_server.engines.scripted_batch import Outcome, ScriptedBatch, ScriptedJob
-from tests.virtual_time import run_virtual
+from learner.tuning.virtual_time import run_virtual
 
 V0, V1, V2 = Version(1, 0), Version(1, 1), Version(2, 0)
 
