@@ -88,6 +88,11 @@ class EngineModel:
             return None
         return self._now + self._stall_s + max(0.0, self._ends[0][0] - self._progress) * self._step_s()
 
+    def samples(self) -> tuple[int, int]:
+        """Samples running, and waiting for a seat."""
+        waiting = sum((len(job.lengths) - job.admitted) * job.seats for job in self._waiting)
+        return round(self._taken), round(waiting)
+
     def submit(self, job: Job) -> None:
         """Queue a job at the present; its samples join as seats get free."""
         self._waiting.append(job)

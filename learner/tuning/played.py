@@ -19,6 +19,7 @@ from learner.batch import Batch, StepResult
 from learner.journal_records import Record
 from learner.prompts import PromptRow
 from learner.tuning.engine_model import EngineModel, Job, Spans
+from learner.tuning.trace import group_lengths
 from learner.tuning.workload import Costs, Workload
 from protocol.errors import PeerGone
 from protocol.messages import (
@@ -29,7 +30,9 @@ from protocol.messages import (
     Hello,
     Int32,
     Lease,
+    Ping,
     RewardStatus,
+    ServerStatus,
     WeightsLive,
     WeightsReady,
     WeightsStaged,
@@ -40,6 +43,7 @@ from protocol.waits import Waits
 
 P = ParamSpec("P")
 T = TypeVar("T")
+HEARTBEAT_S = 1.0
 INCARNATION, VOCAB_SIZE, REWARDS = 1, 2, ("played",)
 
 
@@ -128,6 +132,7 @@ class PlayedServer:
         self.engine = EngineModel(book.workload.room, book.costs, self._loop.time())
         self._timer: asyncio.TimerHandle | None = None
         self._fetch: asyncio.TimerHandle | None = None
+        self._pinged_s = 0.0
         listener.servers[self.peer] = self
 
     def join(self) -> None:
@@ -167,9 +172,11 @@ class PlayedServer:
         for job in ended:
             group = self._answer(job)
             if self._book.costs.reward_s:
-                self._loop.call_later(self._book.costs.reward_s, self._say, group)
+                self._loop.call_later(self._book.costs.reward_s, self._deliver, group)
             else:
-                self._say(group)
+                self._deliver(group)
+        if self._loop.time() >= self._pinged_s + HEARTBEAT_S:  # heartbeats in between would say nothing new
+            self._ping()
         if version is not None:
             self._say(WeightsLive(version=Version(INCARNATION, version), pause_s=self._book.costs.pause_s))
 
@@ -187,6 +194,16 @@ class PlayedServer:
         self.advance()
         self._arm()
 
+    def _deliver(self, group: Group) -> None:
+        self._say(group)
+        self._ping()
+
+    def _ping(self) -> None:
+        """Say how many samples are left here."""
+        self._pinged_s = self._loop.time()
+        running, waiting = self.engine.samples()
+        self._say(Ping(sent_s=self._pinged_s, status=ServerStatus(samples_running=running, samples_waiting=waiting)))
+
     def _staged(self, version: Version) -> None:
         self._say(WeightsStaged(version=version))
 
@@ -195,7 +212,7 @@ class PlayedServer:
 
     def _job(self, lease: Lease) -> Job:
         book = self._book
-        lengths_G = book.workload.trace.group(lease.ordinal, lease.num_generations)
+        lengths_G = group_lengths(book.workload.trace, lease.ordinal, lease.num_generations)
         if book.costs.length_factor != 1.0:
             lengths_G = np.maximum(1, np.rint(lengths_G * book.costs.length_factor)).astype(np.int32)
         tokens = int(lengths_G.sum())

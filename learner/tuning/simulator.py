@@ -2,8 +2,8 @@
 
     forecast = simulate(workload, Dial(prompts_per_step=16, num_generations=16, max_staleness=4), steps=200)
 
-What is real: ledger, buffer, fleet, coordinator, leasing, the rollover of weights, arrivals, and the loops that receive,
-lease, accept, batch and train. What is played: engines, model, publishing, disk and network (played.py,
+What is real: ledger, buffer, fleet, coordinator, leasing, the rollover of weights, arrivals, and the loops that
+receive, lease, accept, batch and train. What is played: engines, model, publishing, disk and network (played.py,
 engine_model.py). The same arguments give the same forecast, to the last bit.
 """
 

@@ -1,7 +1,7 @@
 """An event loop whose clock jumps to the next timer instead of waiting: hours of a run in seconds, exactly.
 
-Everything that waits for the running loop's time works on it unchanged: timers, deadlines, `asyncio.sleep`. Work that is
-sent to the default executor is done on the spot. When everything waits and no timer is set, nothing can ever happen
+Everything that waits for the running loop's time works on it unchanged: timers, deadlines, `asyncio.sleep`. Work that
+is sent to the default executor is done on the spot. When everything waits and no timer is set, nothing can ever happen
 again: that is a deadlock, and raised as one.
 """
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from learner.staleness import Bounds, derive_bounds
-from learner.tuning.trace import Trace
+from protocol.length_trace import LengthTrace
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,14 +41,14 @@ class Costs:
 class Workload:
     """Who does what, and what it costs."""
 
-    trace: Trace
+    trace: LengthTrace
     costs: Costs
     servers: int = 1
     room: int = 64
     """M: seats of each server, that is, samples it decodes at once."""
     group_events: bool = False
-    """Model a group as one event instead of one for each sample: it takes sum / longest seats for as long as its longest
-    sample decodes. Seat-seconds and the straggler are exact then; that its samples begin one by one is not modeled."""
+    """Model a group as one event instead of one for each sample: it takes sum / longest seats for as long as its
+    longest sample decodes. Seat-seconds and the straggler are exact then; that samples begin one by one is not."""
     costs_at: Callable[[int], Costs] | None = None
     """Costs while a policy_version is the newest, for regimes that change in mid-run; None: `costs` all along."""
 

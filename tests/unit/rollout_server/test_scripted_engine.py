@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from learner.tuning.virtual_time import run_virtual
 from protocol.completions import Completion
 from protocol.identity import group_seed
 from protocol.length_trace import LengthTrace, write_length_trace
@@ -22,7 +23,6 @@ from rollout_server.config import ScriptedOptions
 from rollout_server.engines.base import EngineFailure, GenerationRequest, LoadReport, StagedWeights
 from rollout_server.engines.scripted import ScriptedEngine
 from rollout_server.engines.scripted_batch import Outcome, ScriptedBatch, ScriptedJob
-from learner.tuning.virtual_time import run_virtual
 
 V0, V1, V2 = Version(1, 0), Version(1, 1), Version(2, 0)
 
