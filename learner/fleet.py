@@ -48,6 +48,8 @@ class Server:
     """Samples leased to it after it sent its last status."""
     outstanding: dict[str, int] = field(default_factory=dict)
     """Samples of each group leased to it, by group id."""
+    samples: int = 0
+    """Of all these: leased to it and not answered."""
     eval_outstanding: set[str] = field(default_factory=set)
 
     @property
@@ -56,15 +58,8 @@ class Server:
         return self.hello.server
 
     @property
-    def samples(self) -> int:
-        """Samples leased to it and not answered."""
-        return sum(self.outstanding.values())
-
-    @property
     def load(self) -> int:
-        """Samples that run on it or wait there for a place, as far as is known: those of groups all but answered have
-        ended, and it said so.
-        """
+        """Samples that run on it or wait there for a place, as far as it has said: most of a group may have ended."""
         if self.status is None:
             return self.samples
         known = self.status.samples_running + self.status.samples_waiting + self.leased_since_status
@@ -158,6 +153,7 @@ class Fleet:
 
     def assign(self, server: Server, group_id: str, samples: int, *, evaluation: bool = False) -> None:
         """The server was sent that lease."""
+        server.samples += samples - server.outstanding.get(group_id, 0)
         server.outstanding[group_id] = samples
         server.leased_since_status += samples
         if evaluation:
@@ -167,13 +163,14 @@ class Fleet:
         """The server has sent that group, or given it back: it holds the lease no longer, if it did."""
         server = self.servers.get(peer)
         if server is not None:
-            server.outstanding.pop(group_id, None)
+            server.samples -= server.outstanding.pop(group_id, 0)
             server.eval_outstanding.discard(group_id)
 
     def release(self, group_id: str) -> Server | None:
         """Nobody works on that group any more. Return who did."""
         for server in self.servers.values():
-            if server.outstanding.pop(group_id, None) is not None:
+            if group_id in server.outstanding:
+                server.samples -= server.outstanding.pop(group_id)
                 server.eval_outstanding.discard(group_id)
                 return server
         return None

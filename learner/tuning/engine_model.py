@@ -1,10 +1,9 @@
-"""One server's engine as a model: samples in seats, decoding together, standing still for weights. Pure: time is an
-argument.
+"""One server's engine as a model: samples in seats, decoding together, standing still for weights.
 
-All running samples draw one token per decode step, and a step's duration changes only when a sample joins or leaves: so
-time is cut there and nowhere else, and a sample of a thousand tokens costs one event. Seats are given per sample, in the
-order of the leases: a straggler holds one seat, and those of its group that ended are free for the next group's. New
-weights go in between two steps; what was drawn before them keeps its version.
+Pure: time is an argument. All running samples draw one token per decode step, and a step's duration changes only when a
+sample joins or leaves: so time is cut there and nowhere else, and a sample of a thousand tokens costs one event. Seats
+are given per sample, in the order of the leases: a straggler holds one seat, and those of its group that ended are free
+for the next group's. New weights go in between two steps; what was drawn before them keeps its version.
 """
 
 from __future__ import annotations
@@ -90,8 +89,8 @@ class EngineModel:
 
     def samples(self) -> tuple[int, int]:
         """Samples running, and waiting for a seat."""
-        waiting = sum((len(job.lengths) - job.admitted) * job.seats for job in self._waiting)
-        return round(self._taken), round(waiting)
+        waiting = sum(job.lease.num_generations - job.admitted for job in self._waiting)
+        return round(self._taken), waiting
 
     def submit(self, job: Job) -> None:
         """Queue a job at the present; its samples join as seats get free."""

@@ -1,8 +1,8 @@
-"""What a simulation plays instead of the real thing: servers and their connection, the model, disk, data set, publishing.
+"""What a simulation plays instead of the real thing: servers, connections, model, disk, data set, publishing.
 
-Messages are passed as they are, without codec, network or loss. A played group carries one token for each version span:
-its real lengths are in the `Book`, because scheduling asks for versions alone, and arrays of millions of tokens would be
-all that a simulation spends its time on.
+Messages are passed as they are, without codec, network or loss. A played group carries one token for each version span,
+its real lengths are in the `Book`: scheduling asks for versions alone, and arrays of millions of tokens would be all
+that a simulation spends its time on.
 """
 
 from __future__ import annotations
