@@ -27,7 +27,7 @@ counts on, so it is allowed only where no group under way could become too old (
 
 from __future__ import annotations
 
-from bisect import bisect_left
+from bisect import bisect_left, insort
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -117,6 +117,8 @@ class Ledger:
         self._by_ordinal: dict[int, int] = {}
         self._untaken: list[int] = []
         """Sequences neither batched nor ended, ascending."""
+        self._pending: list[int] = []
+        """Those of them that wait for a server, ascending."""
         self._awaiting_live: dict[int, int] = {}
 
     @property
@@ -148,7 +150,7 @@ class Ledger:
 
     def pending(self) -> list[Entry]:
         """Entries waiting for a server, oldest first."""
-        return [self.entries[s] for s in self._untaken if self.entries[s].state is State.PENDING]
+        return [self.entries[sequence] for sequence in self._pending]
 
     def latest_version(self, sequence: int) -> int:
         """Newest weights that can be about to train when this untaken group trains: see the module's text."""
@@ -167,6 +169,7 @@ class Ledger:
                 f"I4: group {entry.ordinal} leased to {server} live at {live_policy_version},"
                 f" needs >= {self.min_policy_version(sequence)}"
             )
+        _drop(self._pending, sequence)
         entry.state, entry.server, entry.floor = State.LEASED, server, live_policy_version
         entry.attempt += 1
         return entry
@@ -175,6 +178,7 @@ class Ledger:
         """The lease will not be answered. Return the entry to lease again, or None when it ended quarantined."""
         entry = self._expect(sequence, State.LEASED)
         entry.state, entry.server = State.PENDING, ""
+        insort(self._pending, sequence)
         entry.faults += fault
         if entry.faults < self.max_attempts:
             return entry
@@ -202,6 +206,8 @@ class Ledger:
         entry = self.find(ordinal)
         if entry is None or entry.state not in (State.PENDING, State.LEASED):
             raise InvariantViolation(f"I3: group {ordinal} delivered, but it is {entry.state if entry else 'ended'}")
+        if entry.state is State.PENDING:
+            _drop(self._pending, entry.sequence)
         entry.state, entry.server, entry.floor = State.BUFFERED, "", oldest_policy_version
         return entry
 
@@ -254,7 +260,7 @@ class Ledger:
         self.filtered_since_batch = 0
         for sequence in sequences:
             self._expect(sequence, State.BUFFERED).state = State.BATCHED
-            self._untake(sequence)
+            _drop(self._untaken, sequence)
         self.batches_formed += bool(sequences)
 
     def check_staleness(self, sequences: Iterable[int]) -> None:
@@ -324,15 +330,15 @@ class Ledger:
         self.entries[entry.sequence] = entry
         self._by_ordinal[entry.ordinal] = entry.sequence
         self._untaken.append(entry.sequence)  # sequences grow
+        self._pending.append(entry.sequence)
 
     def _remove(self, sequence: int) -> None:
         entry = self.entries.pop(sequence)
         del self._by_ordinal[entry.ordinal]
         if entry.state is not State.BATCHED:
-            self._untake(sequence)
-
-    def _untake(self, sequence: int) -> None:
-        del self._untaken[bisect_left(self._untaken, sequence)]
+            _drop(self._untaken, sequence)
+        if entry.state is State.PENDING:
+            _drop(self._pending, sequence)
 
     def _before_it_trains(self, sequence: int, untaken: list[int]) -> int:
         """A + O: how many of `untaken` (ascending), or not yet granted, may still train before `sequence` does."""
@@ -352,3 +358,8 @@ class Ledger:
             self._remove(sequence)
             self.ends[how] += 1
         self.batches_formed -= bool(sequences)
+
+
+def _drop(ascending: list[int], sequence: int) -> None:
+    """Remove one that is there."""
+    del ascending[bisect_left(ascending, sequence)]

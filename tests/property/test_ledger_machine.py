@@ -163,6 +163,8 @@ class LedgerMachine(RuleBasedStateMachine):
         assert self.ledger.unaccounted == 0, "I3"
         assert self.ledger.granted == self.ledger.cursor, "I3"
         assert len(self.trained) == len(set(self.trained)) == self.ledger.ends[End.TRAINED], "I3: none trained twice"
+        waiting = sorted(s for s, entry in self.ledger.entries.items() if entry.state is State.PENDING)
+        assert [entry.sequence for entry in self.ledger.pending()] == waiting, "oldest first, none forgotten"
         for entry in self._leased():
             assert self.ledger.latest_version(entry.sequence) - entry.floor <= self.bounds.max_staleness, "I4"
 
