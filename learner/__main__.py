@@ -15,6 +15,7 @@ usage: {PROG} COMMAND [--config FILE] [flags]
 commands:
   train   train a model on the groups that rollout servers stream in (--dry-run only shows what would run)
   demo    train a small model on this machine: writes two configurations, starts a server and a learner
+  simulate predict step time, idle time and staleness: simulate [RUN_DIR] [flags]
   weights list the versions that a run has published, verify or restore them: weights RUN_DIR
   bench   compare objectives on this machine: bench ppo-vs-grpo
   keygen  make the key of a learner whose servers are on other hosts
@@ -46,6 +47,10 @@ def dispatch(argv: Sequence[str]) -> int:
         from learner.demo.run import demo
 
         return demo(rest, prog=f"{PROG} demo")
+    if command == "simulate":
+        from learner.tuning.command import simulate_command
+
+        return simulate_command(rest, prog=f"{PROG} simulate")
     if command == "weights":
         from learner.weights_archive.command import weights
 
@@ -56,7 +61,7 @@ def dispatch(argv: Sequence[str]) -> int:
         from protocol.keygen import keygen
 
         return keygen(rest, prog=f"{PROG} keygen", side="learner")
-    raise ConfigError(f"unknown command {command!r}: allowed are train, demo, weights, bench and keygen")
+    raise ConfigError(f"unknown command {command!r}: allowed are train, demo, simulate, weights, bench and keygen")
 
 
 def bench(argv: Sequence[str]) -> int:
