@@ -16,6 +16,7 @@ commands:
   train   train a model on the groups that rollout servers stream in (--dry-run only shows what would run)
   demo    train a small model on this machine: writes two configurations, starts a server and a learner
   knob    show the live knobs of a running learner, or turn one: knob RUN_DIR [NAME VALUE]
+  simulate predict step time, idle time and staleness: simulate [RUN_DIR] [flags]
   weights list the versions that a run has published, verify or restore them: weights RUN_DIR
   bench   compare objectives on this machine: bench ppo-vs-grpo
   keygen  make the key of a learner whose servers are on other hosts
@@ -47,6 +48,10 @@ def dispatch(argv: Sequence[str]) -> int:
         from learner.demo.run import demo
 
         return demo(rest, prog=f"{PROG} demo")
+    if command == "simulate":
+        from learner.tuning.command import simulate_command
+
+        return simulate_command(rest, prog=f"{PROG} simulate")
     if command == "weights":
         from learner.weights_archive.command import weights
 
@@ -61,7 +66,9 @@ def dispatch(argv: Sequence[str]) -> int:
         from protocol.keygen import keygen
 
         return keygen(rest, prog=f"{PROG} keygen", side="learner")
-    raise ConfigError(f"unknown command {command!r}: allowed are train, demo, knob, weights, bench and keygen")
+    raise ConfigError(
+        f"unknown command {command!r}: allowed are train, demo, knob, simulate, weights, bench and keygen"
+    )
 
 
 def bench(argv: Sequence[str]) -> int:

@@ -55,6 +55,8 @@ class Arrivals:
         self._buffer = buffer
         self._journal = journal
         self._stats = stats
+        self.validate = validate_group
+        """I6, of a group that came over a wire."""
         self._parts = PartAssembler()
         self.queue: asyncio.Queue[tuple[bytes, Group]] = asyncio.Queue(MOST_WAITING)
         """Whole groups, not yet judged. An honest fleet cannot fill it: it never sends more than was leased."""
@@ -130,7 +132,7 @@ class Arrivals:
             return False
         limits = (config.eval_num_generations, config.eval_max_completion_length or config.max_completion_length)
         try:
-            validate_group(
+            self.validate(
                 group,
                 num_generations=limits[0] if evaluation else config.num_generations,
                 max_completion_length=limits[1] if evaluation else config.max_completion_length,

@@ -34,7 +34,7 @@ from protocol.channel import Listener
 from protocol.errors import PeerGone, RunStopped
 from protocol.identity import group_id, is_overtaken
 from protocol.logs import event
-from protocol.messages import AnyMessage, Cancel, Hello, Int32, Purpose, Refused, Welcome
+from protocol.messages import AnyMessage, Cancel, Hello, Int32, Purpose, Refused, ServerStatus, Welcome
 from protocol.signals import Signal
 from protocol.versions import Lineage, Version
 from protocol.waits import Waiting
@@ -132,6 +132,12 @@ class Coordinator:
         """Answer a connection that is no server of this run; if it is gone, nobody is waiting."""
         with contextlib.suppress(PeerGone):
             self.channel.send(peer, message)
+
+    def reported(self, server: Server, status: ServerStatus | None) -> None:
+        """A server says how it does: it may have places free that nobody knew of."""
+        self.fleet.reported(server, status)
+        if server.load < server.hello.room:
+            self.changed.notify()
 
     def went_live(self, version: Version) -> None:
         """A server serves that version now: slots may be free."""

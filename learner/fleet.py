@@ -6,7 +6,9 @@
     silent for liveness_s         -> removed    its leases are given to others
     drain  -> DRAINING     finishes what it has
 
-Room is counted in samples, so that a straggler holds one sample's room; slots are counted in groups (ledger.py).
+Room is counted in samples, so that a straggler holds one sample's room; slots are counted in groups (ledger.py). How
+many samples of its unanswered groups have ended a server says itself, with every group and every heartbeat: to count
+them all until their group is answered would leave the places empty that wait for the stragglers of many groups.
 """
 
 from __future__ import annotations
@@ -42,8 +44,12 @@ class Server:
     """The version it reported, if that belongs to the lineage."""
     draining: bool = False
     status: ServerStatus | None = None
+    leased_since_status: int = 0
+    """Samples leased to it after it sent its last status."""
     outstanding: dict[str, int] = field(default_factory=dict)
     """Samples of each group leased to it, by group id."""
+    samples: int = 0
+    """Of all these: leased to it and not answered."""
     eval_outstanding: set[str] = field(default_factory=set)
 
     @property
@@ -52,9 +58,12 @@ class Server:
         return self.hello.server
 
     @property
-    def samples(self) -> int:
-        """Samples leased to it and not answered."""
-        return sum(self.outstanding.values())
+    def load(self) -> int:
+        """Samples that run on it or wait there for a place, as far as it has said: most of a group may have ended."""
+        if self.status is None:
+            return self.samples
+        known = self.status.samples_running + self.status.samples_waiting + self.leased_since_status
+        return min(self.samples, known)
 
     @property
     def training_samples(self) -> int:
@@ -83,6 +92,10 @@ class Fleet:
         if server is not None:
             server.heard_s = now_s
         return server
+
+    def reported(self, server: Server, status: ServerStatus | None) -> None:
+        """Note how a server does now."""
+        server.status, server.leased_since_status = status, 0
 
     def named(self, name: str) -> Server | None:
         """The connected server of that name."""
@@ -123,32 +136,35 @@ class Fleet:
     ) -> Server | None:  # fmt: skip
         """The admissible server with most room for a group of that many samples, or None.
 
-        A server is sent as much again as it has room for, at least one group: of a group that is not answered, most
-        samples may have ended, and the places of those who wait for a straggler are not to stay empty. `reserve` is
-        for eval leases: a quarter of the room is theirs, whether training fills the rest or not. `exact` asks for
-        that very version. `most_training` is a knob: samples that one server may be leased for training; 0: what
-        it has room for.
+        A server is sent as much again as it has room for, at least one group: whoever ends there leaves its place to
+        the next one at once. `reserve` is for eval leases: a quarter of the room is theirs, whether training fills the
+        rest or not. `exact` asks for that very version. `most_training` is a knob: samples that one server may be
+        leased for training; 0: what it has room for.
         """
         best: Server | None = None
+        most = 0
         for server in self.servers.values():
-            if self.health(server, now_s) is not Health.HEALTHY or server.live is None:
+            if server.live is None or self.health(server, now_s) is not Health.HEALTHY:
                 continue
             live = server.live.policy_version
             if live < min_policy_version or (exact and live != min_policy_version):
                 continue
+            load, room = server.load, server.hello.room
             if reserve:
-                has_room = len(server.eval_outstanding) * samples < max(samples, server.hello.room // EVAL_SHARE)
+                has_room = len(server.eval_outstanding) * samples < max(samples, room // EVAL_SHARE)
             else:
-                has_room = server.samples < server.hello.room + max(server.hello.room, samples)
+                has_room = load < room + max(room, samples)
             if most_training and server.training_samples + samples > most_training:
                 has_room = False
-            if has_room and (best is None or server.hello.room - server.samples > best.hello.room - best.samples):
-                best = server
+            if has_room and (best is None or room - load > most):
+                best, most = server, room - load
         return best
 
     def assign(self, server: Server, group_id: str, samples: int, *, evaluation: bool = False) -> None:
         """The server was sent that lease."""
+        server.samples += samples - server.outstanding.get(group_id, 0)
         server.outstanding[group_id] = samples
+        server.leased_since_status += samples
         if evaluation:
             server.eval_outstanding.add(group_id)
 
@@ -156,13 +172,14 @@ class Fleet:
         """The server has sent that group, or given it back: it holds the lease no longer, if it did."""
         server = self.servers.get(peer)
         if server is not None:
-            server.outstanding.pop(group_id, None)
+            server.samples -= server.outstanding.pop(group_id, 0)
             server.eval_outstanding.discard(group_id)
 
     def release(self, group_id: str) -> Server | None:
         """Nobody works on that group any more. Return who did."""
         for server in self.servers.values():
-            if server.outstanding.pop(group_id, None) is not None:
+            if group_id in server.outstanding:
+                server.samples -= server.outstanding.pop(group_id)
                 server.eval_outstanding.discard(group_id)
                 return server
         return None

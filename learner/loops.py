@@ -122,7 +122,7 @@ def handle(coordinator: Coordinator, server: Server, message: AnyMessage) -> Non
     """Act on one message of a welcomed server."""
     match message:
         case Ping():
-            server.status = message.status
+            coordinator.reported(server, message.status)
             coordinator.send(server, Pong(sent_s=message.sent_s))
         case Return():
             if message.group_id in server.outstanding:  # else it is no longer, or never was, this server's to return

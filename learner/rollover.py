@@ -134,14 +134,17 @@ class Rollover:
             live: what every connected server serves; None for one without weights.
             now_s: monotonic seconds.
         """
-        if self.version is None:
+        if self.version is None or not self.waiting:
             return []
-        allowed = max(1, len(live) // SERVERS_AT_ONCE)
+        free = max(1, len(live) // SERVERS_AT_ONCE) - sum(turn.pauses for turn in self.turns.values())
+        if free <= 0 and all(live[server] is not None for server in self.waiting):
+            return []
         granted = []
         for server in sorted(self.waiting, key=lambda server: (self._last_turn.get(server, 0), live[server] or OLDEST)):
             pauses = live[server] is not None
-            if pauses and sum(turn.pauses for turn in self.turns.values()) >= allowed:
+            if pauses and free <= 0:
                 continue  # but one that serves nothing may stand behind it
+            free -= pauses
             self._turns_given += 1
             self._last_turn[server] = self._turns_given
             del self.waiting[server]

@@ -104,6 +104,8 @@ class WeightsDesk:
 
     def give_turns(self) -> None:
         """Let the servers swap whose turn it is."""
+        if not self.rollover.waiting:
+            return
         live = {peer: server.live for peer, server in self.fleet.servers.items()}
         granted, version = self.rollover.grant(live, self.clock()), self.rollover.version
         for peer in granted:

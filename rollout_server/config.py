@@ -66,6 +66,9 @@ class ScriptedOptions(Section):
     """Median completion length, in tokens."""
     length_sigma: float = Field(0.5, ge=0)
     """Spread of the lognormal lengths; 0 makes all equal."""
+    lengths: Path | None = None
+    """Play the completion lengths of this file (protocol/length_trace.py) instead of drawing any: the learner needs
+    the file's seed and num_generations, and its run may lease no more groups than the file has."""
     token_s: float = Field(0.0, ge=0)
     """Seconds per decode step of a single sample."""
     occupancy_cost: float = Field(0.0, ge=0)
@@ -76,6 +79,17 @@ class ScriptedOptions(Section):
     """Of a group to fail with EngineFailure."""
     fail_load_probability: float = Field(0.0, ge=0, le=1)
     """Of a weight load to fail."""
+
+    @model_validator(mode="after")
+    def _check_lengths(self) -> ScriptedOptions:
+        if self.lengths is not None and (
+            given := [key for key in ("mean_length", "length_sigma") if is_set(self, key)]
+        ):
+            raise ValueError(
+                f"{given[0]} {getattr(self, given[0])} with lengths {self.lengths}: the file says how long every"
+                " completion is; leave one of them out"
+            )
+        return self
 
 
 class ServerConfig(Section):

@@ -312,6 +312,7 @@ async def group_task(parts: Parts, lease: Lease) -> None:
     finished = parts.book.finish(lease, group)
     if finished is not None:
         send_group(parts, finished)
+        ping(parts)  # the learner leases by how many samples are left here
 
 
 def give_back(parts: Parts, lease: Lease, error: Exception) -> None:
@@ -346,12 +347,17 @@ async def report_loop(parts: Parts) -> None:
 async def heartbeat_loop(parts: Parts) -> None:
     """Show life, and how this server does.
 
-    waits for: its own timer      produces: one Ping per heartbeat_s
+    waits for: its own timer      produces: one Ping per heartbeat_s, beside those with every group
     """
     while True:
         await asyncio.sleep(parts.welcome.heartbeat_s)
         if parts.welcome.session:
-            parts.dialer.send(Ping(sent_s=time.monotonic(), status=make_status(parts)))
+            ping(parts)
+
+
+def ping(parts: Parts) -> None:
+    """Say how this server does."""
+    parts.dialer.send(Ping(sent_s=time.monotonic(), status=make_status(parts)))
 
 
 def make_status(parts: Parts) -> ServerStatus:

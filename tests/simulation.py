@@ -40,6 +40,7 @@ from learner.rollover import TURN_S
 from learner.run import Run
 from learner.rundir import RunDirectory
 from learner.stats import RunStats
+from learner.tuning.virtual_time import run_virtual
 from protocol.channel import Dialer
 from protocol.completions import group_versions
 from protocol.loop_lag import LoopLag
@@ -62,7 +63,6 @@ from tests.simulated import (
     SimReceiver,
     SimTrainer,
 )
-from tests.virtual_time import run_virtual
 
 VOCAB_SIZE, STOP_TOKEN = 64, 1
 LIVENESS_S = 5.0

@@ -17,6 +17,7 @@ import numpy as np
 
 from protocol.completions import Completion
 from protocol.identity import sample_seed
+from protocol.length_trace import read_length_trace
 from protocol.messages import FinishReason, Int32
 from protocol.signals import Signal
 from protocol.versions import Version
@@ -43,17 +44,21 @@ LOWEST_LOGPROB = -4.0
 class ScriptedEngine:
     """`Engine` that plays a script. See base.py for the contract.
 
-    Lengths are lognormal with median `mean_length`, cut at max_completion_length; a sample without a stop token to end
-    with runs to that cut. Tokens and logprobs depend on the options' seed, the sample's seed, the position and the
-    version that samples. A group that fails does so when its first sample ends.
+    Lengths are lognormal with median `mean_length`, or those of a trace, cut at max_completion_length; a sample without
+    a stop token to end with runs to that cut. Tokens and logprobs depend on the options' seed, the sample's seed, the
+    position and the version that samples. A group that fails does so when its first sample ends.
 
     Args:
         options: the script.
         room: samples decoded at once.
+
+    Raises:
+        ConfigError: the options name a trace that cannot be read.
     """
 
     def __init__(self, options: ScriptedOptions, room: int) -> None:
         self._options = options
+        self._trace = read_length_trace(options.lengths).by_group_seed() if options.lengths else None
         self._info = EngineInfo(
             engine="scripted", room=room, vocab_size=options.vocab_size, model_digest="", tokenizer_digest="",
             max_lora_rank=MAX_RANK,
@@ -87,7 +92,7 @@ class ScriptedEngine:
         """Play the group. When the caller is cancelled, so is the group.
 
         Raises:
-            EngineFailure: the script says so, no weights are live, or the engine closes.
+            EngineFailure: the script says so, no weights are live, the trace lacks the group, or the engine closes.
         """
         if self._closed:
             raise EngineFailure("the engine is closed")
@@ -165,8 +170,8 @@ class ScriptedEngine:
         self._requests += 1
         sampling = request.sampling
         lengths, reasons = [], []
-        for index in range(request.num_generations):
-            length = self._length(sample_seed(request.seed, index)) if sampling.stop_token_ids else math.inf
+        for drawn in self._lengths(request):
+            length = drawn if sampling.stop_token_ids else math.inf
             stops = length <= sampling.max_completion_length
             lengths.append(int(length) if stops else sampling.max_completion_length)
             reasons.append(FinishReason.STOP if stops else FinishReason.LENGTH)
@@ -178,6 +183,18 @@ class ScriptedEngine:
             fails=self._chance(FAILURES, self._requests) < self._options.fail_probability,
             reply=lambda outcome: _answer(answer, outcome),
         )
+
+    def _lengths(self, request: GenerationRequest) -> list[int]:
+        """[G] what each sample of a group would run to."""
+        if self._trace is None:
+            return [self._length(sample_seed(request.seed, index)) for index in range(request.num_generations)]
+        row = self._trace.get(request.seed)
+        if row is None or row.size != request.num_generations:
+            raise EngineFailure(
+                f"group {request.group_id} of {request.num_generations} is not in {self._options.lengths}: the learner"
+                " needs its seed and num_generations, and the file as many groups as the run leases"
+            )
+        return row.tolist()  # type: ignore[no-any-return]  # numpy says Any
 
     def _length(self, seed: int) -> int:
         """Lognormal with median mean_length and sigma length_sigma, at least one token."""

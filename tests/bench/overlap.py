@@ -70,12 +70,12 @@ def generation_seconds(quick: bool) -> float:
 
     Exact, not timed: the engine runs on a virtual clock.
     """
+    from learner.tuning.virtual_time import run_virtual
     from protocol.identity import group_seed
     from rollout_server.config import ScriptedOptions
     from rollout_server.engines.base import GenerationRequest, StagedWeights
     from rollout_server.engines.scripted import ScriptedEngine
     from tests.factories import INITIAL, make_lease, make_sampling
-    from tests.virtual_time import run_virtual
 
     async def play() -> float:
         async with ScriptedEngine(ScriptedOptions.model_validate(SCRIPT), ROOM) as engine:

@@ -17,12 +17,12 @@ from learner.app import make_recorder
 from learner.loops import accept_loop, batch_loop, lease_loop, receive_loop, train_loop
 from learner.rundir import RunDirectory
 from learner.stats import RunStats
+from learner.tuning.virtual_time import run_virtual
 from protocol.codec import decode, encode
 from protocol.loop_lag import LIMIT_MS, LoopLag
 from protocol.versions import Version
 from protocol.waits import Waits
 from tests.learners import FakeCompute, FakePublisher, FakeTrainer, answer, make_config, make_desk
-from tests.virtual_time import run_virtual
 
 TOKENS = 1024
 ONE_VERSION = [[(Version(1, 0), TOKENS)]] * 64

@@ -1,8 +1,8 @@
 """The fleet, driven at random: servers join, leave, fall silent, drain and go live, and groups come and go.
 
 What must hold whatever happens: nobody is chosen who is joining, suspect, draining or gone, below the version asked
-for, or who already has as much again waiting as it has room for (but for the room reserved for evaluation); and every
-group that was assigned is let go exactly once.
+for, or who already has as much again waiting as it has room for, by its own word (but for the room reserved for
+evaluation); and every group that was assigned is let go exactly once.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from learner.fleet import EVAL_SHARE, Fleet
-from protocol.messages import Hello
+from protocol.messages import Hello, ServerStatus
 from protocol.versions import Lineage, Version
 
 LIVENESS_S = 4.0
@@ -29,7 +29,7 @@ class FleetMachine(RuleBasedStateMachine):
         self.fleet = Fleet(Lineage([(1, 0), (2, 3)]), liveness_s=LIVENESS_S)
         self.now_s = 0.0
         self.servers = {}
-        """name -> room, live, heard_s, draining"""
+        """name -> room, live, heard_s, draining, left: samples that have not ended, once it has said so"""
         self.holders = {}
         """group id -> (name, samples, evaluation)"""
         self.assigned = 0
@@ -52,6 +52,7 @@ class FleetMachine(RuleBasedStateMachine):
             "live": version if belongs else None,
             "heard_s": self.now_s,
             "draining": False,
+            "left": None,
         }
 
     @rule(name=names)
@@ -88,6 +89,16 @@ class FleetMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.servers)
     @rule(data=st.data())
+    def reports(self, data):
+        """So many of its samples are left; what is leased after it counts on top."""
+        name = data.draw(st.sampled_from(sorted(self.servers)))
+        running, waiting = (data.draw(st.integers(0, self._held(name))) for _ in range(2))
+        status = ServerStatus(samples_running=running, samples_waiting=waiting)
+        self.fleet.reported(self.fleet.servers[name.encode()], status)
+        self.servers[name]["left"] = running + waiting
+
+    @precondition(lambda self: self.servers)
+    @rule(data=st.data())
     def drain(self, data):
         name = data.draw(st.sampled_from(sorted(self.servers)))
         self.fleet.servers[name.encode()].draining = True
@@ -111,6 +122,8 @@ class FleetMachine(RuleBasedStateMachine):
             self.assigned += 1
             self.fleet.assign(chosen, group, samples, evaluation=evaluation)
             self.holders[group] = (chosen.name, samples, evaluation)
+            if self.servers[chosen.name]["left"] is not None:
+                self.servers[chosen.name]["left"] += samples
 
     def _able(self, name, minimum, samples, evaluation, exact):
         server = self.servers[name]
@@ -120,7 +133,7 @@ class FleetMachine(RuleBasedStateMachine):
         if live < minimum or (exact and live != minimum):
             return False
         if not evaluation:
-            return self._held(name) < server["room"] + max(server["room"], samples)
+            return self._left(name) < server["room"] + max(server["room"], samples)
         num_evals = sum(is_eval for holder, _, is_eval in self.holders.values() if holder == name)
         return num_evals * samples < max(samples, server["room"] // EVAL_SHARE)
 
@@ -128,7 +141,12 @@ class FleetMachine(RuleBasedStateMachine):
         return sum(samples for holder, samples, _ in self.holders.values() if holder == name)
 
     def _free(self, name):
-        return self.servers[name]["room"] - self._held(name)
+        return self.servers[name]["room"] - self._left(name)
+
+    def _left(self, name):
+        """Samples that have not ended, as far as the server has said."""
+        left = self.servers[name]["left"]
+        return self._held(name) if left is None else min(left, self._held(name))
 
     @precondition(lambda self: self.holders)
     @rule(data=st.data(), how=st.sampled_from(("release", "answered", "answered by another")))
@@ -163,7 +181,9 @@ class FleetMachine(RuleBasedStateMachine):
             assert server.eval_outstanding <= set(server.outstanding)
             room, evals = server.hello.room, len(server.eval_outstanding) * EVAL_SAMPLES
             assert evals <= max(EVAL_SAMPLES, room // EVAL_SHARE)
-            assert server.samples - evals < room + max(room, SAMPLES) + SAMPLES, "no group is added beyond that"
+            assert server.load == self._left(server.name)
+            if server.status is None:
+                assert server.samples - evals < room + max(room, SAMPLES) + SAMPLES, "no group is added beyond that"
 
 
 FleetMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -12,12 +12,12 @@ from learner.arrivals import MOST_AT_ONCE
 from learner.evaluation import Evaluation
 from learner.journal_records import EndRecord, GroupRecord
 from learner.ledger import End, State
+from learner.tuning.virtual_time import run_virtual
 from protocol.messages import Ack, Cancel, Lease, Purpose
 from protocol.parts import split_group
 from protocol.versions import Lineage, Version
 from tests.factories import make_train_group
 from tests.learners import Desk, answer, make_desk, make_hello
-from tests.virtual_time import run_virtual
 
 
 def begin(**options) -> tuple[Desk, list[Lease]]:

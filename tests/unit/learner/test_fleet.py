@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from learner.fleet import Fleet, Health, Server
-from protocol.messages import Hello
+from protocol.messages import Hello, ServerStatus
 from protocol.versions import Lineage, Version
 
 LIVENESS_S = 4.0
@@ -90,7 +90,7 @@ def test_the_server_with_most_room_is_chosen():
 
 
 def test_a_server_gets_as_much_again_as_it_has_room_for_and_no_more():
-    """A group counts whole until it is answered, though most of its samples may have ended: places stay filled."""
+    """Until it has said how many of its samples are left, a group counts whole until it is answered."""
     fleet = make_fleet("north", room=8)
     for number in range(4):
         assert choose(fleet) == "north"
@@ -189,3 +189,40 @@ def test_a_server_that_lost_its_weights_is_joining_again():
     assert fleet.health(server, 0.0) is Health.JOINING
     assert fleet.choose(min_policy_version=0, samples=1, now_s=0.0) is None
     assert fleet.went_live(b"north", Version(1, 2)), "an older version than the one that was lost is a version"
+
+
+def test_samples_that_have_ended_hold_no_place_however_many_groups_wait_for_their_last_one():
+    """16 groups of which each waits for a straggler fill 16 places, not 64."""
+    fleet = make_fleet("north", room=16)
+    server = fleet.servers[b"north"]
+    for number in range(8):
+        fleet.assign(server, f"g{number}", 4)
+    assert choose(fleet) is None, "32 samples: as much again as it has room for"
+    fleet.reported(server, ServerStatus(samples_running=8, samples_waiting=0))
+    for number in range(8, 14):
+        assert choose(fleet) == "north"
+        fleet.assign(server, f"g{number}", 4)
+    assert server.load == 32, "the 8 that were left, and 24 leased since"
+    assert choose(fleet) is None
+    fleet.answered(b"north", "g0")
+    assert server.load == 32, "which of those it counts in has been answered is not known"
+
+
+def test_a_status_from_before_the_answers_does_not_make_a_server_look_fuller_than_its_leases():
+    fleet = make_fleet("north", room=16)
+    server = fleet.servers[b"north"]
+    fleet.assign(server, "g0", 4)
+    fleet.reported(server, ServerStatus(samples_running=4))
+    fleet.answered(b"north", "g0")
+    assert server.load == 0
+
+
+def test_the_server_with_fewest_samples_left_is_chosen_not_the_one_with_fewest_leases():
+    fleet = make_fleet("north", "south", room=16)
+    north, south = fleet.servers[b"north"], fleet.servers[b"south"]
+    for number in range(4):
+        fleet.assign(north, f"n{number}", 4)
+    fleet.assign(south, "s0", 4)
+    assert choose(fleet) == "south"
+    fleet.reported(north, ServerStatus(samples_running=1))
+    assert choose(fleet) == "north"

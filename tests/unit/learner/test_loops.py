@@ -28,6 +28,7 @@ from learner.loops import (
     stock_loop,
     train_loop,
 )
+from learner.tuning.virtual_time import run_virtual
 from protocol.errors import MalformedMessage, RunStopped, StalenessViolation, VersionMismatch
 from protocol.messages import (
     Ack,
@@ -59,7 +60,6 @@ from tests.learners import (
     make_desk,
     make_hello,
 )
-from tests.virtual_time import run_virtual
 
 NAN = StepResult(finite=False, reason="loss is nan")
 EQUAL = (1.0, 1.0, 1.0, 1.0)

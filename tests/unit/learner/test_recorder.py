@@ -20,12 +20,12 @@ from learner.fleet import Health
 from learner.recorder import Recorder, StepTimer, server_view
 from learner.rundir import RunDirectory
 from learner.stats import RunStats
+from learner.tuning.virtual_time import run_virtual
 from protocol.loop_lag import LoopLag
 from protocol.messages import Purpose, ServerStatus, WeightsLive
 from protocol.versions import Version
 from tests.factories import make_batch, make_group
 from tests.learners import Clock, Desk, FakeCompute, make_config, make_desk, run
-from tests.virtual_time import run_virtual
 
 
 class PrunedJournal:

@@ -13,11 +13,11 @@ import struct
 
 import pytest
 
+from learner.tuning.virtual_time import run_virtual
 from protocol.channel import dial, listen
 from protocol.errors import PeerGone, PeerSilent
 from protocol.messages import Ping, Pong
 from protocol.testing import MemoryNetwork
-from tests.virtual_time import run_virtual
 
 SOON_S = 10.0
 

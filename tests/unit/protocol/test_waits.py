@@ -6,9 +6,9 @@ import asyncio
 
 import pytest
 
+from learner.tuning.virtual_time import run_virtual
 from protocol.errors import HeadwayError
 from protocol.waits import SPANS_KEPT, Span, Waits, WaitTimeout
-from tests.virtual_time import run_virtual
 
 
 def on_virtual_time(scenario):

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from learner.tuning.virtual_time import run_virtual
 from protocol.channel import Listener
 from protocol.loop_lag import LoopLag
 from protocol.messages import Ack, AckStatus, AnyMessage, Group, Hello, Ping, WeightsStaged, WeightsSwap, Welcome
@@ -28,7 +29,6 @@ from rollout_server.loops import Parts, control_loop, heartbeat_loop, report_loo
 from rollout_server.scorers import Scorer, ScriptedScorer
 from rollout_server.weights import WeightsReceiver
 from tests.factories import INITIAL, RUN_ID
-from tests.virtual_time import run_virtual
 
 M = TypeVar("M")
 PATIENCE_S = 120.0

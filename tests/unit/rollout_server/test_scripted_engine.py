@@ -13,14 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from learner.tuning.virtual_time import run_virtual
 from protocol.completions import Completion
+from protocol.identity import group_seed
+from protocol.length_trace import LengthTrace, write_length_trace
 from protocol.messages import FinishReason, Sampling
 from protocol.versions import Version
 from rollout_server.config import ScriptedOptions
 from rollout_server.engines.base import EngineFailure, GenerationRequest, LoadReport, StagedWeights
 from rollout_server.engines.scripted import ScriptedEngine
 from rollout_server.engines.scripted_batch import Outcome, ScriptedBatch, ScriptedJob
-from tests.virtual_time import run_virtual
 
 V0, V1, V2 = Version(1, 0), Version(1, 1), Version(2, 0)
 
@@ -367,3 +369,36 @@ def test_waking_late_changes_nothing(events: list[tuple[int, Any]]) -> None:
     )
     for name in ("busy_s", "paused_s", "occupancy_s"):
         assert getattr(late_status, name) == pytest.approx(getattr(often_status, name), abs=1e-6)
+
+
+def write_trace(path: Path) -> Path:
+    lengths = np.array([[3, 1, 4, 12], [1, 5, 9, 2]], np.int32)
+    write_length_trace(path / "a.lengths", LengthTrace(7, lengths, {}))
+    return path / "a.lengths"
+
+
+def test_a_trace_says_how_long_each_sample_of_a_group_is(tmp_path: Path) -> None:
+    async def case() -> list[Completion]:
+        engine = await started(lengths=write_trace(tmp_path), token_s=0.1)
+        answer = await engine.generate(request(seed=group_seed(7, 0), length=10, stops=True))
+        assert now() == pytest.approx(1.0)
+        return answer
+
+    completions = run_virtual(case())
+    assert [completion.completion_tokens.size for completion in completions] == [3, 1, 4, 10]
+    assert [completion.finish_reason for completion in completions] == [FinishReason.STOP] * 3 + [FinishReason.LENGTH]
+
+
+@pytest.mark.parametrize("wrong", [{"seed": group_seed(8, 0)}, {"seed": group_seed(7, 2)}, {"generations": 3}])
+def test_a_group_that_the_trace_lacks_fails(tmp_path: Path, wrong: dict[str, int]) -> None:
+    async def case() -> None:
+        engine = await started(lengths=write_trace(tmp_path))
+        with pytest.raises(EngineFailure, match=r"is not in .*a\.lengths: the learner needs its seed"):
+            await engine.generate(request(**{"seed": group_seed(7, 0), "stops": True, **wrong}))
+
+    run_virtual(case())
+
+
+def test_lengths_are_drawn_or_played_not_both(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"length_sigma 0\.8 with lengths .*leave one of them out"):
+        ScriptedOptions(lengths=tmp_path / "a.lengths", length_sigma=0.8)

@@ -126,6 +126,7 @@ def test_cancelling_a_finished_or_an_unknown_group_is_no_error(tmp_path: Path) -
     async def scenario(served: Served) -> None:
         served.learner.send(make_lease())
         group = await served.learner.hears_next(Group)
+        await served.learner.hears(Ping)  # right behind it
         for group_id in (group.group_id, "0" * 32):
             served.learner.send(Cancel(group_id=group_id, attempt=1, reason="answered"))
         await served.learner.hears(Ping)

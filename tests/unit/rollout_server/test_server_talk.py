@@ -157,8 +157,8 @@ def test_a_heartbeat_a_second_shows_how_the_server_does(tmp_path: Path) -> None:
         served.learner.send(*[make_lease(ordinal=ordinal, num_generations=8) for ordinal in range(3)])
         begun_s = now_s()
         statuses = []
-        for _ in range(3):
-            ping = await served.learner.hears(Ping)
+        for beat in (1, 2, 3):  # those with every group come in between
+            ping = await served.learner.hears(Ping, lambda _, due_s=begun_s + beat * HEARTBEAT_S: now_s() >= due_s)
             served.learner.send(Pong(sent_s=ping.sent_s))
             statuses.append(ping.status)
         assert now_s() == pytest.approx(begun_s + 3 * HEARTBEAT_S, abs=HEARTBEAT_S)
@@ -172,6 +172,18 @@ def test_a_heartbeat_a_second_shows_how_the_server_does(tmp_path: Path) -> None:
         assert idle.tokens_generated == 3 * 8 * 8
 
     play_welcomed(tmp_path, scenario, token_s=1.4 * HEARTBEAT_S / 8)
+
+
+def test_with_every_group_a_server_says_how_many_samples_it_has_left(tmp_path: Path) -> None:
+    async def scenario(served: Served) -> None:
+        served.learner.send(*[make_lease(ordinal=ordinal, num_generations=8) for ordinal in range(3)])
+        for left in (8, 8, 0):  # of 16 places two groups leave theirs together, and the third takes one's
+            await served.learner.hears_next(Group)
+            ping = await served.learner.hears(Ping)
+            assert ping.status is not None
+            assert ping.status.samples_running + ping.status.samples_waiting == left
+
+    play_welcomed(tmp_path, scenario, token_s=0.4 * HEARTBEAT_S / 8)
 
 
 def test_there_is_no_heartbeat_before_the_welcome(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 import rollout_server.weights
+from learner.tuning.virtual_time import run_virtual
 from protocol.errors import MalformedMessage, Superseded, WeightsError
 from protocol.messages import (
     WeightsFailed,
@@ -34,7 +35,6 @@ from protocol.weights.manifest import Manifest, Shipment, content_digest
 from rollout_server.engines.base import EngineFailure, EngineInfo, LoadReport, StagedWeights
 from rollout_server.stage import Delivery
 from rollout_server.weights import RETRY_S, SWAP_S, TURN_AGAIN_S, Report, WeightsReceiver
-from tests.virtual_time import run_virtual
 from tests.weights import make_weights
 
 REPORT = FetchReport(transfer_s=0.25, verify_s=0.125, bytes=1000, refetched_blocks=0)

@@ -1,4 +1,9 @@
-"""An event loop whose clock jumps to the next timer instead of waiting: hours of a script in milliseconds, exactly."""
+"""An event loop whose clock jumps to the next timer instead of waiting: hours of a run in seconds, exactly.
+
+Everything that waits for the running loop's time works on it unchanged: timers, deadlines, `asyncio.sleep`. Work that
+is sent to the default executor is done on the spot. When everything waits and no timer is set, nothing can ever happen
+again: that is a deadlock, and raised as one.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +16,15 @@ from typing import Any, TypeVar
 T = TypeVar("T")
 
 
+class Deadlock(RuntimeError):
+    """Everything waits and no timer is set."""
+
+
 class InlineExecutor(ThreadPoolExecutor):
     """Does its work when it is submitted, on the spot: `asyncio.to_thread` then takes no time and no thread."""
 
     def submit(self, function: Callable[..., T], /, *args: Any, **kwargs: Any) -> Future[T]:
+        """Call `function` and return a future that is done."""
         future: Future[T] = Future()
         try:
             future.set_result(function(*args, **kwargs))
@@ -31,7 +41,7 @@ class _JumpingSelector(selectors.DefaultSelector):
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
         ready = super().select(0)
         if not ready and timeout is None:
-            raise RuntimeError("everything waits and no timer is set: a deadlock")
+            raise Deadlock("everything waits and no timer is set: a deadlock")
         if not ready and timeout is not None and timeout > 0:
             self.now_s += timeout
         return ready
@@ -47,10 +57,15 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         self.set_default_executor(InlineExecutor())
 
     def time(self) -> float:
+        """Virtual seconds since the loop was made."""
         return self._jumping.now_s
 
 
 def run_virtual(main: Coroutine[Any, Any, T]) -> T:
-    """`asyncio.run` on a virtual clock that starts at 0."""
+    """`asyncio.run` on a virtual clock that starts at 0.
+
+    Raises:
+        Deadlock: nothing can happen any more.
+    """
     with asyncio.Runner(loop_factory=VirtualTimeLoop) as runner:
         return runner.run(main)
