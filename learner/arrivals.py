@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterable
 from typing import Protocol
 
 from learner.batch import TrainGroup
@@ -25,6 +26,7 @@ from protocol.logs import event
 from protocol.messages import Ack, AckStatus, Cancel, Group, Purpose
 from protocol.parts import PartAssembler
 from protocol.validation import validate_group
+from protocol.versions import Version
 
 log = logging.getLogger(__name__)
 
@@ -92,18 +94,19 @@ class Arrivals:
         arrived = [await self.queue.get()]
         while not self.queue.empty() and len(arrived) < MOST_AT_ONCE:
             arrived.append(self.queue.get_nowait())
-        accepted = [(peer, group) for peer, group in arrived if self._judge(peer, group)]
+        judged = [(peer, group, self._judge(peer, group)) for peer, group in arrived]
+        accepted = [(peer, group, oldest) for peer, group, oldest in judged if oldest is not None]
         if not accepted:
             return
         ends = self._coordinator.take_unjournaled()
         first: dict[int, Group] = {}  # of two answers to one lease only this one trains, so only it is recorded
-        for _, group in accepted:
+        for _, group, _ in accepted:
             first.setdefault(group.ordinal, group)
         await self._journal.append(*map(self._record, first.values()), *ends)
-        for peer, group in accepted:
+        for peer, group, oldest in accepted:
             self._ack(peer, group, AckStatus.OK)
-            if self._coordinator.ledger.judge(group.ordinal, _oldest(group)) is Verdict.ACCEPT:
-                self._admit(self._train_group(group), peer)
+            if self._coordinator.ledger.judge(group.ordinal, oldest) is Verdict.ACCEPT:
+                self._admit(self._train_group(group), peer, oldest)
             else:  # its own duplicate; or a short batch was formed meanwhile, and now it is too old
                 self._release(group, fault=False, reason="too old to train once it was on disk")
         self._coordinator.changed.notify()
@@ -118,18 +121,21 @@ class Arrivals:
     def granted(self, entry: Entry) -> None:
         """A prompt got its slot: if an earlier incarnation journaled its group, nobody needs to sample it again."""
         group = self.restored.pop(entry.ordinal, None)
-        if group is not None and self._coordinator.ledger.judge(entry.ordinal, _oldest(group.group)) is Verdict.ACCEPT:
-            self._admit(dataclasses.replace(group, sequence=entry.sequence), None)
+        if group is None:
+            return
+        oldest = _oldest(group_versions(group.group))
+        if self._coordinator.ledger.judge(entry.ordinal, oldest) is Verdict.ACCEPT:
+            self._admit(dataclasses.replace(group, sequence=entry.sequence), None, oldest)
             self._coordinator.counters["groups_restored"] += 1
             self._coordinator.changed.notify()  # no server has a part in it: nothing else may tell batch_loop
 
-    def _judge(self, peer: bytes, group: Group) -> bool:
-        """Answer at once what need not be journaled; say whether the group is to be."""
+    def _judge(self, peer: bytes, group: Group) -> int | None:
+        """Answer at once what need not be journaled: None. Of what is to be, return the oldest policy_version."""
         coordinator, config = self._coordinator, self._coordinator.config
         evaluation = group.purpose is Purpose.EVAL
         if evaluation and not coordinator.evaluates(group.group_id):
             self._ack(peer, group, AckStatus.DUPLICATE, "that evaluation is over")
-            return False
+            return None
         limits = (config.eval_num_generations, config.eval_max_completion_length or config.max_completion_length)
         try:
             self.validate(
@@ -139,30 +145,32 @@ class Arrivals:
                 vocab_size=coordinator.identity.vocab_size,
                 reward_functions=coordinator.reward_functions,
             )
-            self._check_identity(group)
+            versions = group_versions(group)
+            self._check_identity(group, versions)
         except InvalidGroup as error:
             self._refuse(peer, group, error)
-            return False
+            return None
         if evaluation:
             self._evaluated(peer, group)
-            return False
-        orphaned = [version for version in group_versions(group) if version not in coordinator.lineage]
-        verdict = coordinator.ledger.judge(group.ordinal, _oldest(group))
+            return None
+        orphaned = [version for version in versions if version not in coordinator.lineage]
+        oldest = _oldest(versions)
+        verdict = coordinator.ledger.judge(group.ordinal, oldest)
         if verdict in (Verdict.DUPLICATE, Verdict.UNKNOWN):
             coordinator.counters["groups_duplicate"] += 1
             self._ack(
                 peer, group, AckStatus.DUPLICATE, "" if verdict is Verdict.DUPLICATE else "not leased by this run"
             )
-            return False
+            return None
         if orphaned or verdict is Verdict.STALE:
             reason = f"sampled by version {min(orphaned)}, which this run has left" if orphaned else "too old to train"
             coordinator.counters["groups_stale"] += 1
             self._ack(peer, group, AckStatus.STALE, reason)
             self._release(group, fault=False, reason=reason)
-            return False
-        return True
+            return None
+        return oldest
 
-    def _check_identity(self, group: Group) -> None:
+    def _check_identity(self, group: Group, versions: Iterable[Version]) -> None:
         """Check what only this run can know: the id, the temperature leased, the versions.
 
         Raises:
@@ -176,7 +184,7 @@ class Arrivals:
         leased = (config.eval_temperature or 1.0) if evaluation else config.temperature  # greedy logprobs have T = 1
         if group.temperature != leased:
             raise InvalidGroup(f"group {group.ordinal}: temperature {group.temperature:g}, leased at {leased:g}")
-        for version in group_versions(group):
+        for version in versions:
             if coordinator.is_unborn(version):
                 raise InvalidGroup(f"group {group.ordinal}: sampled by version {version}, which was never trained")
 
@@ -229,7 +237,7 @@ class Arrivals:
         assert entry is not None
         return dataclasses.replace(self._record(group).train_group(), sequence=entry.sequence)
 
-    def _admit(self, group: TrainGroup, sender: bytes | None) -> None:
+    def _admit(self, group: TrainGroup, sender: bytes | None, oldest: int) -> None:
         """The group is on disk and wanted: filter it, or hold it for a batch. Whoever else works on it may stop."""
         coordinator = self._coordinator
         entry = coordinator.ledger.find(group.ordinal)
@@ -237,7 +245,7 @@ class Arrivals:
         holder = coordinator.fleet.release(group.group.group_id)
         if holder is not None and holder.peer != sender:
             coordinator.send(holder, Cancel(group_id=group.group.group_id, attempt=entry.attempt, reason="answered"))
-        coordinator.ledger.delivered(group.ordinal, _oldest(group.group))
+        coordinator.ledger.delivered(group.ordinal, oldest)
         coordinator.quarantined_in_a_row = 0
         config = coordinator.config
         reason = why_filtered(
@@ -270,6 +278,6 @@ class Arrivals:
             self._coordinator.notice("step_rewards", f"group {group.ordinal} {text}", ordinal=group.ordinal)
 
 
-def _oldest(group: Group) -> int:
-    """policy_version of the group's oldest token."""
-    return min((version.policy_version for version in group_versions(group)), default=0)
+def _oldest(versions: Iterable[Version]) -> int:
+    """policy_version of the oldest token; 0 where there is none."""
+    return min((version.policy_version for version in versions), default=0)

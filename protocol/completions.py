@@ -10,7 +10,7 @@ import numpy as np
 from protocol.messages import FinishReason, Float32, Group, Int32, UInt8
 from protocol.versions import Version
 
-FEW_SPANS = 256
+FEW_SPANS = 64
 """Up to so many, a set of pairs is made sooner than arrays are."""
 
 
@@ -88,7 +88,8 @@ def unpack_completions(group: Group) -> Iterator[Completion]:
 def group_versions(group: Group) -> set[Version]:
     """Every version that sampled a token of a validated group: few, also where there is a span per token (I9)."""
     if len(group.span_versions) <= FEW_SPANS:
-        return {Version(*pair) for pair in set(map(tuple, group.span_versions.tolist()))}
+        incarnations, policy_versions = group.span_versions.T.tolist()
+        return {Version(*pair) for pair in set(zip(incarnations, policy_versions, strict=True))}
     codes = group.span_versions[:, 0].astype(np.int64) << 32 | group.span_versions[:, 1]
     codes = np.concatenate(
         [codes[:1], codes[1:][codes[1:] != codes[:-1]]]

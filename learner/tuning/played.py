@@ -239,8 +239,14 @@ class PlayedServer:
 def make_group(lease: Lease, spans: list[Spans]) -> Group:
     """Answer a lease with one token for each version span, [K] in all."""
     num_completions = len(spans)
-    counts_G = np.array([len(each) for each in spans], np.int32)
-    versions_K = np.array([(INCARNATION, version) for each in spans for version, _ in each], np.int32)
+    if all(each is spans[0] for each in spans):
+        counts_G = np.full(num_completions, len(spans[0]), np.int32)
+        versions_K = np.tile(
+            np.array([(INCARNATION, version) for version, _ in spans[0]], np.int32), (num_completions, 1)
+        )
+    else:
+        counts_G = np.array([len(each) for each in spans], np.int32)
+        versions_K = np.array([(INCARNATION, version) for each in spans for version, _ in each], np.int32)
     num_spans = len(versions_K)
     ones = np.ones(max(num_spans, num_completions), np.int32)
     zeros_GF = np.zeros((num_completions, 1), np.float32)
