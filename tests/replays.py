@@ -126,3 +126,16 @@ def rewrite(run_dir: Path, change: Any) -> None:
     writer = SegmentWriter(journal, segment_bytes=1 << 14)
     writer.write([(record, record_frames(record)) for record in records])
     writer.close()
+
+
+def with_other_reward(ordinal: int) -> Any:
+    """Change one reward of one group."""
+
+    def change(record: Record) -> Record:
+        if not isinstance(record, GroupRecord) or record.group.ordinal != ordinal:
+            return record
+        rewards = record.group.rewards.copy()
+        rewards[1] += 0.5
+        return msgspec.structs.replace(record, group=msgspec.structs.replace(record.group, rewards=rewards))
+
+    return change

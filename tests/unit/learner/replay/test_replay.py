@@ -16,7 +16,7 @@ from learner.replay.command import replay
 from learner.replay.recorded import RecordedRun
 from learner.replay.trained_again import Replay, weights_digest
 from protocol.errors import ConfigError
-from tests.replays import LiveRun, rewrite
+from tests.replays import LiveRun, rewrite, with_other_reward
 
 FAR = {"learning_rate": 3e-3, "max_grad_norm": 1e9, "beta": 0.0}
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -82,17 +82,6 @@ def test_the_steps_of_the_last_weights_are_replayed_through_restarts(make, capsy
     assert f"step 4 is {run.digest}" in said
 
 
-def change_reward(ordinal: int) -> Any:
-    def change(record: Any) -> Any:
-        if isinstance(record, GroupRecord) and record.group.ordinal == ordinal:
-            rewards = record.group.rewards.copy()
-            rewards[1] += 0.5
-            return msgspec.structs.replace(record, group=msgspec.structs.replace(record.group, rewards=rewards))
-        return record
-
-    return change
-
-
 def swap_groups(step: int) -> Any:
     def change(record: Any) -> Any:
         if isinstance(record, StepRecord) and record.step == step:
@@ -113,7 +102,7 @@ def change_rate(step: int) -> Any:
 
 
 CHANGES = {
-    "groups": (change_reward(7), "step 3: groups: group 7 has other rewards"),
+    "groups": (with_other_reward(7), "step 3: groups: group 7 has other rewards"),
     "order": (swap_groups(3), "step 3: order: 8 7 6 "),
     "rate": (change_rate(3), "step 3: learning rate: "),
 }
