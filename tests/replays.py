@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,9 @@ class LiveRun:
                 ),
             )  # fmt: skip
             self.trainer.optimizer_step()
-            self.tracker.log({"step": step, "skipped": 0, "learning_rate": rate, **self.trainer.step_metrics})
+            others = {"wall_s": time.monotonic(), "staleness/hist": [step]}  # never those of another run
+            row = {"step": step, "skipped": 0, "learning_rate": rate, **others, **self.trainer.step_metrics}
+            self.tracker.log(row)
             if self.published:
                 self._publish(step)
 

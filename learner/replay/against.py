@@ -7,6 +7,7 @@ digest of the weights). Where a run has not recorded its weights, both are train
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 
 import numpy as np
 
@@ -21,6 +22,12 @@ TRAINS = (
     "step_rewards",
 )  # fmt: skip
 """Arrays of a group that the trainer looks at; the versions of its tokens come on top."""
+COMPUTED = frozenset({
+    "loss", "grad_norm", "entropy", "kl", "beta", "policy_kl", "effective_sample_size", "ratio/mean", "ratio/max",
+    "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio", "num_updates",
+    "importance_weight/mean", "importance_weight/masked", "value_loss", "value_grad_norm",
+})  # fmt: skip
+"""Metrics that the trainer computes."""
 
 
 def first_difference(
@@ -59,7 +66,7 @@ def recorded_difference(
     whole = [step for step in steps if one.index.steps[step].whole and other.index.steps[step].whole]
     pairs = _pairs(one, other, whole)
     for step in steps:
-        ours, theirs = one.outcome(step), other.outcome(step)
+        ours, theirs = (_computed(run.outcome(step)) for run in (one, other))
         if ours.learning_rate != theirs.learning_rate:
             return difference(step, ours, theirs, exact=True, names=names)
         orders = [run.index.steps[step].record.ordinals for run in (one, other)]
@@ -91,6 +98,11 @@ def replayed_difference(one: RecordedRun, other: RecordedRun, last: int, names: 
         if found:
             return found
     return None
+
+
+def _computed(outcome: Outcome) -> Outcome:
+    """Leave the trainer's metrics alone in a row: times and servers are never those of another run."""
+    return replace(outcome, metrics={name: value for name, value in outcome.metrics.items() if name in COMPUTED})
 
 
 def _comparable(one: Outcome, other: Outcome) -> bool:

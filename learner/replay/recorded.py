@@ -120,7 +120,7 @@ class RecordedRun:
             learning_rate=record.learning_rate,
             num_micro_batches=record.num_micro_batches,
             metrics=self._rows.get(step, {}),
-            weights=self._digests.get(Version(record.incarnation, step), ""),
+            weights=self._digests.get(step, ""),
             files=saved.files if saved is not None and saved.manifest.incarnation == record.incarnation else {},
         )
 
@@ -130,10 +130,14 @@ class RecordedRun:
         return {int(row["step"]): row for row in rows if not row["skipped"]}  # type: ignore[arg-type]
 
     @cached_property
-    def _digests(self) -> dict[Version, str]:
-        if not (self.path / "weights" / VERSIONS).is_file():
-            return {}
-        return {row.version: row.digest for row in read_rows(self.path / "weights") if isinstance(row, PublishedRow)}
+    def _digests(self) -> dict[int, str]:
+        """By step; of one that the next learner published, too, its own: both sides of a fork have the same bytes."""
+        digests: dict[int, str] = {}
+        if (self.path / "weights" / VERSIONS).is_file():
+            for row in read_rows(self.path / "weights"):
+                if isinstance(row, PublishedRow) and row.version in self.index.lineage:
+                    digests.setdefault(row.version.policy_version, row.digest)
+        return digests
 
 
 def _checkpoints(directory: Path) -> list[Saved]:

@@ -224,3 +224,13 @@ def _read(journal: Path) -> list[Any]:
     from learner.journal_segments import read_journal
 
     return list(read_journal(journal))
+
+
+def test_two_runs_that_were_given_the_same_do_not_differ(make, capsys):
+    """Though each has its own times in metrics.jsonl."""
+    one, other = make("one"), make("other")
+    for run in (one, other):
+        run.begin()
+        run.train(1, 2)
+    assert run_replay(one, "--against", str(other.path)) == 0
+    assert "no difference up to step 2" in capsys.readouterr().out
