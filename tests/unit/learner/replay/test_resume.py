@@ -85,12 +85,14 @@ def live() -> tuple[Living, LedgerSnapshot]:
     living.train()
     living.fill()
     living.deliver(6, end="quarantined")
-    living.deliver(7, 8)
+    living.deliver(8, end="filtered")  # the checkpoint has not even granted it
+    living.fill()
+    living.deliver(7, 10)
     living.train()
     living.fill()
-    living.deliver(10, 11)
+    living.deliver(11, 12)
     living.train()
-    living.deliver(12)  # on disk, not trained
+    living.deliver(13)  # on disk, not trained
     return living, snapshot
 
 
@@ -138,20 +140,21 @@ def test_the_run_begins_after_the_steps_on_disk_and_every_version_of_them_stays(
     )  # fmt: skip
     assert start.lineage.forks == [(1, 0), (2, 4)]
     assert Version(1, 4) in start.lineage
-    assert sorted(start.restored) == [12], "what is trained or has ended is not trained again"
+    assert sorted(start.restored) == [13], "what is trained or has ended is not trained again"
     assert ledger.policy_version == 4
 
 
 def test_steps_and_ends_that_were_left_behind_are_not_told(tmp_path):
     """2 resumed from checkpoint 1 without a replay: steps 2 to 4 of the first learner, and its ends, are gone."""
     living, snapshot = live()
-    again = StepRecord(incarnation=2, step=2, ordinals=(2, 4), learning_rate=1e-5, num_micro_batches=2)
+    again = StepRecord(incarnation=2, step=2, ordinals=(4, 5), learning_rate=1e-5, num_micro_batches=2)
     write(tmp_path, *living.records, IncarnationRecord(incarnation=2, resumed_from=1), again)
     index = index_journal(tmp_path)
     assert index.lineage.forks == [(1, 0), (2, 1)]
     assert sorted(index.steps) == [1, 2]
-    assert index.steps[2].record.ordinals == (2, 4)
+    assert index.steps[2].record.ordinals == (4, 5)
     ledger = Ledger(BOUNDS)
     ledger.restore(snapshot)
     tell_ledger(ledger, index, 2, is_too_long)
     assert (ledger.policy_version, ledger.ends[End.QUARANTINED]) == (2, 0)
+    assert ledger.find(2) is not None, "it was filtered after the checkpoint: the second learner has it back"
