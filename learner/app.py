@@ -39,7 +39,8 @@ from learner.ledger import Ledger
 from learner.monitor import Monitor
 from learner.prompts import PromptRow, Prompts, open_prompts, stop_token_ids
 from learner.publish import Publisher
-from learner.recorder import Recorder, eval_points
+from learner.recorder import Recorder, StepTimer, eval_points
+from learner.replay.resume import Replayed, train_again
 from learner.resume import begin
 from learner.reward_curve import plot_reward_curve
 from learner.run import Run
@@ -113,6 +114,8 @@ class Loaded:
     stop_token_ids: tuple[int, ...]
     checkpoint: Checkpoint | None
     incarnation: int
+    replayed: Replayed | None
+    """Steps of the journal that were trained again after the checkpoint."""
 
 
 class Learner:
@@ -166,6 +169,7 @@ class Learner:
         self.screen.print_notice(opening_line(config, checkpoint))
         checkpoint_dir = checkpoint.path if checkpoint else None
         trainer = await self.compute(self.make_trainer, config, checkpoint=checkpoint_dir)
+        replayed = await self._replay(trainer)
         directory.require_unfinished(trainer.policy_version, config.max_steps)
         if notice := critic_notice(config, checkpoint_dir):
             self.screen.print_notice(notice)
@@ -185,7 +189,16 @@ class Learner:
             stop_token_ids=stop_token_ids(trainer.tokenizer, config.stop, trainer.eos_token_ids),
             checkpoint=checkpoint,
             incarnation=self._begin(),
+            replayed=replayed,
         )
+
+    async def _replay(self, trainer: Trainer) -> Replayed | None:
+        """Train again what the journal holds after the checkpoint, where that is asked for."""
+        if self.config.resume != "replay" or not self.directory.continued:
+            return None
+        replayed = await self.compute(train_again, trainer, self.config)
+        self.screen.print_notice(replayed.describe(trainer.policy_version))
+        return replayed
 
     def _begin(self) -> int:
         """Write the run down, now that nothing of it can be refused any more; return its incarnation."""
@@ -203,8 +216,9 @@ class Learner:
             config.granted_bounds, max_attempts=config.max_attempts, max_refill_ratio=config.max_refill_ratio
         )
         start = await asyncio.to_thread(
-            begin, ledger, loaded.checkpoint, incarnation=loaded.incarnation, journal_dir=directory.journal_dir
-        )
+            begin, ledger, loaded.checkpoint, incarnation=loaded.incarnation, journal_dir=directory.journal_dir,
+            replayed=loaded.replayed, too_long=lambda ordinal: loaded.prompts.row(ordinal) is None,
+        )  # fmt: skip
         identity = RunIdentity(
             run_id=directory.run_id,
             incarnation=loaded.incarnation,
@@ -249,10 +263,17 @@ class Learner:
         )
         recorder = make_recorder(directory, trainer, coordinator, journal, stats, self.lag, loaded.checkpoint)
         recorder.published = lambda: publisher.published
+        for batch, result, learning_rate in loaded.replayed.unrecorded if loaded.replayed else ():
+            recorder.step(batch, result, StepTimer(coordinator.clock), learning_rate=learning_rate)
         monitor = Monitor(coordinator, recorder, buffer, self.waits, self.lag, self.compute, address=channel.address)
         recorder.step_done = lambda row: self.screen.print_step(monitor.view())
-        resumed_from = loaded.checkpoint.policy_version if loaded.checkpoint else 0
-        await journal.append(IncarnationRecord(incarnation=loaded.incarnation, resumed_from=resumed_from))
+        await journal.append(
+            IncarnationRecord(
+                incarnation=loaded.incarnation, resumed_from=trainer.policy_version,
+                replayed=loaded.replayed.steps if loaded.replayed else 0, config=config.model_dump_json(),
+                numerics=trainer.numerics,
+            )
+        )  # fmt: skip
         return Run(
             config=config, trainer=trainer, coordinator=coordinator, arrivals=arrivals, buffer=buffer, journal=journal,
             publisher=publisher, recorder=recorder, monitor=monitor, waits=self.waits, lag=self.lag,

@@ -93,11 +93,28 @@ class KnobRecord(_Scalars, frozen=True, kw_only=True, tag="knob"):
     """policy_version of the weights when it was set."""
 
 
+class Numerics(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """What beside the configuration decides the bits that arithmetic gives."""
+
+    device: str
+    """cpu or cuda."""
+    num_threads: int
+    """Of one operation."""
+    ranks: int
+    torch: str
+    """Its version."""
+
+
 class IncarnationRecord(_Scalars, frozen=True, kw_only=True, tag="incarnation"):
-    """A learner began."""
+    """A learner began. The fields after the first are empty in a journal of an older headway."""
 
     resumed_from: int
-    """policy_version of the checkpoint it went on from; 0 for the initial weights."""
+    """policy_version that it went on from: of a checkpoint, or after `replayed` steps; 0 for the initial weights."""
+    replayed: int = 0
+    """Steps that it trained again from the journal before it went on."""
+    config: str = ""
+    """The resolved configuration, as JSON: config.json has only that of the last learner."""
+    numerics: Numerics | None = None
 
 
 class _GroupHeader(_Scalars, frozen=True, kw_only=True, tag="group"):

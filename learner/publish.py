@@ -20,7 +20,7 @@ import numpy as np
 
 from learner.canaries import Canaries
 from learner.deltas import DeltaChain, Published
-from learner.weights_archive.archive import PublishedRow, WeightsArchive
+from learner.weights_archive.archive import PublishedRow, WeightsArchive, version_digest
 from protocol.errors import WeightsError
 from protocol.logs import event
 from protocol.messages import WeightsReady
@@ -161,6 +161,7 @@ class Publisher:
             version=version, bytes=manifest.file_bytes, density=self._deltas.density,
             delta_bytes=None if made is None else made.manifest.nbytes, snapshot_s=snapshot_s, hash_s=hash_s,
             delta_s=loop.time() - begun_s - snapshot_s - hash_s,
+            digest=version_digest(self._algorithm, {entry.spec.name: entry.digests for entry in manifest.tensors}),
         )  # fmt: skip
         event(log, "published", **msgspec.structs.asdict(row))
         self.published += 1

@@ -2,12 +2,14 @@
 
 Versions up to the checkpoint stay valid; what the old incarnation trained after it is orphaned. Groups in the journal
 that the checkpoint has not trained, and whose tokens all belong to the surviving lineage, go back to the buffer
-(`requeue`); everything else that was under way is leased again, under the same ordinal.
+(`requeue`); everything else that was under way is leased again, under the same ordinal. Where the steps after the
+checkpoint were trained again first (`replay`, learner/replay/), nothing is orphaned, and the run begins after them.
 """
 
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -18,6 +20,7 @@ from learner.journal_records import GroupRecord, IncarnationRecord, KnobRecord
 from learner.journal_segments import JournalReport, read_journal
 from learner.knobs.core import joined_history
 from learner.ledger import Ledger, LedgerSnapshot
+from learner.replay.resume import Replayed, tell_ledger
 from protocol.completions import group_versions
 from protocol.logs import event
 from protocol.versions import Lineage
@@ -36,13 +39,34 @@ class Start:
     """Every change of a live knob so far: what a knob was set to stays, whichever weights are gone."""
 
 
-def begin(ledger: Ledger, checkpoint: Checkpoint | None, *, incarnation: int, journal_dir: Path) -> Start:
-    """Restore the ledger and find the groups that need not be sampled again. Reads the journal: not on the loop."""
+def begin(
+    ledger: Ledger,
+    checkpoint: Checkpoint | None,
+    *,
+    incarnation: int,
+    journal_dir: Path,
+    replayed: Replayed | None = None,
+    too_long: Callable[[int], bool] = lambda ordinal: False,
+) -> Start:
+    """Restore the ledger and find the groups that need not be sampled again. Reads the journal: not on the loop.
+
+    Args:
+        ledger: new.
+        checkpoint: to go on from; None: the initial weights.
+        incarnation: of this learner.
+        journal_dir: of the run.
+        replayed: what was trained again after the checkpoint: versions up to there stay valid.
+        too_long: whether an ordinal's row gets no lease; asked of those that were granted after the checkpoint.
+    """
     forks = [] if checkpoint is None else list(checkpoint.state.forks)
     first = 0 if checkpoint is None else checkpoint.policy_version
-    lineage = Lineage([*forks, (incarnation, first)])
     if checkpoint is not None:
         ledger.restore(cast("LedgerSnapshot", checkpoint.state.ledger))
+    if replayed is not None and replayed.steps:
+        first += replayed.steps
+        forks = [fork for fork in replayed.index.lineage.forks if fork[1] <= first]
+        tell_ledger(ledger, replayed.index, first, too_long)
+    lineage = Lineage([*forks, (incarnation, first)])
     report = JournalReport()
     restored: dict[int, TrainGroup] = {}
     journaled: list[KnobRecord] = []

@@ -30,7 +30,7 @@ CONFIG_FILE, RUN_FILE = "config.json", "run.json"
 FREE_TO_CHANGE = frozenset(
     {
         # where the run is, how long it goes on, and what is written about it
-        "output_dir", "run_name", "allow_changed", "max_steps", "save_steps", "save_total_limit",
+        "output_dir", "run_name", "allow_changed", "resume", "max_steps", "save_steps", "save_total_limit",
         "keep_versions",
         "num_completions_logged", "eval_steps",
         # where the learner listens and how patient it is

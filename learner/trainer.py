@@ -17,15 +17,12 @@ was checked before (I4).
 
 from __future__ import annotations
 
-import base64
-import json
 import logging
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -34,6 +31,7 @@ from learner.backward import accumulate
 from learner.batch import Batch, StepResult
 from learner.config import LearnerConfig
 from learner.critic import Critic
+from learner.journal_records import Numerics
 from learner.model import export, flex, offloading
 from learner.model.adapters import Adapter
 from learner.model.checkpointing import checkpoint_layers
@@ -53,7 +51,7 @@ from learner.optimizer import (
 )
 from learner.optimizer_shards import has_shards, load_shards
 from learner.reference import make_reference
-from protocol.errors import ConfigError
+from learner.trainer_state import load_progress, numerics, save_progress
 from protocol.identity import tokenizer_digest
 from protocol.logs import event
 from protocol.messages import Float32, Int32
@@ -61,8 +59,6 @@ from protocol.weights.adapters import AdapterSpec
 from protocol.weights.manifest import Algorithm, TensorSpec, schema_digest
 
 log = logging.getLogger(__name__)
-
-STATE_FILE = "trainer.json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -128,6 +124,8 @@ class Trainer:
         self.policy_version = 0
         self.peak_learning_rate = config.learning_rate
         """A live knob."""
+        self.fixed_learning_rate: float | None = None
+        """Of the next step, whatever schedule and knob say: in a replay, and where another rank has decided."""
         if checkpoint is not None:
             self._resume(checkpoint)
 
@@ -151,7 +149,14 @@ class Trainer:
     @property
     def learning_rate(self) -> float:
         """Of the next `optimizer_step`."""
+        if self.fixed_learning_rate is not None:
+            return self.fixed_learning_rate
         return scheduled_rate(self._config, self.policy_version, peak=self.peak_learning_rate)
+
+    @property
+    def numerics(self) -> Numerics:
+        """What its bits hang on, beside the configuration."""
+        return numerics(self._device)
 
     @property
     def num_parameters(self) -> dict[str, int]:
@@ -314,13 +319,7 @@ class Trainer:
             load_state(self._optimizer, self._parameters, checkpoint)
 
     def _save_progress(self, directory: Path) -> None:
-        state: dict[str, Any] = {
-            "policy_version": self.policy_version,
-            "torch_rng_state": base64.b64encode(torch.get_rng_state().numpy().tobytes()).decode(),
-        }
-        if self._config.kl_target is not None:
-            state |= {"beta": self._objective.beta, "initial_beta": self._config.beta}
-        (directory / STATE_FILE).write_text(json.dumps(state))
+        save_progress(directory, self._config, policy_version=self.policy_version, beta=self._objective.beta)
 
     @property
     def _published(self) -> Mapping[str, Tensor]:
@@ -330,15 +329,7 @@ class Trainer:
         if self._adapter is not None:
             self._adapter.load(checkpoint)
         self._load_optimizer(checkpoint)
-        try:
-            state = json.loads((checkpoint / STATE_FILE).read_text())
-            self.policy_version = int(state["policy_version"])
-            if self._config.kl_target is not None and state.get("initial_beta") == self._config.beta:
-                self._objective.beta = float(state["beta"])
-            random_state = bytearray(base64.b64decode(state["torch_rng_state"], validate=True))
-        except (OSError, ValueError, KeyError) as error:
-            raise ConfigError(f"checkpoint {checkpoint} has no usable {STATE_FILE}: {error}") from error
-        torch.set_rng_state(torch.frombuffer(random_state, dtype=torch.uint8))
+        self.policy_version, self._objective.beta = load_progress(checkpoint, self._config)
         if self._reference is not None:
             self._reference.load(checkpoint)
 

@@ -232,6 +232,10 @@ class RunOptions(Section):
     """Checkpoints kept."""
     num_completions_logged: int = Field(8, ge=0)
     """Completions per step written to samples/."""
+    resume: Literal["requeue", "replay"] = "requeue"
+    """What becomes of the steps after the checkpoint when a learner was killed. requeue: they are left, and what is in
+    the journal trains again in whatever order it comes. replay: they are trained again as they were, before anything
+    else, and no group is sampled twice; the same bits on a CPU."""
     allow_changed: list[str] = Field(default_factory=list)
     """Keys that may differ from the run being continued."""
 

@@ -38,8 +38,8 @@ class Train(msgspec.Struct, frozen=True, tag=True):
 class Update(msgspec.Struct, frozen=True, tag=True):
     """optimizer_step."""
 
-    peak_learning_rate: float
-    """A live knob, which rank 0 alone is told of."""
+    learning_rate: float
+    """Of the step: rank 0 alone is told of live knobs."""
 
 
 class Save(msgspec.Struct, frozen=True, tag=True):

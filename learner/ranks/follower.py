@@ -51,7 +51,7 @@ def follow(config: LearnerConfig, world: World) -> int:
                 case Train():
                     trainer.forward_backward(batch_of(command, frames))
                 case Update():
-                    trainer.peak_learning_rate = command.peak_learning_rate
+                    trainer.fixed_learning_rate = command.learning_rate
                     trainer.optimizer_step()
                 case Save():
                     trainer.save(Path(command.directory))

@@ -182,7 +182,7 @@ class LeadingTrainer(RankTrainer):
     def optimizer_step(self) -> int:
         """As on one rank."""
         with self._world.watched("optimizer_step"):
-            self._world.broadcast(to_bytes(Update(self.peak_learning_rate)))
+            self._world.broadcast(to_bytes(Update(self.learning_rate)))
             return super().optimizer_step()
 
     def save(self, directory: Path) -> None:

@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import logging
 import shutil
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import blake3
 import msgspec
 
 from learner.deltas import MadeDelta
 from protocol.logs import event
 from protocol.messages import WeightsLive
 from protocol.versions import Version
-from protocol.weights.manifest import Manifest
+from protocol.weights.manifest import Algorithm, Manifest
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +40,8 @@ class PublishedRow(msgspec.Struct, frozen=True, kw_only=True, tag_field="what", 
     hash_s: float
     delta_s: float
     """Comparing and encoding."""
+    digest: str = ""
+    """Of all its bytes: `version_digest`; empty in what an older headway wrote."""
 
 
 class LiveRow(msgspec.Struct, frozen=True, kw_only=True, tag_field="what", tag="live"):
@@ -114,6 +118,12 @@ class WeightsArchive:
         self._refused = True
         text = f"{self.directory} keeps nothing more of this run's versions: {error.strerror}; the run goes on"
         event(log, "weights_not_kept", level=logging.ERROR, reason=text)
+
+
+def version_digest(algorithm: Algorithm, digests: Mapping[str, Sequence[str]]) -> str:
+    """Reduce the digests of a version's blocks, by tensor, to one; of two algorithms they are never equal."""
+    content = msgspec.json.encode({name: list(blocks) for name, blocks in digests.items()}, order="sorted")
+    return f"{algorithm}:{blake3.blake3(content).hexdigest(16)}"
 
 
 def _cut_torn_line(path: Path) -> None:

@@ -1,0 +1,115 @@
+"""Which steps a journal holds, with the place of every group that they trained.
+
+Only steps that led to the run's last weights count: what a learner trained after the checkpoint that the next one went
+on from belongs to weights that are gone. Which those are, the incarnations tell; so the journal is read to its end
+before any step of it is trained. Groups are not kept, only where they are: they are read again when it is their turn.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from learner.batch import Batch, TrainGroup
+from learner.journal_records import EndRecord, GroupRecord, IncarnationRecord, StepRecord
+from learner.journal_segments import Damage, JournalReport, read_journal
+from protocol.completions import group_versions
+from protocol.versions import Lineage, Version
+
+
+@dataclass(frozen=True, slots=True)
+class IndexedStep:
+    """A step that was journaled."""
+
+    record: StepRecord
+    places: tuple[int, ...]
+    """Of its groups' records in the journal, in training order; -1 where one is not there any more."""
+
+    @property
+    def whole(self) -> bool:
+        """Whether it can be trained again."""
+        return -1 not in self.places
+
+
+@dataclass(kw_only=True)
+class JournalIndex:
+    """See the module's text."""
+
+    lineage: Lineage
+    """Of the last weights."""
+    incarnations: dict[int, IncarnationRecord] = field(default_factory=dict)
+    """Those whose beginning is still in the journal."""
+    steps: dict[int, IndexedStep] = field(default_factory=dict)
+    """By number."""
+    events: list[StepRecord | EndRecord] = field(default_factory=list)
+    """What ended how, in the order written: steps, and ends of other kinds."""
+    damages: list[Damage] = field(default_factory=list)
+
+    def last_after(self, start: int) -> int:
+        """The last step that can be reached from the weights of `start`, every step between being whole."""
+        last = start
+        while last + 1 in self.steps and self.steps[last + 1].whole:
+            last += 1
+        return last
+
+
+def index_journal(journal_dir: Path, forks: Sequence[tuple[int, int]] = ()) -> JournalIndex:
+    """Read a whole journal.
+
+    Args:
+        journal_dir: of the run.
+        forks: of the newest checkpoint; the beginnings of old incarnations may not be in the journal any more.
+
+    Raises:
+        JournalError: it is of another version.
+    """
+    report = JournalReport()
+    index = JournalIndex(lineage=_lineage(journal_dir, forks))
+    groups: dict[int, int] = {}  # ordinal -> where the last group of it is that may train
+    for place, record in enumerate(read_journal(journal_dir, report)):
+        match record:
+            case GroupRecord():
+                if all(version in index.lineage for version in group_versions(record.group)):
+                    groups[record.group.ordinal] = place
+            case StepRecord() if Version(record.incarnation, record.step) in index.lineage:
+                index.steps[record.step] = IndexedStep(record, tuple(groups.get(o, -1) for o in record.ordinals))
+                index.events.append(record)
+            case EndRecord() if Version(record.incarnation, record.step) in index.lineage:
+                index.events.append(record)
+            case IncarnationRecord():
+                index.incarnations[record.incarnation] = record
+                if not record.replayed:  # its ledger was the checkpoint's: what ended after that had not, for it
+                    index.events = [
+                        event for event in index.events
+                        if isinstance(event, StepRecord) or event.step < record.resumed_from
+                    ]  # fmt: skip
+            case _:
+                pass
+    index.damages = report.damages
+    return index
+
+
+def batches(journal_dir: Path, steps: Sequence[IndexedStep]) -> Iterator[Batch]:
+    """Yield the batch of each step, reading the journal once. All must be whole, and in order."""
+    wanted = {place for step in steps for place in step.places}
+    groups: dict[int, TrainGroup] = {}
+    waiting = list(reversed(steps))
+    for place, record in enumerate(read_journal(journal_dir)):
+        if place in wanted and isinstance(record, GroupRecord):
+            groups[place] = record.train_group()
+        while waiting and all(needed in groups for needed in waiting[-1].places):
+            step = waiting.pop()
+            yield Batch(step=step.record.step, groups=tuple(groups.pop(needed) for needed in step.places))
+        if not waiting:
+            return
+
+
+def _lineage(journal_dir: Path, forks: Sequence[tuple[int, int]]) -> Lineage:
+    known = list(forks)
+    newest = known[-1][0] if known else 0
+    for record in read_journal(journal_dir):
+        if isinstance(record, IncarnationRecord) and record.incarnation > newest:
+            known = [fork for fork in known if fork[1] <= record.resumed_from]
+            known.append((record.incarnation, record.resumed_from))
+    return Lineage(known)

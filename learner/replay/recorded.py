@@ -1,0 +1,150 @@
+"""A run directory as a replay sees it: what it trained, and what it recorded of that. Only reads."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import msgspec
+
+from learner.checkpoint import MANIFEST, STATE, CheckpointState, Manifest
+from learner.config import LearnerConfig
+from learner.journal_records import Numerics
+from learner.replay.compare import Outcome
+from learner.replay.index import JournalIndex, index_journal
+from learner.trackers import JsonlTracker
+from learner.weights_archive.archive import VERSIONS, PublishedRow, read_rows
+from protocol.errors import ConfigError
+from protocol.versions import Version
+
+UNCOMPARED = frozenset({STATE})
+"""Of a checkpoint: not what was trained."""
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A checkpoint of the run's last weights."""
+
+    path: Path
+    manifest: Manifest
+
+    @property
+    def files(self) -> dict[str, str]:
+        """Digests of what the trainer wrote."""
+        return {name: entry.blake3 for name, entry in self.manifest.files.items() if name not in UNCOMPARED}
+
+
+@dataclass
+class RecordedRun:
+    """A run that was, or is going on.
+
+    Raises:
+        ConfigError: not a run directory.
+        JournalError: its journal is of another version.
+    """
+
+    path: Path
+    index: JournalIndex = field(init=False)
+    checkpoints: dict[int, Saved] = field(init=False)
+    """Of the lineage, by policy_version."""
+
+    def __post_init__(self) -> None:
+        """Read everything but the groups."""
+        if not (self.path / "config.json").is_file() or not (self.path / "journal").is_dir():
+            raise ConfigError(f"{self.path} is no run directory: name the one under output_dir with config.json in it")
+        found = _checkpoints(self.path / "checkpoints")
+        newest = max(found, key=lambda saved: (saved.manifest.incarnation, saved.manifest.policy_version), default=None)
+        forks = () if newest is None else msgspec.json.decode((newest.path / STATE).read_bytes(), type=CheckpointState)
+        self.index = index_journal(self.path / "journal", forks.forks if forks else ())
+        self.checkpoints = {
+            saved.manifest.policy_version: saved
+            for saved in found
+            if Version(saved.manifest.incarnation, saved.manifest.policy_version) in self.index.lineage
+        }
+
+    @property
+    def last(self) -> int:
+        """The newest step that the journal or a checkpoint knows."""
+        return max([0, *self.index.steps, *self.checkpoints])
+
+    def incarnation_of(self, step: int) -> int:
+        """Which learner trained it."""
+        return self.index.steps[step].record.incarnation
+
+    def config_of(self, incarnation: int) -> LearnerConfig:
+        """The configuration of a learner of the run; that of the last one where the journal does not tell."""
+        record = self.index.incarnations.get(incarnation)
+        text = record.config if record is not None and record.config else (self.path / "config.json").read_text()
+        try:
+            return LearnerConfig.model_validate_json(text)
+        except ValueError as error:
+            raise ConfigError(f"{self.path}: its configuration is not one of this headway: {error}") from error
+
+    def numerics_of(self, incarnation: int) -> Numerics | None:
+        """What a learner computed with; None where the journal does not tell."""
+        record = self.index.incarnations.get(incarnation)
+        return None if record is None else record.numerics
+
+    def start_for(self, target: int, start: int | None = None) -> int:
+        """Choose where to begin: the newest checkpoint before the target, or the initial weights, or what was asked.
+
+        Raises:
+            ConfigError: from there the journal has not every step up to the target. Names the steps that would do.
+        """
+        if start is not None and start != 0 and start not in self.checkpoints:
+            raise ConfigError(f"start {start}: there is no checkpoint of that step; {self.reach()}")
+        starts = [start] if start is not None else sorted({0, *self.checkpoints}, reverse=True)
+        for candidate in starts:
+            if candidate < target <= self.index.last_after(candidate):
+                return candidate
+        raise ConfigError(f"{self.path}: step {target} cannot be trained again; {self.reach()}")
+
+    def reach(self) -> str:
+        """Say what can be replayed."""
+        ways = [
+            f"from {start} ({self.checkpoints[start].path.name if start else 'the initial weights'}) up to {last}"
+            for start in sorted({0, *self.checkpoints})
+            if (last := self.index.last_after(start)) > start
+        ]
+        return f"its journal leads {'; '.join(ways)}" if ways else "its journal holds no whole step after a checkpoint"
+
+    def outcome(self, step: int) -> Outcome:
+        """What the run recorded of a step."""
+        record = self.index.steps[step].record
+        saved = self.checkpoints.get(step)
+        return Outcome(
+            learning_rate=record.learning_rate,
+            num_micro_batches=record.num_micro_batches,
+            metrics=self._rows.get(step, {}),
+            weights=self._digests.get(step, ""),
+            files=saved.files if saved is not None and saved.manifest.incarnation == record.incarnation else {},
+        )
+
+    @cached_property
+    def _rows(self) -> Mapping[int, dict[str, Any]]:
+        rows = JsonlTracker(self.path / "metrics.jsonl").rows()
+        return {int(row["step"]): row for row in rows if not row["skipped"]}  # type: ignore[arg-type]
+
+    @cached_property
+    def _digests(self) -> dict[int, str]:
+        """By step; of one that the next learner published, too, its own: both sides of a fork have the same bytes."""
+        digests: dict[int, str] = {}
+        if (self.path / "weights" / VERSIONS).is_file():
+            for row in read_rows(self.path / "weights"):
+                if isinstance(row, PublishedRow) and row.version in self.index.lineage:
+                    digests.setdefault(row.version.policy_version, row.digest)
+        return digests
+
+
+def _checkpoints(directory: Path) -> list[Saved]:
+    """Every checkpoint that is in place; whether its bytes are right shows when one is loaded, or compared."""
+    paths = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
+    return [
+        Saved(path, msgspec.json.decode((path / MANIFEST).read_bytes(), type=Manifest))
+        for path in paths
+        if (path / MANIFEST).is_file()
+    ]
