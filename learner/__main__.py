@@ -18,6 +18,7 @@ commands:
   knob    show the live knobs of a running learner, or turn one: knob RUN_DIR [NAME VALUE]
   simulate predict step time, idle time and staleness: simulate [RUN_DIR] [flags]
   weights list the versions that a run has published, verify or restore them: weights RUN_DIR
+  trace   draw where the time of a run went, for ui.perfetto.dev: trace RUN_DIR --output trace.json
   bench   compare objectives on this machine: bench ppo-vs-grpo
   keygen  make the key of a learner whose servers are on other hosts
 
@@ -60,6 +61,10 @@ def dispatch(argv: Sequence[str]) -> int:
         from learner.knobs.command import knob
 
         return knob(rest, prog=f"{PROG} knob")
+    if command == "trace":
+        from learner.trace import trace
+
+        return trace(rest, prog=f"{PROG} trace")
     if command == "bench":
         return bench(rest)
     if command == "keygen":
@@ -67,7 +72,7 @@ def dispatch(argv: Sequence[str]) -> int:
 
         return keygen(rest, prog=f"{PROG} keygen", side="learner")
     raise ConfigError(
-        f"unknown command {command!r}: allowed are train, demo, knob, simulate, weights, bench and keygen"
+        f"unknown command {command!r}: allowed are train, demo, knob, simulate, weights, trace, bench and keygen"
     )
 
 
