@@ -34,7 +34,7 @@ from learner.fleet import Fleet
 from learner.journal_records import IncarnationRecord
 from learner.knobs.core import Knob, Knobs
 from learner.leases import RunIdentity
-from learner.ledger import End
+from learner.ledger import End, State
 from learner.resume import begin
 from learner.rollover import TURN_S
 from learner.run import Run
@@ -131,6 +131,8 @@ class Simulation:
         """Of all server processes there have been."""
         self.tokens: dict[int, int] = {}
         """ordinal -> tokens of its group, when it was last about to train."""
+        self.drawn: dict[int, int] = {}
+        """ordinal -> tokens of the group that the learner last wrote down, or restored."""
         self.run: Run | None = None
         self.finished = asyncio.Event()
         self._learner: asyncio.Task[bool] | None = None
@@ -178,6 +180,8 @@ class Simulation:
             )
             start = begin(ledger, checkpoint, incarnation=incarnation, journal_dir=directory.journal_dir)
             journal = listener.journal = SimJournal(directory.journal_dir, life, self.dice)
+            self.drawn |= {o: group.group.completion_tokens.size for o, group in start.restored.items()}
+            journal.drawn = self.drawn
             trainer = SimTrainer(self.judge, checkpoint.path if checkpoint else None, self.spoil_step)
             coordinator = Coordinator(
                 config=self.config,
@@ -274,6 +278,13 @@ class Simulation:
         assert tokens.under_way >= 0
         assert all(count >= 0 for count in tokens.ends.values())
         assert tokens.generated <= sum(engine.status().tokens_generated for engine in self.engines), "counted twice"
+        if coordinator.idle.arriving == 0:
+            assert self.run is not None
+            taken_in = (State.BUFFERED, State.BATCHED)
+            here = sum(self.drawn[e.ordinal] for e in coordinator.ledger.entries.values() if e.state in taken_in)
+            queued = sum(a.group.completion_tokens.size for a in self.run.arrivals.queue._queue if a.counts)
+            held = sum(server.held for server in tokens._servers.values())
+            assert tokens.under_way - held == here + queued, "an end was not told, or told twice"
         if not self.learners_ended:
             statuses = [server.status for server in coordinator.fleet.servers.values() if server.status is not None]
             assert tokens.generated >= sum(status.tokens_generated for status in statuses), "forgotten"

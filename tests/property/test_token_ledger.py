@@ -163,6 +163,17 @@ def test_a_trained_group_ends_completion_by_completion():
         assert (ends[TokenEnd.ABORTED], ends[TokenEnd.FILTERED], ledger.under_way) == (5, 6, 0)
 
 
+def test_what_a_server_held_is_aborted_while_it_is_gone():
+    ledger = TokenLedger()
+    ledger.joined("p", fresh=True)
+    ledger.reported("p", generated=20, held=8)
+    ledger.left("p")
+    assert (ledger.ends[TokenEnd.ABORTED], ledger.under_way, ledger.generated) == (20, 0, 20)
+    ledger.joined("p", fresh=False)
+    ledger.reported("p", generated=22, held=10)
+    assert (ledger.ends[TokenEnd.ABORTED], ledger.under_way, ledger.generated) == (12, 10, 22)
+
+
 def test_what_an_environment_wrote_was_not_sampled():
     group = make_group(lengths=[3, 2], rewards=[1.0, 0.0], loss_mask=np.array([1, 0, 1, 0, 1], np.uint8))
     ledger = TokenLedger()

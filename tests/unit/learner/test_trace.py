@@ -112,13 +112,14 @@ def test_overlapping_spans_of_a_lane_get_rows_of_their_own():
             a_span(0.0, 4.0, process="north", lane="groups", name="a"),
             a_span(1.0, 2.0, process="north", lane="groups", name="b"),
             a_span(2.0, 3.0, process="north", lane="groups", name="c"),
+            a_span(2.5, 6.0, process="north", lane="groups", name="f"),
             a_span(1.0, 2.0, process="south", lane="groups", name="d"),
             a_span(1.5, 2.5, process="north", lane="swaps", name="e"),
         ]
     )
     rows = rows_of(events)
     assert rows["b"] == rows["c"] != rows["a"]
-    assert len({rows["a"], rows["b"], rows["d"], rows["e"]}) == 4
+    assert len({rows[name] for name in "abdef"}) == 5
     names = {event["tid"]: event["args"]["name"] for event in events if event["name"] == "thread_name"}
     assert (names[rows["a"]], names[rows["b"]], names[rows["e"]]) == ("groups", "groups 2", "swaps")
     processes = {event["args"]["name"]: event["pid"] for event in events if event["name"] == "process_name"}
