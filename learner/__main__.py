@@ -19,6 +19,7 @@ commands:
   simulate predict step time, idle time and staleness: simulate [RUN_DIR] [flags]
   replay  train again what a run has trained, and compare; or find where two runs part: replay RUN_DIR
   weights list the versions that a run has published, verify or restore them: weights RUN_DIR
+  trace   draw where the time of a run went, for ui.perfetto.dev: trace RUN_DIR --output trace.json
   bench   compare objectives on this machine: bench ppo-vs-grpo
   keygen  make the key of a learner whose servers are on other hosts
 
@@ -61,10 +62,17 @@ def dispatch(argv: Sequence[str]) -> int:
         from learner.knobs.command import knob
 
         return knob(rest, prog=f"{PROG} knob")
+<<<<<<< HEAD
     if command == "replay":
         from learner.replay.command import replay
 
         return replay(rest, prog=f"{PROG} replay")
+=======
+    if command == "trace":
+        from learner.trace import trace
+
+        return trace(rest, prog=f"{PROG} trace")
+>>>>>>> busy
     if command == "bench":
         return bench(rest)
     if command == "keygen":
@@ -72,7 +80,11 @@ def dispatch(argv: Sequence[str]) -> int:
 
         return keygen(rest, prog=f"{PROG} keygen", side="learner")
     raise ConfigError(
+<<<<<<< HEAD
         f"unknown command {command!r}: allowed are train, demo, knob, simulate, replay, weights, bench and keygen"
+=======
+        f"unknown command {command!r}: allowed are train, demo, knob, simulate, weights, trace, bench and keygen"
+>>>>>>> busy
     )
 
 

@@ -48,13 +48,13 @@ from learner.rundir import RunDirectory
 from learner.stats import RunStats
 from learner.summary import print_summary, write_summary
 from learner.trackers import JsonlTracker, SampleWriter
-from learner.weights_archive.archive import WeightsArchive
+from learner.weights_archive.archive import PublishedRow, WeightsArchive
 from protocol.addresses import is_local, parse_address, tcp_address
 from protocol.channel import Listener, bulk_address, check_address, listen
 from protocol.free_address import check_free
 from protocol.logs import configure_logging
 from protocol.loop_lag import LoopLag
-from protocol.messages import Int32
+from protocol.messages import Int32, WeightsLive
 from protocol.security import PLAIN, Security, load_security
 from protocol.tasks import on_signals, run_loop
 from protocol.waits import Waits
@@ -246,7 +246,7 @@ class Learner:
         arrivals = Arrivals(coordinator, buffer, journal, stats)
         arrivals.restore(start.restored)
         archive = WeightsArchive(directory.weights_dir, config.keep_versions)
-        coordinator.weights.live_reported = archive.live
+        coordinator.weights.live_reported = lambda server, live: live_reported(coordinator, archive, server, live)
         staging = config.staging_dir or default_staging_directory()
         clean_staging(staging)
         publisher = Publisher(
@@ -261,6 +261,7 @@ class Learner:
             tasks=tasks,
             waits=self.waits,
         )
+        publisher.told = lambda row: note_publish(coordinator, row)
         recorder = make_recorder(directory, trainer, coordinator, journal, stats, self.lag, loaded.checkpoint)
         recorder.published = lambda: publisher.published
         for batch, result, learning_rate in loaded.replayed.unrecorded if loaded.replayed else ():
@@ -305,6 +306,20 @@ class Learner:
             f"stopped by {run.interrupted} at step {run.trainer.policy_version}; the same command goes on"
         )
         return 128 + signal.Signals[run.interrupted].value
+
+
+def live_reported(coordinator: Coordinator, archive: WeightsArchive, server: str, live: WeightsLive) -> None:
+    """A server serves a version: keep what that took."""
+    archive.live(server, live)
+    now_s, note = coordinator.clock(), f"transfer {live.transfer_s:.3g} s, check {live.check_s:.3g} s"
+    coordinator.spans.add(server, "swaps", f"swap to {live.version}", now_s - live.pause_s, now_s, note)
+
+
+def note_publish(coordinator: Coordinator, row: PublishedRow) -> None:
+    """A version is ready to be served: draw what that took."""
+    now_s, note = coordinator.clock(), f"{row.bytes} bytes"
+    begun_s = now_s - row.snapshot_s - row.hash_s - row.delta_s
+    coordinator.spans.add("learner", "publishes", f"publish {row.version}", begun_s, now_s, note)
 
 
 def load_trainer(config: LearnerConfig, *, checkpoint: Path | None) -> Trainer:
@@ -380,7 +395,10 @@ def make_recorder(
     tracker.truncate_after(trainer.policy_version)
     eval_tracker.truncate_after(trainer.policy_version)
     samples.truncate_after(trainer.policy_version)
-    stats.resume(tracker.rows())
+    rows = tracker.rows()
+    stats.resume(rows)
+    if rows:
+        coordinator.tokens.resume(rows[-1])
     return Recorder(
         run=directory,
         trainer=trainer,

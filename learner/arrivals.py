@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
-from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Protocol
 
 from learner.batch import TrainGroup
@@ -20,13 +20,13 @@ from learner.coordinator import Coordinator
 from learner.journal_records import GroupRecord, Record
 from learner.leases import prompt_text
 from learner.ledger import End, Entry, Verdict
+from learner.token_ledger import TokenEnd
 from protocol.completions import group_versions
 from protocol.errors import InvalidGroup, PeerGone
 from protocol.logs import event
 from protocol.messages import Ack, AckStatus, Cancel, Group, Purpose
 from protocol.parts import PartAssembler
 from protocol.validation import validate_group
-from protocol.versions import Version
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +49,16 @@ class FilteredGroups(Protocol):
         """Count its rewards and lengths."""
 
 
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """A whole group in the queue."""
+
+    peer: bytes
+    group: Group
+    counts: bool
+    """Whether its tokens are under way since it came; else this process has sent them before."""
+
+
 class Arrivals:
     """Owns the path of a group from the connection to the buffer."""
 
@@ -60,7 +70,7 @@ class Arrivals:
         self.validate = validate_group
         """I6, of a group that came over a wire."""
         self._parts = PartAssembler()
-        self.queue: asyncio.Queue[tuple[bytes, Group]] = asyncio.Queue(MOST_WAITING)
+        self.queue: asyncio.Queue[Arrival] = asyncio.Queue(MOST_WAITING)
         """Whole groups, not yet judged. An honest fleet cannot fill it: it never sends more than was leased."""
         self.restored: dict[int, TrainGroup] = {}
         """Groups of an earlier incarnation, by ordinal, whose prompt has not been granted again yet."""
@@ -77,12 +87,17 @@ class Arrivals:
             return
         self._parts.discard(whole.group_id)  # parts of attempts that were cut off
         self._coordinator.fleet.answered(peer, whole.group_id)  # now: its Goodbye may be right behind
+        tokens = f"{whole.completion_tokens.size} tokens"
+        self._coordinator.spans.end(whole.group_id, self._coordinator.clock(), tokens)
+        process = self._coordinator.fleet.servers[peer].process
+        arrival = Arrival(peer, whole, counts=self._coordinator.tokens.arrived(process, whole))
         if not self.queue.full():
-            self.queue.put_nowait((peer, whole))
+            self.queue.put_nowait(arrival)
             return
         self._coordinator.counters["groups_overflowed"] += 1
         reason = "more groups at once than were ever leased"
         self._ack(peer, whole, AckStatus.REFUSED, reason)
+        self._end(arrival, TokenEnd.REFUSED)
         self._release(whole, fault=False, reason=reason)
 
     async def accept_next(self) -> None:
@@ -94,26 +109,26 @@ class Arrivals:
         arrived = [await self.queue.get()]
         while not self.queue.empty() and len(arrived) < MOST_AT_ONCE:
             arrived.append(self.queue.get_nowait())
-        judged = [(peer, group, self._judge(peer, group)) for peer, group in arrived]
-        accepted = [(peer, group, oldest) for peer, group, oldest in judged if oldest is not None]
+        accepted = [arrival for arrival in arrived if self._judge(arrival)]
         if not accepted:
             return
         ends = self._coordinator.take_unjournaled()
         first: dict[int, Group] = {}  # of two answers to one lease only this one trains, so only it is recorded
-        for _, group, _ in accepted:
-            first.setdefault(group.ordinal, group)
+        for arrival in accepted:
+            first.setdefault(arrival.group.ordinal, arrival.group)
+        self._coordinator.idle.arriving = len(first)
+        self._coordinator.idle.observe()
         await self._journal.append(*map(self._record, first.values()), *ends)
-        for peer, group, oldest in accepted:
-            self._ack(peer, group, AckStatus.OK)
-            if self._coordinator.ledger.judge(group.ordinal, oldest) is Verdict.ACCEPT:
-                self._admit(self._train_group(group), peer, oldest)
-            else:  # its own duplicate; or a short batch was formed meanwhile, and now it is too old
-                self._release(group, fault=False, reason="too old to train once it was on disk")
+        self._coordinator.idle.arriving = 0
+        for arrival in accepted:
+            self._written(arrival)
         self._coordinator.changed.notify()
 
     def restore(self, restored: dict[int, TrainGroup]) -> None:
         """Take over what an earlier incarnation journaled: now, or when the prompt is granted again."""
         self.restored = restored
+        for group in restored.values():
+            self._coordinator.tokens.journaled(group.group)
         self._coordinator.granted = self.granted
         for entry in list(self._coordinator.ledger.entries.values()):
             self.granted(entry)
@@ -121,21 +136,39 @@ class Arrivals:
     def granted(self, entry: Entry) -> None:
         """A prompt got its slot: if an earlier incarnation journaled its group, nobody needs to sample it again."""
         group = self.restored.pop(entry.ordinal, None)
-        if group is None:
-            return
-        oldest = _oldest(group_versions(group.group))
-        if self._coordinator.ledger.judge(entry.ordinal, oldest) is Verdict.ACCEPT:
-            self._admit(dataclasses.replace(group, sequence=entry.sequence), None, oldest)
+        if group is not None and self._coordinator.ledger.judge(entry.ordinal, _oldest(group.group)) is Verdict.ACCEPT:
+            self._coordinator.tokens.restored(group.group)
+            self._admit(dataclasses.replace(group, sequence=entry.sequence), None)
             self._coordinator.counters["groups_restored"] += 1
             self._coordinator.changed.notify()  # no server has a part in it: nothing else may tell batch_loop
 
-    def _judge(self, peer: bytes, group: Group) -> int | None:
-        """Answer at once what need not be journaled: None. Of what is to be, return the oldest policy_version."""
+    def _written(self, arrival: Arrival) -> None:
+        """A group is on disk: acknowledge it, and take it in if it is still wanted."""
+        peer, group = arrival.peer, arrival.group
+        self._ack(peer, group, AckStatus.OK)
+        verdict = self._coordinator.ledger.judge(group.ordinal, _oldest(group))
+        if verdict is Verdict.ACCEPT:
+            if not arrival.counts:
+                self._coordinator.tokens.wanted_after_all(group)  # a restarted learner grants its prompt only now
+            self._admit(self._train_group(group), peer)
+            return
+        # its own duplicate; or a short batch was formed meanwhile, and now it is too old
+        self._end(arrival, TokenEnd.STALE if verdict is Verdict.STALE else TokenEnd.DUPLICATE)
+        self._release(group, fault=False, reason="too old to train once it was on disk")
+
+    def _end(self, arrival: Arrival, how: TokenEnd) -> None:
+        if arrival.counts:
+            self._coordinator.tokens.ended(arrival.group, how)
+
+    def _judge(self, arrival: Arrival) -> bool:
+        """Answer at once what need not be journaled; say whether the group is to be."""
+        peer, group = arrival.peer, arrival.group
         coordinator, config = self._coordinator, self._coordinator.config
         evaluation = group.purpose is Purpose.EVAL
         if evaluation and not coordinator.evaluates(group.group_id):
             self._ack(peer, group, AckStatus.DUPLICATE, "that evaluation is over")
-            return None
+            self._end(arrival, TokenEnd.EVAL)
+            return False
         limits = (config.eval_num_generations, config.eval_max_completion_length or config.max_completion_length)
         try:
             self.validate(
@@ -145,32 +178,34 @@ class Arrivals:
                 vocab_size=coordinator.identity.vocab_size,
                 reward_functions=coordinator.reward_functions,
             )
-            versions = group_versions(group)
-            self._check_identity(group, versions)
+            self._check_identity(group)
         except InvalidGroup as error:
+            self._end(arrival, TokenEnd.REFUSED)
             self._refuse(peer, group, error)
-            return None
+            return False
         if evaluation:
+            self._end(arrival, TokenEnd.EVAL)
             self._evaluated(peer, group)
-            return None
-        orphaned = [version for version in versions if version not in coordinator.lineage]
-        oldest = _oldest(versions)
-        verdict = coordinator.ledger.judge(group.ordinal, oldest)
+            return False
+        orphaned = [version for version in group_versions(group) if version not in coordinator.lineage]
+        verdict = coordinator.ledger.judge(group.ordinal, _oldest(group))
         if verdict in (Verdict.DUPLICATE, Verdict.UNKNOWN):
             coordinator.counters["groups_duplicate"] += 1
+            self._end(arrival, TokenEnd.DUPLICATE)
             self._ack(
                 peer, group, AckStatus.DUPLICATE, "" if verdict is Verdict.DUPLICATE else "not leased by this run"
             )
-            return None
+            return False
         if orphaned or verdict is Verdict.STALE:
             reason = f"sampled by version {min(orphaned)}, which this run has left" if orphaned else "too old to train"
             coordinator.counters["groups_stale"] += 1
+            self._end(arrival, TokenEnd.STALE)
             self._ack(peer, group, AckStatus.STALE, reason)
             self._release(group, fault=False, reason=reason)
-            return None
-        return oldest
+            return False
+        return True
 
-    def _check_identity(self, group: Group, versions: Iterable[Version]) -> None:
+    def _check_identity(self, group: Group) -> None:
         """Check what only this run can know: the id, the temperature leased, the versions.
 
         Raises:
@@ -184,7 +219,7 @@ class Arrivals:
         leased = (config.eval_temperature or 1.0) if evaluation else config.temperature  # greedy logprobs have T = 1
         if group.temperature != leased:
             raise InvalidGroup(f"group {group.ordinal}: temperature {group.temperature:g}, leased at {leased:g}")
-        for version in versions:
+        for version in group_versions(group):
             if coordinator.is_unborn(version):
                 raise InvalidGroup(f"group {group.ordinal}: sampled by version {version}, which was never trained")
 
@@ -237,7 +272,7 @@ class Arrivals:
         assert entry is not None
         return dataclasses.replace(self._record(group).train_group(), sequence=entry.sequence)
 
-    def _admit(self, group: TrainGroup, sender: bytes | None, oldest: int) -> None:
+    def _admit(self, group: TrainGroup, sender: bytes | None) -> None:
         """The group is on disk and wanted: filter it, or hold it for a batch. Whoever else works on it may stop."""
         coordinator = self._coordinator
         entry = coordinator.ledger.find(group.ordinal)
@@ -245,7 +280,7 @@ class Arrivals:
         holder = coordinator.fleet.release(group.group.group_id)
         if holder is not None and holder.peer != sender:
             coordinator.send(holder, Cancel(group_id=group.group.group_id, attempt=entry.attempt, reason="answered"))
-        coordinator.ledger.delivered(group.ordinal, oldest)
+        coordinator.ledger.delivered(group.ordinal, _oldest(group.group))
         coordinator.quarantined_in_a_row = 0
         config = coordinator.config
         reason = why_filtered(
@@ -261,6 +296,7 @@ class Arrivals:
             return
         coordinator.ledger.end(entry.sequence, End.FILTERED)
         coordinator.ended(entry, End.FILTERED, reason)
+        coordinator.tokens.ended(group.group, TokenEnd.FILTERED)
         self._stats.record_filtered(group.group)
         event(log, "group_filtered", ordinal=group.ordinal, reason=reason)
 
@@ -278,6 +314,6 @@ class Arrivals:
             self._coordinator.notice("step_rewards", f"group {group.ordinal} {text}", ordinal=group.ordinal)
 
 
-def _oldest(versions: Iterable[Version]) -> int:
-    """policy_version of the oldest token; 0 where there is none."""
-    return min((version.policy_version for version in versions), default=0)
+def _oldest(group: Group) -> int:
+    """policy_version of the group's oldest token."""
+    return min((version.policy_version for version in group_versions(group)), default=0)

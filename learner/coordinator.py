@@ -21,6 +21,7 @@ from learner.batch import Batch
 from learner.config import LearnerConfig
 from learner.evaluation import Evaluation
 from learner.fleet import Fleet, Health, Server
+from learner.idle_watch import IdleWatch
 from learner.journal_records import EndRecord, KnobRecord, Record
 from learner.knobs.core import Knobs, knob_ranges
 from learner.leases import RunIdentity
@@ -28,16 +29,18 @@ from learner.ledger import End, Entry, Ledger, State
 from learner.links import Links
 from learner.progress import Progress
 from learner.prompts import PromptRow, Prompts
+from learner.spans import ORDINARY, Spans
+from learner.token_ledger import TokenEnd, TokenLedger
 from learner.weights_desk import WeightsDesk
 from protocol.addresses import is_local
 from protocol.channel import Listener
 from protocol.errors import PeerGone, RunStopped
-from protocol.identity import group_id, is_overtaken
+from protocol.identity import group_id, is_overtaken, process_of
 from protocol.logs import event
 from protocol.messages import AnyMessage, Cancel, Hello, Int32, Purpose, Refused, ServerStatus, Welcome
 from protocol.signals import Signal
 from protocol.versions import Lineage, Version
-from protocol.waits import Waiting
+from protocol.waits import Reminders, Waiting
 
 log = logging.getLogger(__name__)
 
@@ -95,6 +98,12 @@ class Coordinator:
     step_boundary: asyncio.Lock = field(default_factory=asyncio.Lock)
     """Held while a step is journaled and applied, and while a knob is turned: a change is before a step or after it."""
     knobs: Knobs = field(init=False)
+    unplaced: Entry | None = None
+    """The oldest group that no server could be leased, as of the last try."""
+    tokens: TokenLedger = field(default_factory=TokenLedger)
+    spans: Spans = field(default_factory=Spans)
+    reminders: Reminders = field(default_factory=Reminders)
+    idle: IdleWatch = field(init=False)
     progress: Progress = field(init=False)
     weights: WeightsDesk = field(init=False)
 
@@ -107,6 +116,7 @@ class Coordinator:
         self.ledger.limit_depth(self.knobs.depth)
         self.reward_functions = tuple(self.config.reward_funcs)
         self.progress = Progress(self.clock())
+        self.idle = IdleWatch(self)
         self.weights = WeightsDesk(
             fleet=self.fleet, links=Links(local=is_local(self.config.bind)), clock=self.clock, send=self.send,
             notice=self.notice, went_live=self.went_live, key_of=self.channel.key_of,
@@ -136,6 +146,8 @@ class Coordinator:
     def reported(self, server: Server, status: ServerStatus | None) -> None:
         """A server says how it does: it may have places free that nobody knew of."""
         self.fleet.reported(server, status)
+        if status is not None:
+            self.tokens.reported(server.process, generated=status.tokens_generated, held=status.tokens_held)
         if server.load < server.hello.room:
             self.changed.notify()
 
@@ -166,6 +178,7 @@ class Coordinator:
         self.reward_functions = self.reward_functions or hello.reward_functions
         if hello.run_id != self.identity.run_id or (hello.live is not None and self.is_unborn(hello.live)):
             hello = msgspec.structs.replace(hello, live=None)  # it still serves the weights of another run
+        self.tokens.joined(process_of(hello.session), fresh=not hello.run_id)
         server = self.fleet.join(peer, hello, self.clock())
         if server.live is not None:  # its WeightsLive may have been lost with the connection
             self.ledger.live(server.live.policy_version)
@@ -191,6 +204,7 @@ class Coordinator:
     def drop_server(self, server: Server, reason: str, *, fault: bool = True) -> None:
         """The server is gone: its leases go to others. Whether that counts against the groups is `fault`."""
         held = self.fleet.leave(server.peer)
+        self.tokens.left(server.process)
         self.weights.left(server)
         self.notice("server_left", f"server {server.name} left: {reason}", server=server.name, groups=len(held))
         for held_id in held:
@@ -200,6 +214,7 @@ class Coordinator:
     def lost(self, held_id: str, *, fault: bool, reason: str) -> None:
         """A lease will not be answered: give it out again, or give the group up after max_attempts."""
         self.fleet.release(held_id)
+        self.spans.end(held_id, self.clock(), f"lost: {reason}")
         if self.evaluation is not None:
             for row in list(self.evaluation.leased):
                 if self.eval_id(row) == held_id:
@@ -236,6 +251,8 @@ class Coordinator:
     def trained(self, batch: Batch, policy_version: int) -> None:
         """The batch trained into `policy_version`. Its step is journaled already."""
         self.ledger.trained([group.sequence for group in batch.groups], policy_version)
+        masked = self.config.mask_truncated_completions
+        self.tokens.trained([group.group for group in batch.groups], mask_truncated_completions=masked)
         for group in batch.groups:
             self._forget(group.ordinal)
         self.changed.notify()
@@ -245,7 +262,8 @@ class Coordinator:
         self.notice("step_skipped", f"step {batch.step} skipped: {reason}", step=batch.step)
         entries = [self.ledger.entries[group.sequence] for group in batch.groups]
         self.ledger.skip([entry.sequence for entry in entries])
-        for entry in entries:
+        for entry, group in zip(entries, batch.groups, strict=True):
+            self.tokens.ended(group.group, TokenEnd.SKIPPED)
             self.ended(entry, End.SKIPPED, reason)
         self.changed.notify()
 
@@ -257,6 +275,7 @@ class Coordinator:
             self.ended(entry, End.STALE, f"its tokens are of version {entry.floor}, too old for the next step")
         for entry in expired:
             held_id = self.train_id(entry.ordinal)
+            self.spans.end(held_id, self.clock(), "too old to train")
             if (holder := self.fleet.release(held_id)) is not None:
                 self.send(holder, Cancel(group_id=held_id, attempt=entry.attempt, reason="too old to train"))
         return [entry.sequence for entry in expired if entry.state is State.BUFFERED]
@@ -276,6 +295,7 @@ class Coordinator:
         for server in fleet.silent(now_s):
             self.drop_server(server, f"nothing heard for {fleet.liveness_s:g} s")
         self.weights.tick()
+        self.reminders.tell([wait for wait in waits if wait.name not in ORDINARY], now_s)
         alone_s = self.progress.serverless_s(now_s, connected=bool(fleet.servers))
         if 0 < self.config.server_wait_s < alone_s:
             raise RunStopped(f"no rollout server at {self.channel.address} for {alone_s:.0f} s (server_wait_s)")
@@ -283,7 +303,7 @@ class Coordinator:
         steps = self.ledger.policy_version + self.ledger.ends[End.SKIPPED]
         if self.training and self.progress.stalled(steps, now_s, healthy=healthy):
             self.counters["stalls"] += 1
-            going_on = "; ".join(f"{w.name} ({w.owner}) for {now_s - w.started_s:.0f} s" for w in waits)
+            going_on = "; ".join(wait.describe(now_s) for wait in waits)
             self.notice("stalled", f"no step for {self.progress.limit_s:.0f} s; waits: {going_on}")
 
     def stop_training(self) -> None:
@@ -292,6 +312,7 @@ class Coordinator:
         for server in list(self.fleet.servers.values()):
             for held_id in [g for g in server.outstanding if g not in server.eval_outstanding]:
                 self.fleet.release(held_id)
+                self.spans.end(held_id, self.clock(), "called back: the training steps are done")
                 self.send(server, Cancel(group_id=held_id, attempt=0, reason="the training steps are done"))
 
     def entry_of(self, held_id: str) -> Entry | None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from enum import StrEnum
 
+from protocol.identity import process_of
 from protocol.messages import Hello, ServerStatus
 from protocol.versions import Lineage, Version
 
@@ -56,6 +57,11 @@ class Server:
     def name(self) -> str:
         """The server's own name."""
         return self.hello.server
+
+    @property
+    def process(self) -> str:
+        """The process behind the connection: two of one name are two."""
+        return process_of(self.hello.session)
 
     @property
     def load(self) -> int:

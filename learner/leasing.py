@@ -67,6 +67,7 @@ def filter_row(coordinator: Coordinator) -> None:
 def lease_pending(coordinator: Coordinator) -> None:
     """Lease what waits for a server, oldest first, to the admissible server with most room."""
     config, ledger, fleet = coordinator.config, coordinator.ledger, coordinator.fleet
+    coordinator.unplaced = None
     for entry in ledger.pending():
         oldest = ledger.min_policy_version(entry.sequence)
         server = fleet.choose(
@@ -74,9 +75,12 @@ def lease_pending(coordinator: Coordinator) -> None:
             most_training=coordinator.knobs.concurrency,
         )  # fmt: skip
         if server is None or server.live is None:
+            coordinator.unplaced = entry
             return  # those behind it need the same room and at least the same version
         ledger.dispatched(entry.sequence, server.name, server.live.policy_version)
-        fleet.assign(server, coordinator.train_id(entry.ordinal), config.num_generations)
+        held_id = coordinator.train_id(entry.ordinal)
+        fleet.assign(server, held_id, config.num_generations)
+        coordinator.spans.begin(held_id, server.name, "groups", f"group {entry.ordinal}", coordinator.clock())
         if coordinator.first_lease_s is None:
             coordinator.first_lease_s = coordinator.clock()
             coordinator.begun()
@@ -104,6 +108,7 @@ def lease_evaluation(coordinator: Coordinator, evaluation: Evaluation, *, reserv
             return
         attempt = evaluation.dispatched(index)
         fleet.assign(server, held_id, samples, evaluation=True)
+        coordinator.spans.begin(held_id, server.name, "evaluation", f"row {index}", coordinator.clock())
         min_version = coordinator.lineage.at(evaluation.policy_version)
         lease = eval_lease(config, coordinator.identity, row, held_id, attempt=attempt, min_version=min_version)
         coordinator.send(server, lease)

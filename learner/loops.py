@@ -35,6 +35,7 @@ from learner.prompts import PromptRow, Prompts
 from learner.publish import Publisher
 from learner.recorder import Recorder, StepTimer
 from learner.relay_plan import reachable
+from learner.token_ledger import TokenEnd
 from protocol.errors import ProtocolError, RunStopped, VersionMismatch
 from protocol.logs import event
 from protocol.messages import (
@@ -167,6 +168,7 @@ async def lease_loop(coordinator: Coordinator, waits: Waits, *, tick_s: float) -
     while True:
         coordinator.tick(waits.current())
         pump(coordinator)
+        coordinator.idle.observe()
         try:
             await waits.wait(coordinator.changed.wait(), name="change", owner="lease_loop", deadline_s=tick_s)
         except WaitTimeout:
@@ -220,7 +222,8 @@ async def batch_loop(coordinator: Coordinator, buffer: Buffer, batches: asyncio.
             continue
         ledger.batch(selected)
         batch = Batch(step=ledger.policy_version + ledger.batches_formed, groups=buffer.take(selected))
-        buffer.take(coordinator.drop_expired())
+        for expired in buffer.take(coordinator.drop_expired()):
+            coordinator.tokens.ended(expired.group, TokenEnd.STALE)
         await waits.wait(batches.put(batch), name="batch place", owner="train_loop", deadline_s=None)
 
 
@@ -280,7 +283,7 @@ async def train_loop(
     skipped = 0
     while trainer.policy_version < config.max_steps:
         timer = StepTimer(coordinator.clock)
-        with timer.measure("wait_s"):
+        with timer.measure("wait_s"), coordinator.idle.waiting("batch"):
             batch = await waits.wait(batches.get(), name="batch", owner="rollout servers", deadline_s=None)
         batch = dataclasses.replace(batch, step=trainer.policy_version + 1)
         sequences = [group.sequence for group in batch.groups]
@@ -295,7 +298,7 @@ async def train_loop(
                 raise RunStopped(why_stopped(skipped, result.reason, recorder))
             continue
         skipped = 0
-        with timer.measure("wait_publish_s"):
+        with timer.measure("wait_publish_s"), coordinator.idle.waiting("publish"):
             await publisher.wait_previous()  # the old snapshot must be complete before the weights change
         applied = asyncio.ensure_future(
             apply_step(batch, result, trainer, compute, coordinator, journal, publisher, recorder, timer)

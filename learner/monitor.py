@@ -11,11 +11,9 @@ from learner.coordinator import Coordinator
 from learner.dashboard.view import RunView, StepView
 from learner.ledger import State
 from learner.recorder import Recorder
+from learner.spans import ORDINARY
 from protocol.loop_lag import LoopLag
 from protocol.waits import Waits
-
-HIDDEN = ("change", "arrivals", "batch place")
-"""Waits that are the ordinary state of a loop with nothing to do."""
 
 
 class Monitor:
@@ -73,7 +71,7 @@ class Monitor:
             buffered=len(self._buffer),
             servers=recorder.server_views(),
             serverless_s=now_s - self._served_s,
-            waits=[wait for wait in self._waits.current() if wait.name not in HIDDEN],
+            waits=[wait for wait in self._waits.current() if wait.name not in ORDINARY],
             notices=list(coordinator.notices),
             loop_lag_ms=self._lag.p99_ms(),
         )

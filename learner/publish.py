@@ -99,6 +99,8 @@ class Publisher:
         self.current: WeightsReady | None = None
         """The newest announced version: what a joining server is told."""
         self.published = 0
+        self.told: Callable[[PublishedRow], None] = lambda row: None
+        """Called when a version is ready to be served."""
 
     def start(self, version: Version, canaries: Canaries | None = None) -> None:
         """Begin to publish the weights as they are now under that version, with what engines may try them on."""
@@ -139,7 +141,9 @@ class Publisher:
         produces: the snapshot future, a delta where it pays, WeightsReady to every server, then what the run keeps
         """
         loop = asyncio.get_running_loop()
-        buffer = await self._free_buffer()
+        buffer = await self._waits.wait(
+            self._free_buffer(), name="free buffer", owner="readers of weights", deadline_s=2 * FREE_BUFFER_S
+        )
         begun_s, mapped = loop.time(), buffer.mapped
         # xxh3 while a piece is in the cache. BLAKE3 takes longer than the copy, and the weights may change meanwhile.
         beside = self._algorithm if self._algorithm == "xxh3_128" else None
@@ -165,6 +169,7 @@ class Publisher:
         )  # fmt: skip
         event(log, "published", **msgspec.structs.asdict(row))
         self.published += 1
+        self.told(row)
         buffer.finish(version)
         if self._held_at is not None and version.policy_version > self._held_at:
             self._held_back = (published, buffer, canaries)  # what was held back before is superseded

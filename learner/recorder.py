@@ -25,6 +25,7 @@ from learner.ledger import LedgerSnapshot
 from learner.rundir import RunDirectory
 from learner.stats import EvalPoint, RunStats, ServerView
 from learner.summary import Summary, summarize
+from learner.token_ledger import TokenEnd, costs
 from learner.trackers import JsonlTracker, SampleWriter
 from protocol.logs import event
 from protocol.loop_lag import LoopLag
@@ -38,6 +39,8 @@ class StepTimer:
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._started_s = clock()
+        self.stages: list[tuple[str, float, float]] = []
+        """(stage, begun, ended), in order."""
         self.timings = dict.fromkeys(
             ("wait_s", "forward_backward_s", "wait_publish_s", "optimizer_s", "canaries_s", "journal_s"), 0.0
         )
@@ -49,7 +52,9 @@ class StepTimer:
         try:
             yield
         finally:
-            self.timings[stage] += self._clock() - begun_s
+            ended_s = self._clock()
+            self.timings[stage] += ended_s - begun_s
+            self.stages.append((stage, begun_s, ended_s))
 
     @property
     def elapsed_s(self) -> float:
@@ -121,6 +126,7 @@ class Recorder:
             policy_version=ledger.policy_version,
             learning_rate=learning_rate,
             timings=timer.timings,
+            idle=coordinator.idle.take(),
             step_time_s=timer.elapsed_s,
             servers=self.server_views(),
             counts={
@@ -132,7 +138,15 @@ class Recorder:
             },
             wall_s=now_s - first_s,
         )
+        for stage, begun_s, ended_s in timer.stages:
+            lane = "waits" if stage.startswith("wait") else "steps"
+            coordinator.spans.add("learner", lane, stage.removesuffix("_s"), begun_s, ended_s, f"step {batch.step}")
         row |= coordinator.weights.metrics() | coordinator.knobs.metrics()
+        row |= coordinator.tokens.metrics()
+        totals, tokens = self.stats.totals(), coordinator.tokens
+        row |= costs(
+            tokens.ends[TokenEnd.TRAINED], tokens.generated, learner_s=totals.wall_s, servers_s=totals.servers_s
+        )
         row["loop_lag_ms"] = self.lag.p99_ms()
         self.tracker.log(row)
         if result.finite:
@@ -166,6 +180,7 @@ class Recorder:
             keep=config.save_total_limit,
             estimate_bytes=self.trainer.checkpoint_bytes,
         )
+        self.coordinator.spans.add("learner", "steps", "checkpoint", begun_s, self.coordinator.clock())
         event(log, "saved", checkpoint=self.checkpoint, seconds=self.coordinator.clock() - begun_s)
         self._saved.append(snapshot)
         if len(self._saved) >= config.save_total_limit:
@@ -215,6 +230,7 @@ class Recorder:
             counts={**ledger.counts(), "unaccounted": ledger.unaccounted},
             evals=self.evals,
             weights_published=self.weights_published,
+            tokens=self.coordinator.tokens,
             checkpoint=self.checkpoint or Path(),
         )
 

@@ -32,6 +32,7 @@ from learner.monitor import Monitor
 from learner.publish import Publisher
 from learner.ranks.keep_alive import keep_alive_loop
 from learner.recorder import Recorder
+from learner.spans import spans_loop
 from learner.tuning.steering import steer_loop
 from protocol.logs import event
 from protocol.loop_lag import LoopLag, loop_lag_gauge
@@ -88,6 +89,13 @@ class Run:
             ),
             "screen_loop": screen_loop(self.monitor.view, self.screen),
             "loop_lag": loop_lag_gauge(self.lag),
+            "spans_loop": spans_loop(
+                self.coordinator.spans,
+                self.waits,
+                self.recorder.run.path,
+                self.coordinator.identity.incarnation,
+                self.coordinator.clock,
+            ),
         }
         if self.knob_listener is not None:
             loops["knob_loop"] = knob_loop(self.knob_listener, self.knob_desk)

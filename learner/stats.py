@@ -7,6 +7,10 @@ Metric names are TRL's where TRL has one; see `batch_metrics` for rewards, lengt
     learner idle    share of the wall time in which the train loop waited, for a batch or for the previous publish
     rollout idle    share of the servers' wall time in which their engine had nothing to decode: neither busy nor
                     paused for a weight swap; averaged over servers by the time each was seen
+    seats empty     share of the servers' room that no sample had: 1 - occupancy
+
+The first and the last are split by cause, in columns of seconds (of whole servers) that sum to the whole; seats that
+were empty for want of a lease are split once more, by what kept the learner from leasing in that interval (idle.py).
 """
 
 from __future__ import annotations
@@ -14,11 +18,13 @@ from __future__ import annotations
 import math
 import statistics
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from learner.batch import Batch, StepResult
 from learner.batch_metrics import Row, completion_metrics, mean, reward_metrics, staleness_metrics
+from learner.idle import EMPTY_SEATS, LearnerWaits, NotLeased, split
+from learner.idle_watch import IdleSeconds
 from protocol.messages import Group, ServerStatus
 
 ETA_STEPS = 20
@@ -31,6 +37,12 @@ TIMINGS = {
     "optimizer_s": "perf/optimizer_s",
     "canaries_s": "perf/canaries_s",
     "journal_s": "perf/journal_s",
+}
+SEAT_COLUMNS: Mapping[str, Callable[[ServerStatus], float]] = {
+    "rollout/empty_lease_s": lambda status: status.idle_lease_s,
+    "rollout/empty_engine_s": lambda status: status.idle_engine_s,
+    "rollout/empty_rewards_s": lambda status: status.idle_rewards_s,
+    "rollout/empty_no_weights_s": lambda status: status.idle_weights_s,
 }
 COUNTS = {"unaccounted": "groups_unaccounted", "slots_in_use": "slots_in_use", "slots_total": "slots_total"}
 """Counts that are no kind of group end or place; all others become groups/{name}."""
@@ -92,6 +104,12 @@ class Totals:
     """Tokens that had a place in a loss."""
     learner_idle_ratio: float
     rollout_idle_ratio: float
+    learner_idle_s: Mapping[LearnerWaits, float]
+    """Seconds in which the train loop waited, by cause."""
+    empty_s: Mapping[str, float]
+    """Seconds of whole servers in which seats were empty, by the causes of EMPTY_SEATS."""
+    servers_s: float
+    """Seconds of servers, each while it was seen."""
     wall_s: float
     """First lease to last step, without the time in which the learner was down."""
 
@@ -111,6 +129,7 @@ class ServerMeter:
         interval (it waited for this run) only sets its baseline.
         """
         observed_s = idle_s = paused_s = occupancy_s = tokens_per_s = 0.0
+        empty_s = dict.fromkeys(SEAT_COLUMNS, 0.0)
         prompt_tokens = cached_tokens = restarts = 0
         usages = [server.status.kv_usage for server in servers if server.status is not None]
         kv_usages = [usage for usage in usages if usage > 0]  # 0 is an engine that does not know
@@ -131,6 +150,8 @@ class ServerMeter:
             idle_s += max(0.0, wall_s - (now.busy_s - before.busy_s) - pause_s)
             paused_s += pause_s
             occupancy_s += now.occupancy_s - before.occupancy_s
+            for column, counter in SEAT_COLUMNS.items():
+                empty_s[column] += counter(now) - counter(before)
             tokens_per_s += (now.tokens_generated - before.tokens_generated) / wall_s
             prompt_tokens += now.prompt_tokens - before.prompt_tokens
             cached_tokens += now.cached_prompt_tokens - before.cached_prompt_tokens
@@ -145,6 +166,7 @@ class ServerMeter:
             "rollout/cached_prompt_ratio": _ratio(cached_tokens, prompt_tokens),
             "rollout/kv_usage": max(kv_usages, default=math.nan),
             "rollout/engine_restarts": restarts,
+            **empty_s,
         }
 
 
@@ -166,6 +188,8 @@ class RunStats:
         self._learner_idle_s = 0.0
         self._rollout_idle_s = 0.0
         self._rollout_observed_s = 0.0
+        self._idle_s = dict.fromkeys(LearnerWaits, 0.0)
+        self._empty_s = dict.fromkeys(EMPTY_SEATS, 0.0)
 
     def resume(self, rows: Iterable[Row]) -> None:
         """Take over the rows of the run so far (up to the step it continues from), before the first new one."""
@@ -193,6 +217,7 @@ class RunStats:
         policy_version: int,
         learning_rate: float,
         timings: Mapping[str, float],
+        idle: IdleSeconds,
         step_time_s: float,
         servers: Sequence[ServerView],
         counts: Mapping[str, int],
@@ -206,6 +231,7 @@ class RunStats:
             policy_version: of the weights after the step.
             learning_rate: that of the step.
             timings: seconds by the keys of TIMINGS.
+            idle: why each side stood still since the last row.
             step_time_s: of the whole iteration of the train loop.
             servers: all connected ones.
             counts: the ledger's, by its words, and unaccounted, slots_in_use, slots_total; invariants may add theirs.
@@ -214,7 +240,8 @@ class RunStats:
         wall_s += self._wall_offset_s
         interval_s = wall_s - self._wall_s
         loss_tokens = result.loss_tokens if result.finite else 0
-        idle_s = min(timings["wait_s"] + timings["wait_publish_s"], interval_s)
+        meter = self._meter.read(servers, interval_s)
+        leased_not_s = split(_number(meter, "rollout/empty_lease_s"), idle.leasing)
         groups = [train.group for train in batch.groups] + self._filtered
         self._filtered = []
         row: Row = {
@@ -232,9 +259,11 @@ class RunStats:
             "wall_s": wall_s,
             "step_time": step_time_s,
             **{name: timings[key] for key, name in TIMINGS.items()},
-            "learner/idle_ratio": _ratio(idle_s, interval_s),
+            "learner/idle_ratio": _ratio(sum(idle.learner.values()), interval_s),
             "learner/tokens_per_second": _ratio(loss_tokens, interval_s),
-            **self._meter.read(servers, interval_s),
+            **meter,
+            **{f"learner/idle_{cause}_s": idle.learner.get(cause, 0.0) for cause in LearnerWaits},
+            **{f"rollout/lease_{cause}_s": leased_not_s.get(cause, 0.0) for cause in NotLeased},
             **{COUNTS.get(key, f"groups/{key}"): count for key, count in counts.items()},
         }
         self._fold(row)
@@ -267,6 +296,9 @@ class RunStats:
             tokens_trained=self._tokens,
             learner_idle_ratio=_ratio(self._learner_idle_s, self._wall_s),
             rollout_idle_ratio=_ratio(self._rollout_idle_s, self._rollout_observed_s),
+            learner_idle_s=dict(self._idle_s),
+            empty_s=dict(self._empty_s),
+            servers_s=self._rollout_observed_s,
             wall_s=self._wall_s,
         )
 
@@ -279,6 +311,10 @@ class RunStats:
         if observed_s := _number(row, "rollout/observed_s"):
             self._rollout_observed_s += observed_s
             self._rollout_idle_s += _number(row, "rollout/idle_ratio") * observed_s
+        for cause in LearnerWaits:
+            self._idle_s[cause] += _number(row, f"learner/idle_{cause}_s")
+        for column in EMPTY_SEATS:
+            self._empty_s[column] += _number(row, column)
         if row["skipped"]:
             self._steps_skipped += 1
             return

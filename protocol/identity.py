@@ -36,6 +36,16 @@ def session_name(process: str, number: int) -> str:
     return f"{process}-{number}"
 
 
+def process_of(session: str) -> str:
+    """The process that made a connection.
+
+    Example:
+        >>> process_of("3f2a90c1-2")
+        '3f2a90c1'
+    """
+    return session.rpartition("-")[0]
+
+
 def is_overtaken(session: str, newer: str) -> bool:
     """Whether a session is an earlier one of the process whose session is `newer`.
 

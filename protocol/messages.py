@@ -249,6 +249,8 @@ class ServerStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     groups_unacked: int = 0
     groups_finished: int = 0
     tokens_generated: int = 0
+    tokens_held: int = 0
+    """Of those, the ones sampled for groups that are not finished yet (a gauge)."""
     prompt_tokens: int = 0
     """Of all samples begun, the shared ones counted for each."""
     cached_prompt_tokens: int = 0
@@ -263,6 +265,15 @@ class ServerStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """The engine stood still for a weight swap."""
     occupancy_s: float = 0.0
     """Integral over time of samples_running / room."""
+    idle_lease_s: float = 0.0
+    """Integral of the share of seats that were empty because nothing more was leased. The four of these and
+    occupancy_s sum to wall_s."""
+    idle_engine_s: float = 0.0
+    """Same, while samples waited that the engine had not begun: a swap, a prompt being computed, a full cache."""
+    idle_rewards_s: float = 0.0
+    """Same, while all that was left to do was to score what had been sampled."""
+    idle_weights_s: float = 0.0
+    """Same, while no weights were live."""
     reward_timeouts: int = 0
     reward_errors: int = 0
     malformed: int = 0

@@ -9,16 +9,22 @@ is recorded as a span; one past its deadline raises with its name. Both processe
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
 from protocol.errors import HeadwayError
+from protocol.logs import event
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 SPANS_KEPT = 10_000
+REMIND_S = 10.0
+"""A wait is logged when it has lasted so long, then each time it has doubled."""
 
 
 class WaitTimeout(HeadwayError, TimeoutError):
@@ -34,6 +40,12 @@ class Waiting:
     """Who can end it."""
     started_s: float
     deadline_s: float | None
+    """Seconds after `started_s`."""
+
+    def describe(self, now_s: float) -> str:
+        """`publish (publisher) for 3 s of 120 s`."""
+        limit = "" if self.deadline_s is None else f" of {self.deadline_s:g} s"
+        return f"{self.name} ({self.owner}) for {now_s - self.started_s:.0f} s{limit}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +62,7 @@ class Waits:
     """Registry of one process's waits. `clock` is monotonic seconds (a virtual one in simulations)."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
+        self.clock = clock
         self._current: dict[int, Waiting] = {}
         self._next = 0
         self._ended_s: dict[str, float] = {}
@@ -63,7 +75,7 @@ class Waits:
             WaitTimeout: it took longer than `deadline_s` seconds.
         """
         key, self._next = self._next, self._next + 1
-        waiting = Waiting(name, owner, self._clock(), deadline_s)
+        waiting = Waiting(name, owner, self.clock(), deadline_s)
         self._current[key] = waiting
         try:
             async with asyncio.timeout(deadline_s) as limit:
@@ -74,7 +86,7 @@ class Waits:
             raise
         finally:
             del self._current[key]
-            now = self._clock()
+            now = self.clock()
             self._ended_s[name] = self._ended_s.get(name, 0.0) + now - waiting.started_s
             self.spans.append(Span(name, owner, waiting.started_s, now))
 
@@ -84,6 +96,22 @@ class Waits:
 
     def total_s(self, name: str) -> float:
         """Seconds spent in waits of that name, the running ones included."""
-        now = self._clock()
+        now = self.clock()
         running = sum(now - w.started_s for w in self._current.values() if w.name == name)
         return self._ended_s.get(name, 0.0) + running
+
+
+class Reminders:
+    """Puts long waits into the log while they last: who finds a process standing still finds there what for."""
+
+    def __init__(self) -> None:
+        self._due_s: dict[Waiting, float] = {}
+
+    def tell(self, current: Sequence[Waiting], now_s: float) -> list[Waiting]:
+        """Log which of the waits going on have become long, and return them. Call it every second or so."""
+        self._due_s = {w: self._due_s.get(w, w.started_s + REMIND_S) for w in current}
+        told = [w for w in current if now_s >= self._due_s[w]]
+        for w in told:
+            self._due_s[w] = now_s + max(REMIND_S, now_s - w.started_s)
+            event(log, "waiting", wait=w.name, owner=w.owner, seconds=now_s - w.started_s, deadline_s=w.deadline_s)
+        return told

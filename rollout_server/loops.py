@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 from protocol.channel import Dialer
+from protocol.completions import Completion
 from protocol.errors import MalformedMessage, PeerSilent, ProtocolError, VersionMismatch
 from protocol.errors import Refused as RefusedError
 from protocol.identity import session_name
@@ -36,7 +37,6 @@ from protocol.messages import (
     Pong,
     Refused,
     Return,
-    ServerStatus,
     WeightsLive,
     WeightsReady,
     WeightsStaged,
@@ -44,18 +44,17 @@ from protocol.messages import (
     Welcome,
 )
 from protocol.parts import split_group
-from protocol.waits import Waits, WaitTimeout
+from protocol.waits import Reminders, Waits, WaitTimeout
 from rollout_server.engines.base import Engine, EngineFailure, GenerationRequest, SamplesWithheld
 from rollout_server.groups import build_group, reward_call
 from rollout_server.leases import LeaseBook
+from rollout_server.reporting import going_on, make_status, settle_seats
+from rollout_server.rewards.base import Scores
 from rollout_server.scorers import Scorer
+from rollout_server.seats import SeatMeter
 from rollout_server.weights import WeightsReceiver
 
 log = logging.getLogger(__name__)
-
-
-ORDINARY = ("message", "report", "weights", "engine loss", "the end")
-"""Waits that are the ordinary state of a server with nothing wrong."""
 
 
 @dataclass(kw_only=True)
@@ -81,6 +80,12 @@ class Parts:
     malformed: int = 0
     reward_timeouts: int = 0
     reward_errors: int = 0
+    clock: Callable[[], float] = time.monotonic
+    """Seconds, as `started_s`."""
+    seats: SeatMeter = field(default_factory=SeatMeter)
+    scoring: dict[Lease, int] = field(default_factory=dict)
+    """Tokens of groups that are sampled and not scored yet, by the lease that the work began with."""
+    reminders: Reminders = field(default_factory=Reminders)
     connections: int = 0
     token: str = field(default_factory=lambda: secrets.token_hex(4))
     """Names this process, whatever it is called."""
@@ -272,7 +277,9 @@ def accept_lease(parts: Parts, lease: Lease) -> None:
         reason = "draining" if parts.stop.is_set() else f"live at {live}, the lease asks for {lease.min_version}"
         parts.dialer.send(Return(group_id=lease.group_id, attempt=lease.attempt, reason=reason, fault=False))
     elif parts.book.accept(lease):
-        parts.tasks.create_task(group_task(parts, lease), name=f"group {lease.group_id}")
+        task = parts.tasks.create_task(group_task(parts, lease), name=f"group {lease.group_id}")
+        task.add_done_callback(lambda _: settle_seats(parts))
+        settle_seats(parts)
     elif lease.group_id in parts.book.unacked:
         send_group(parts, parts.book.unacked[lease.group_id])
 
@@ -283,7 +290,7 @@ async def group_task(parts: Parts, lease: Lease) -> None:
     consumes: one Lease      waits for: engine, reward workers      unblocked by: their results, or abort
     produces: one Group, or one Return
     """
-    begun_s = time.monotonic()
+    begun_s = parts.clock()
     request = GenerationRequest(
         group_id=lease.group_id,
         prompt_tokens=lease.prompt_tokens,
@@ -292,11 +299,12 @@ async def group_task(parts: Parts, lease: Lease) -> None:
         seed=lease.seed,
     )
     try:
-        completions = await parts.engine.generate(request)
-        sampled_s = time.monotonic()
+        sampling = parts.engine.generate(request)
+        completions = await parts.waits.wait(sampling, name="samples", owner="engine", deadline_s=None)
+        sampled_s = parts.clock()
         if not parts.book.wants(lease):
             return  # cancelled meanwhile, and perhaps leased anew
-        scores = await parts.scorer.score(reward_call(lease, completions, parts.decode))
+        scores = await score(parts, lease, completions)
     except (EngineFailure, MalformedMessage) as error:
         current = parts.book.drop(lease.group_id) if parts.book.wants(lease) else None
         event(log, "group_failed", level=logging.WARNING, group=lease.group_id, ordinal=lease.ordinal, reason=error)
@@ -305,7 +313,7 @@ async def group_task(parts: Parts, lease: Lease) -> None:
         return
     group = build_group(
         lease, completions, scores, parts.reward_weights, reward_names=parts.scorer.names,
-        generate_s=sampled_s - begun_s, reward_s=time.monotonic() - sampled_s,
+        generate_s=sampled_s - begun_s, reward_s=parts.clock() - sampled_s,
     )  # fmt: skip
     parts.reward_timeouts += int((group.reward_statuses == 1).sum())
     parts.reward_errors += int((group.reward_statuses == 2).sum())
@@ -313,6 +321,21 @@ async def group_task(parts: Parts, lease: Lease) -> None:
     if finished is not None:
         send_group(parts, finished)
         ping(parts)  # the learner leases by how many samples are left here
+
+
+async def score(parts: Parts, lease: Lease, completions: Sequence[Completion]) -> Scores:
+    """Have a group's completions scored, visibly.
+
+    Raises:
+        MalformedMessage: the lease's row is not what the contract says.
+    """
+    parts.scoring[lease] = sum(len(completion.completion_tokens) for completion in completions)
+    settle_seats(parts)
+    try:
+        scored = parts.scorer.score(reward_call(lease, completions, parts.decode))
+        return await parts.waits.wait(scored, name="rewards", owner="reward workers", deadline_s=None)
+    finally:
+        del parts.scoring[lease]
 
 
 def give_back(parts: Parts, lease: Lease, error: Exception) -> None:
@@ -351,37 +374,11 @@ async def heartbeat_loop(parts: Parts) -> None:
     """
     while True:
         await asyncio.sleep(parts.welcome.heartbeat_s)
+        parts.reminders.tell(going_on(parts.waits), parts.waits.clock())
         if parts.welcome.session:
             ping(parts)
 
 
 def ping(parts: Parts) -> None:
     """Say how this server does."""
-    parts.dialer.send(Ping(sent_s=time.monotonic(), status=make_status(parts)))
-
-
-def make_status(parts: Parts) -> ServerStatus:
-    """Gauges and counters of this moment."""
-    engine = parts.engine.status()
-    waiting = [w for w in parts.waits.current() if w.name not in ORDINARY]
-    return ServerStatus(
-        samples_running=engine.samples_running,
-        samples_waiting=engine.samples_waiting,
-        groups_in_flight=len(parts.book.in_flight),
-        groups_unacked=len(parts.book.unacked),
-        groups_finished=parts.book.finished,
-        tokens_generated=engine.tokens_generated,
-        prompt_tokens=engine.prompt_tokens,
-        cached_prompt_tokens=engine.cached_prompt_tokens,
-        kv_usage=engine.kv_usage,
-        engine_restarts=engine.restarts,
-        wall_s=time.monotonic() - parts.started_s,
-        busy_s=engine.busy_s,
-        paused_s=engine.paused_s,
-        occupancy_s=engine.occupancy_s,
-        reward_timeouts=parts.reward_timeouts,
-        reward_errors=parts.reward_errors,
-        malformed=parts.malformed,
-        loop_lag_ms=parts.lag.p99_ms(),
-        waiting_for=waiting[0].name if waiting else "",
-    )
+    parts.dialer.send(Ping(sent_s=parts.clock(), status=make_status(parts)))

@@ -136,6 +136,8 @@ class SimJournal:
         self._writer = SegmentWriter(directory, segment_bytes=1 << 16)
         self._life, self._dice = life, dice
         self.group_ids: set[str] = set()
+        self.drawn: dict[int, int] = {}
+        """ordinal -> tokens of the group last written."""
         self.pruned = 0
 
     async def append(self, *records: Record) -> None:
@@ -143,6 +145,7 @@ class SimJournal:
         await asyncio.sleep(self._dice.uniform(0.0, 0.05))
         self._life.check()
         self._writer.write(entries)
+        self.drawn |= {r.group.ordinal: r.group.completion_tokens.size for r in records if isinstance(r, GroupRecord)}
         self.group_ids |= {record.group.group_id for record in records if isinstance(record, GroupRecord)}
         await asyncio.sleep(self._dice.uniform(0.0, 0.05))
         self._life.check()  # on disk, and nobody is left to hear of it

@@ -34,12 +34,13 @@ from learner.fleet import Fleet
 from learner.journal_records import IncarnationRecord
 from learner.knobs.core import Knob, Knobs
 from learner.leases import RunIdentity
-from learner.ledger import End
+from learner.ledger import End, State
 from learner.resume import begin
 from learner.rollover import TURN_S
 from learner.run import Run
 from learner.rundir import RunDirectory
 from learner.stats import RunStats
+from learner.token_ledger import TokenEnd
 from learner.tuning.virtual_time import run_virtual
 from protocol.channel import Dialer
 from protocol.completions import group_versions
@@ -126,6 +127,12 @@ class Simulation:
         self.staleness_max = 0
         self.slots_before_drain = 0
         """In use when a knob was last turned or a learner began, or in use or allowed at the last step."""
+        self.engines: list[MortalEngine] = []
+        """Of all server processes there have been."""
+        self.tokens: dict[int, int] = {}
+        """ordinal -> tokens of its group, when it was last about to train."""
+        self.drawn: dict[int, int] = {}
+        """ordinal -> tokens of the group that the learner last wrote down, or restored."""
         self.run: Run | None = None
         self.finished = asyncio.Event()
         self._learner: asyncio.Task[bool] | None = None
@@ -173,6 +180,8 @@ class Simulation:
             )
             start = begin(ledger, checkpoint, incarnation=incarnation, journal_dir=directory.journal_dir)
             journal = listener.journal = SimJournal(directory.journal_dir, life, self.dice)
+            self.drawn |= {o: group.group.completion_tokens.size for o, group in start.restored.items()}
+            journal.drawn = self.drawn
             trainer = SimTrainer(self.judge, checkpoint.path if checkpoint else None, self.spoil_step)
             coordinator = Coordinator(
                 config=self.config,
@@ -245,6 +254,8 @@ class Simulation:
             assert 0 <= staleness <= self.config.max_staleness, f"I4: staleness {staleness}"
             assert max(version.policy_version for version in versions) <= trainer.policy_version, "I5"
             self.staleness_max = max(self.staleness_max, staleness)
+            self.tokens[group.ordinal] = int(group.group.completion_lengths.sum())
+        self.judge_tokens(coordinator)
         ledger = coordinator.ledger
         assert ledger.slots_in_use <= ledger.bounds.slots_total, "I1"
         assert ledger.slots_in_use <= max(ledger.slots_allowed, self.slots_before_drain), "a lower depth drains first"
@@ -260,6 +271,29 @@ class Simulation:
         ordinals = tuple(group.ordinal for group in batch.groups)
         self.trace.append((now_s, trainer.policy_version, ordinals, max(batch.staleness, default=0)))
 
+    def judge_tokens(self, coordinator: Coordinator) -> None:
+        """Every token once: no more than the engines have sampled, no less than they have said."""
+        tokens = coordinator.tokens
+        assert tokens.generated == sum(tokens.ends.values()) + tokens.under_way
+        assert tokens.under_way >= 0
+        assert all(count >= 0 for count in tokens.ends.values())
+        assert tokens.generated <= sum(engine.status().tokens_generated for engine in self.engines), "counted twice"
+        if coordinator.idle.arriving == 0:
+            assert self.run is not None
+            taken_in = (State.BUFFERED, State.BATCHED)
+            here = sum(self.drawn[e.ordinal] for e in coordinator.ledger.entries.values() if e.state in taken_in)
+            queued = sum(a.group.completion_tokens.size for a in self.run.arrivals.queue._queue if a.counts)
+            held = sum(server.held for server in tokens._servers.values())
+            assert tokens.under_way - held == here + queued, "an end was not told, or told twice"
+        if not self.learners_ended:
+            statuses = [server.status for server in coordinator.fleet.servers.values() if server.status is not None]
+            assert tokens.generated >= sum(status.tokens_generated for status in statuses), "forgotten"
+
+    @property
+    def learners_ended(self) -> int:
+        """Learners that did not get to the end."""
+        return self.witness["kill learner"] + self.witness["stop learner"]
+
     def spoil_step(self) -> bool:
         """Whether this step's loss is not finite."""
         return self.dice.random() < self.plan.skip
@@ -269,6 +303,14 @@ class Simulation:
         ledger = run.coordinator.ledger
         assert ledger.unaccounted == 0
         assert ledger.ends[End.TRAINED] == len(trainer.trained)
+        self.judge_tokens(run.coordinator)
+        ends = run.coordinator.tokens.ends
+        assert ends[TokenEnd.TRAINED] == sum(self.tokens[ordinal] for ordinal in trainer.trained)
+        too_long = sum(self.prompts.row(ordinal) is None for ordinal in range(ledger.cursor))
+        assert (ends[TokenEnd.FILTERED] > 0) == (ledger.ends[End.FILTERED] > too_long)
+        assert (ends[TokenEnd.EVAL] > 0) == bool(self.config.eval_steps)
+        for end, count in ends.items():
+            self.witness[f"tokens {end}"] += count
         assert set(trainer.trained) <= set(range(ledger.cursor))
         assert not any(self.prompts.row(ordinal) is None for ordinal in trainer.trained)
         assert run.coordinator.counters["groups_refused"] == 0, "an honest server's group was refused"
@@ -297,13 +339,14 @@ class Simulation:
             self.network.dialer(name) as dialer,
             contextlib.AsyncExitStack() as stack,
         ):
+            self.engines.append(engine)
             receiver = SimReceiver(engine, waits, dice, self.directory / "staging")
             stack.callback(self.server_gone, engine, receiver)
             async with asyncio.TaskGroup() as tasks:
                 parts = Parts(
                     name=name, address="memory", dialer=dialer, engine=engine, scorer=ScriptedScorer(),
                     reward_weights=(1.0,), decode=str, weights=receiver, tasks=tasks, waits=waits,
-                    lag=LoopLag(),
+                    lag=LoopLag(), clock=waits.clock, started_s=waits.clock(),
                 )  # type: ignore[arg-type]  # fmt: skip
                 self.servers[name].parts = parts
                 loops = [

@@ -19,10 +19,13 @@ from learner.dashboard.view import RunView
 from learner.stats import ServerView
 from protocol.loop_lag import LIMIT_MS
 
+BUSY = 0.95
+"""A side that is less busy is shown with the cause."""
 MAX_WIDTH = 100
 LABEL_WIDTH = 11
 FIXED_LINES = 15
-"""At most so many lines are about something else than single servers."""
+"""At most so many lines are about something else than single servers, with two waits."""
+MOST_WAITS = 5
 
 ACCENT = "bold blue"
 WARN = "bold yellow"
@@ -69,7 +72,7 @@ def render(view: RunView, width: int, height: int = 24) -> RenderableType:
     for line in _waits(view):
         grid.add_row("", line)
     grid.add_row("rollout", _rollout(view))
-    for label, line in _servers(view, max(1, height - FIXED_LINES)):
+    for label, line in _servers(view, max(1, height - FIXED_LINES - max(0, min(len(view.waits), MOST_WAITS) - 2))):
         grid.add_row(label, line)
     for i, notice in enumerate(view.notices[-2:]):
         if i == 0:
@@ -150,12 +153,22 @@ def _groups(view: RunView) -> Text:
     return Text.assemble(
         (_pad(f"{view.slots_in_use} / {view.slots_total}", 11), "bold"),
         f"slots in use: {view.in_flight} in flight, {view.buffered} buffered",
+        (_tokens(view.last.generated_per_trained), DIM),
     )
 
 
+def _tokens(generated_per_trained: float) -> str:
+    known = math.isfinite(generated_per_trained)
+    return f"  {generated_per_trained:.2f} tokens sampled per token trained" if known else ""
+
+
 def _learner(view: RunView) -> Text:
-    text = _use(view.last.learner_busy, view.last.learner_tokens_per_s)
-    return text.append(printable(view.activity, 40), style=ACCENT)
+    last = view.last
+    text = _use(last.learner_busy, last.learner_tokens_per_s)
+    text.append(printable(view.activity, 40), style=ACCENT)
+    if last.learner_waits_for and last.learner_busy < BUSY:
+        text.append(f"{'  ' if view.activity else ''}waits: {last.learner_waits_for}", style=DIM)
+    return text
 
 
 def _use(busy: float, tokens_per_s: float) -> Text:
@@ -168,7 +181,7 @@ def _use(busy: float, tokens_per_s: float) -> Text:
 def _waits(view: RunView) -> list[Text]:
     """The longest waits: for what, who ends it, how long, until when."""
     lines = []
-    for wait in view.waits[:2]:
+    for wait in view.waits[:MOST_WAITS]:
         limit = "" if wait.deadline_s is None else f" of {duration(wait.deadline_s)}"
         lines.append(
             Text.assemble(
@@ -184,7 +197,10 @@ def _rollout(view: RunView) -> Text:
         return Text(f"! {waiting_line(view)}", style=WARN)
     num = len(view.servers)
     text = _use(view.last.rollout_busy, view.last.rollout_tokens_per_s)
-    return text.append(f"{num} server{'s' * (num != 1)}")
+    text.append(f"{num} server{'s' * (num != 1)}")
+    if view.last.seats_empty_for and view.last.rollout_busy < BUSY:
+        text.append(f"  empty seats: {view.last.seats_empty_for}", style=DIM)
+    return text
 
 
 def _servers(view: RunView, limit: int) -> list[tuple[Text, Text]]:

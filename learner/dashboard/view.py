@@ -6,11 +6,12 @@ The learner makes a `RunView` twice a second from what it has; the terminal toda
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 from learner.batch_metrics import Row
+from learner.idle import EMPTY_SEATS, LEARNER_WAITS
 from learner.stats import EvalPoint, ServerView
 from protocol.waits import Waiting
 
@@ -35,6 +36,11 @@ class StepView:
     """0 to 1, mean over servers"""
     rollout_tokens_per_s: float = math.nan
     """Sum over servers."""
+    learner_waits_for: str = ""
+    """What the train loop waited for most; empty where it did not."""
+    seats_empty_for: str = ""
+    """Why seats stood empty, most of the time; empty where they did not."""
+    generated_per_trained: float = math.nan
 
     @classmethod
     def of(cls, row: Row) -> Self:
@@ -58,6 +64,11 @@ class StepView:
             learner_tokens_per_s=number("learner/tokens_per_second"),
             rollout_busy=1.0 - number("rollout/idle_ratio"),
             rollout_tokens_per_s=number("rollout/generation_tok_s"),
+            learner_waits_for=_largest(
+                {words[0]: number(f"learner/idle_{cause}_s") for cause, words in LEARNER_WAITS.items()}
+            ),
+            seats_empty_for=_largest({words[0]: number(column) for column, words in EMPTY_SEATS.items()}),
+            generated_per_trained=number("cost/generated_per_trained"),
         )
 
 
@@ -98,3 +109,8 @@ class RunView:
     """Newest last."""
     loop_lag_ms: float = 0.0
     """p99 of the learner's event loop (I9)."""
+
+
+def _largest(seconds: Mapping[str, float]) -> str:
+    cause = max(seconds, key=lambda name: seconds[name])
+    return cause if seconds[cause] > 0 else ""

@@ -60,6 +60,9 @@ class VirtualTimeLoop(asyncio.SelectorEventLoop):
         """Virtual seconds since the loop was made."""
         return self._jumping.now_s
 
+    async def shutdown_default_executor(self, *_: float | None) -> None:
+        """It has no threads to wait for; a real one started to find that out may be slower than this clock."""
+
 
 def run_virtual(main: Coroutine[Any, Any, T]) -> T:
     """`asyncio.run` on a virtual clock that starts at 0.

@@ -62,11 +62,13 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class EngineStatus:
-    """Counters since start (only grow) and three gauges."""
+    """Counters since start (only grow) and four gauges."""
 
     samples_running: int = 0
     samples_waiting: int = 0
     tokens_generated: int = 0
+    tokens_held: int = 0
+    """Of those, sampled for requests that are not answered yet (a gauge)."""
     prompt_tokens: int = 0
     """Of all samples begun, the shared ones counted for each."""
     cached_prompt_tokens: int = 0

@@ -62,7 +62,7 @@ class Decoder:
         self.live: Version | None = None
         self.prompts_prefilled = 0
         self._samples_waiting = 0
-        self._tokens_generated = 0
+        self._tokens_generated = self._tokens_held = 0
         self._busy_s = self._paused_s = self._occupancy_s = 0.0
 
     @property
@@ -76,6 +76,7 @@ class Decoder:
             samples_running=self._rows.count,
             samples_waiting=self._samples_waiting,
             tokens_generated=self._tokens_generated,
+            tokens_held=self._tokens_held,
             busy_s=self._busy_s,
             paused_s=self._paused_s,
             occupancy_s=self._occupancy_s,
@@ -108,7 +109,7 @@ class Decoder:
         self._answer()
         jobs, self._jobs = self._jobs, set()
         self._waiting.clear()
-        self._samples_waiting = 0
+        self._samples_waiting = self._tokens_held = 0
         self._rows.clear()
         for job in jobs:
             job.reply(error)
@@ -145,6 +146,7 @@ class Decoder:
         running = rows.count
         ended, stopped = rows.append(drawn.cpu().numpy(), logprobs.cpu().numpy())
         self._tokens_generated += running
+        self._tokens_held += running
         if len(ended):
             self._retire(ended, [FinishReason.STOP if hit else FinishReason.LENGTH for hit in stopped.tolist()])
         elapsed = self._clock() - started
@@ -245,6 +247,7 @@ class Decoder:
     def _answer(self) -> None:
         """Reply to the jobs that are done, last of all: who hears of it finds rows and counters up to date."""
         for job in self._answers:
+            self._tokens_held -= sum(len(completion.completion_tokens) for completion in job.completions.values())
             job.answer()
         self._answers.clear()
 

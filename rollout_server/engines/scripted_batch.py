@@ -151,10 +151,13 @@ class ScriptedBatch:
 
     def status(self) -> EngineStatus:
         """Counters and gauges, as of the last call with a time."""
+        drawn = sum(self._drawn(sample) for sample in self._running)
         return EngineStatus(
             samples_running=len(self._running),
             samples_waiting=sum(job.request.num_generations - job.admitted for job in self._waiting),
-            tokens_generated=self._tokens_ended + sum(self._drawn(sample) for sample in self._running),
+            tokens_generated=self._tokens_ended + drawn,
+            tokens_held=drawn
+            + sum(count for job in self._jobs() for spans, _ in job.ended.values() for _, count in spans),
             busy_s=self._busy_s,
             paused_s=self._paused_s,
             occupancy_s=self._occupancy_s,

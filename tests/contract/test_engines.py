@@ -410,6 +410,31 @@ def test_room_is_never_exceeded_and_counters_only_grow(kind: Kind) -> None:
     run(case())
 
 
+def test_samples_that_end_free_their_seats_for_the_next_groups(kind: Kind) -> None:
+    """Room is given per sample: a straggler holds one seat, and the next group need not wait for it."""
+
+    async def case() -> None:
+        async with kind.make(4) as engine:
+            await engine.load_weights(kind.weights(V0))
+            ended: list[str] = []
+
+            async def generate(wanted: GenerationRequest) -> list[Completion]:
+                completions = await engine.generate(wanted)
+                ended.append(wanted.group_id)
+                return completions
+
+            # Of the first four samples that end at random one lasts longest; the next group's are of one token each.
+            first = asyncio.ensure_future(generate(request("long", seed=3, length=LONG)))
+            second = asyncio.ensure_future(generate(request("short", seed=5, length=1)))
+            longest, _ = await asyncio.gather(first, second)
+            lengths = sorted(map(len, tokens(longest)))
+            assert lengths[0] + 2 < lengths[-1], "else the case shows nothing: another seed"
+            assert ended == ["short", "long"]
+            assert engine.status().tokens_held == 0
+
+    run(case())
+
+
 def test_closing_fails_what_is_outstanding(kind: Kind) -> None:
     async def case() -> None:
         engine = kind.make(4)

@@ -98,13 +98,16 @@ class SGLangEngine:
         self._meter.settle()
         life, meter = self._life, self._meter
         tokens = meter.tokens_finished
+        held = sum(generation.tokens for generation in self._generations.values())
         if life is not None and life.admission.running:
             tokens = max(tokens, int(life.tokens_before + life.decoded))
+            held += tokens - meter.tokens_finished
         self._tokens_reported = max(self._tokens_reported, tokens)
         return EngineStatus(
             samples_running=0 if life is None else life.admission.running,
             samples_waiting=0 if life is None else life.admission.waiting,
             tokens_generated=self._tokens_reported,
+            tokens_held=held,
             prompt_tokens=meter.prompt_tokens,
             cached_prompt_tokens=meter.cached_prompt_tokens,
             kv_usage=self._watch.kv_usage,

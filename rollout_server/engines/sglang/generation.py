@@ -48,6 +48,8 @@ class Generation:
         self._limit, self._keeps_cache, self._overlaps = limit, keeps_cache, overlaps
         self.newest: Version | None = None
         """The newest version that may have sampled a token."""
+        self.tokens = 0
+        """Of samples that have ended."""
         self._aborted = False
         self._asked: set[str] = set()
         """Request ids."""
@@ -171,6 +173,7 @@ class Generation:
         if self._keeps_cache and meta.cached_tokens and named and named[0] != version:
             return None
         self.newest = max([*named, *([] if self.newest is None else [self.newest])], default=None)
+        self.tokens += len(completion.completion_tokens)
         self._meter.finished(
             tokens=len(completion.completion_tokens), prompt=meta.prompt_tokens, cached=meta.cached_tokens
         )

@@ -461,7 +461,7 @@ def test_i8_a_stall_is_counted_and_says_what_everyone_waits_for():
         desk.coordinator.tick(waits)
     assert desk.coordinator.counters["stalls"] == 1
     said = [notice for notice in desk.coordinator.notices if "no step" in notice]
-    assert said == ["no step for 120 s; waits: groups (rollout servers) for 121 s; change (lease_loop) for 1 s"]
+    assert said == ["no step for 120 s; waits: groups (rollout servers) for 121 s; change (lease_loop) for 1 s of 1 s"]
 
 
 def test_notices_are_bounded():

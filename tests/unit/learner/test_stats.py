@@ -7,6 +7,8 @@ import msgspec
 import pytest
 
 from learner.batch import StepResult
+from learner.idle import EMPTY_SEATS, LearnerWaits, NotLeased
+from learner.idle_watch import IdleSeconds
 from learner.stats import EvalPoint, RunStats, ServerMeter, ServerView
 from protocol.messages import ServerStatus
 from protocol.versions import Version
@@ -20,6 +22,9 @@ TIMINGS = {
     "canaries_s": 0.05,
     "journal_s": 0.01,
 }
+
+
+IDLE = IdleSeconds(learner={LearnerWaits.ROLLOUTS: 0.5, LearnerWaits.PUBLISH: 0.25}, leasing={NotLeased.BOUND: 1.0})
 
 
 def server(name: str = "a", *, status: ServerStatus | None = None, **changes: Any) -> ServerView:
@@ -49,6 +54,7 @@ def record(stats: RunStats, step: int, *, wall_s: float, finite: bool = True, **
         "policy_version": step,
         "learning_rate": 1e-5,
         "timings": TIMINGS,
+        "idle": IDLE,
         "step_time_s": 2.0,
         "servers": (),
         "counts": {},
@@ -101,10 +107,22 @@ def test_learner_idle_is_the_waiting_share_of_the_interval():
     assert stats.totals().learner_idle_ratio == pytest.approx(0.5)
 
 
-def test_waiting_before_the_first_lease_is_no_idle_time():
-    """The first wait began before the clock of the run did."""
-    row = record(RunStats(), 1, wall_s=4.0, timings={**TIMINGS, "wait_s": 300.0})
-    assert row["learner/idle_ratio"] == 1.0
+def test_causes_sum_to_what_they_split():
+    stats = RunStats()
+    stats.begin([server(status=ServerStatus(wall_s=1.0, idle_weights_s=1.0))])
+    now = ServerStatus(
+        wall_s=11.0, occupancy_s=4.0, idle_lease_s=4.0, idle_engine_s=1.0, idle_rewards_s=0.5, idle_weights_s=1.5
+    )
+    idle = IdleSeconds(
+        learner={LearnerWaits.BOUND: 1.5, LearnerWaits.DISK: 0.5}, leasing={NotLeased.BOUND: 7.5, NotLeased.DATA: 2.5}
+    )
+    row = record(stats, 1, wall_s=10.0, servers=[server(status=now)], idle=idle)
+    assert sum(row[f"learner/idle_{cause}_s"] for cause in LearnerWaits) / 10.0 == row["learner/idle_ratio"] == 0.2
+    assert (row["rollout/lease_bound_s"], row["rollout/lease_data_s"]) == (3.0, 1.0)
+    empty_s = sum(row[f"rollout/empty_{cause}_s"] for cause in ("lease", "engine", "rewards", "no_weights"))
+    assert empty_s == sum(row[column] for column in EMPTY_SEATS) == 10.0 * (1 - row["rollout/occupancy"]) == 6.0
+    assert stats.totals().learner_idle_s[LearnerWaits.BOUND] == 1.5
+    assert sum(stats.totals().empty_s.values()) == 6.0
 
 
 def test_num_tokens_and_groups_accumulate():

@@ -7,14 +7,17 @@ from typing import Any
 import msgspec
 import pytest
 
+from learner.idle import LearnerWaits
 from learner.stats import EvalPoint, Totals
 from learner.summary import Summary, idle_verdict, print_summary, summarize, summary_lines, write_summary
+from learner.token_ledger import TokenEnd, TokenLedger
 
 PROMISED = {
     "task", "model", "steps", "reward_first", "reward_last", "eval_first", "eval_last", "staleness_max",
     "staleness_mean", "max_staleness", "groups_trained", "groups_filtered", "groups_quarantined",
     "groups_unaccounted", "tokens_trained", "weights_published", "learner_idle_ratio", "rollout_idle_ratio",
-    "wall_s", "checkpoint",
+    "wall_s", "checkpoint", "learner_idle", "seats_empty", "tokens", "tokens_generated", "generated_per_trained",
+    "learner_s_per_mtok", "server_s_per_mtok",
 }  # fmt: skip
 EVALS = (EvalPoint(step=0, reward=0.28, oldest=0, newest=0), EvalPoint(step=20, reward=0.56, oldest=20, newest=20))
 
@@ -31,10 +34,19 @@ def make_totals(**changes: Any) -> Totals:
         "tokens_trained": 12_345,
         "learner_idle_ratio": 0.12,
         "rollout_idle_ratio": 0.05,
+        "learner_idle_s": {LearnerWaits.ROLLOUTS: 9.0, LearnerWaits.PUBLISH: 3.0},
+        "empty_s": {"rollout/lease_bound_s": 6.0, "rollout/empty_rewards_s": 4.0},
+        "servers_s": 200.0,
         "wall_s": 101.5,
         **changes,
     }
     return Totals(**fields)
+
+
+def make_tokens() -> TokenLedger:
+    ledger = TokenLedger()
+    ledger.resume({f"tokens/{end}": 0 for end in TokenEnd} | {"tokens/trained": 12_345, "tokens/filtered": 1_000})
+    return ledger
 
 
 def make_summary(totals: Totals | None = None, **changes: Any) -> Summary:
@@ -45,6 +57,7 @@ def make_summary(totals: Totals | None = None, **changes: Any) -> Summary:
         "counts": {"filtered": 7, "quarantined": 0, "unaccounted": 0, "trained": 160},
         "evals": EVALS,
         "weights_published": 21,
+        "tokens": make_tokens(),
         "checkpoint": Path("runs/addition/checkpoints/step_20"),
         **changes,
     }
@@ -62,6 +75,9 @@ EMPTY = Totals(
     tokens_trained=0,
     learner_idle_ratio=math.nan,
     rollout_idle_ratio=math.nan,
+    learner_idle_s={},
+    empty_s={},
+    servers_s=0.0,
     wall_s=0.0,
 )
 
@@ -115,20 +131,29 @@ def test_a_run_without_steps_or_evaluations_has_nulls(tmp_path):
 @pytest.mark.parametrize(
     ("learner", "rollout", "words"),
     [
-        (0.38, 0.05, "the learner waited 38 % of the time for groups: rollouts are the slower side; add servers"),
-        (0.38, math.nan, "rollouts are the slower side"),
-        (0.05, 0.45, "the rollout servers idled 45 % of the time: the learner is the slower side"),
+        (0.38, 0.05, "the learner waited 38 % of the time; learner: rollouts too slow 30 %: add servers;"),
+        (0.38, 0.05, "the bound 8 %: raise max_staleness (max_staleness is 2)"),
+        (0.38, math.nan, "rollouts too slow"),
+        (0.05, 0.45, "the rollout servers idled 45 % of the time; seats empty: every slot in use 50 %: the learner is"),
         (0.4, 0.5, "the learner waited 40 % and the rollout servers 50 % of the time, in turn: raise max_staleness"),
         (0.05, 0.1, "both sides were busy: the learner waited 5 % of the time, the rollout servers 10 %"),
         (0.05, math.nan, "both sides were busy: the learner waited 5 % of the time"),
         (math.nan, math.nan, "no step has trained"),
     ],
 )
-def test_the_verdict_names_the_side_that_was_waited_for(learner, rollout, words):
-    verdict = idle_verdict(learner, rollout, 2)
-    assert verdict.startswith(words) or words in verdict
+def test_the_verdict_names_the_side_that_was_waited_for_and_why(learner, rollout, words):
+    totals = make_totals(
+        learner_idle_ratio=learner,
+        rollout_idle_ratio=rollout,
+        learner_idle_s={LearnerWaits.ROLLOUTS: 30.0, LearnerWaits.BOUND: 8.0, LearnerWaits.DISK: 0.1},
+        empty_s={"rollout/lease_bound_s": 100.0, "rollout/empty_rewards_s": 4.0},
+        wall_s=100.0,
+    )
+    verdict = idle_verdict(totals, 2)
+    assert words in verdict
     assert "nan" not in verdict
-    if "max_staleness" in verdict:
+    assert "disk" not in verdict, "what does not matter is not said"
+    if "in turn" in verdict:
         assert "(now 2)" in verdict
 
 
@@ -138,6 +163,8 @@ def test_the_last_words(capsys):
         "20 steps in 102 s: eval 0.280 (v0) -> 0.560 (v20), reward 0.310 -> 0.550",
         "160 groups trained, 7 filtered, 0 quarantined, 0 unaccounted; 12,345 tokens; skipped steps: 1",
         "staleness 2.25 mean, 4 max (bound 4); 21 versions published",
+        "tokens: 13,345 generated, 12,345 trained (1,000 filtered); a million trained took 8,222 s of the learner,"
+        " 16,201 s of servers",
         "both sides were busy: the learner waited 12 % of the time, the rollout servers 5 %",
         "model: runs/addition/checkpoints/step_20",
     ]

@@ -8,7 +8,7 @@ import pytest
 
 from learner.tuning.virtual_time import run_virtual
 from protocol.errors import HeadwayError
-from protocol.waits import SPANS_KEPT, Span, Waits, WaitTimeout
+from protocol.waits import SPANS_KEPT, Reminders, Span, Waiting, Waits, WaitTimeout
 
 
 def on_virtual_time(scenario):
@@ -109,3 +109,18 @@ def test_spans_are_bounded():
         assert len(waits.spans) == SPANS_KEPT
 
     on_virtual_time(scenario)
+
+
+def test_a_long_wait_is_logged_and_again_when_it_has_doubled(caplog):
+    caplog.set_level("INFO", logger="protocol.waits")
+    reminders, publish = Reminders(), Waiting("publish", "publisher", 100.0, 120.0)
+    told = [now_s for now_s in range(100, 200) if reminders.tell([publish], float(now_s))]
+    assert told == [110, 120, 140, 180]
+    assert "event=waiting wait=publish owner=publisher seconds=10 deadline_s=120" in caplog.text
+    assert reminders.tell([], 300.0) == []
+    assert reminders.tell([Waiting("publish", "publisher", 295.0, None)], 300.0) == [], "another wait of that name"
+
+
+def test_a_wait_says_its_owner_its_seconds_and_its_deadline():
+    assert Waiting("publish", "publisher", 1.0, 120.0).describe(4.2) == "publish (publisher) for 3 s of 120 s"
+    assert Waiting("groups", "rollout servers", 1.0, None).describe(4.2) == "groups (rollout servers) for 3 s"

@@ -6,7 +6,10 @@ import pytest
 
 from learner.batch import StepResult
 from learner.dashboard.view import StepView
+from learner.idle import LearnerWaits, NotLeased
+from learner.idle_watch import IdleSeconds
 from learner.stats import RunStats
+from learner.token_ledger import costs
 from protocol.versions import Version
 from tests.factories import make_batch, make_train_group
 
@@ -23,12 +26,15 @@ def test_a_step_view_is_made_of_the_row_of_a_step():
             "wait_s": 1.0, "forward_backward_s": 2.0, "wait_publish_s": 0.0, "optimizer_s": 0.5, "canaries_s": 0.0,
             "journal_s": 0.0,
         },
+        idle=IdleSeconds(learner={LearnerWaits.DISK: 0.25, LearnerWaits.BOUND: 0.75}, leasing={NotLeased.DATA: 4.0}),
         step_time_s=3.5,
         servers=(),
         counts={},
         wall_s=4.0,
     )  # fmt: skip
-    view = StepView.of(row)
+    view = StepView.of(row | costs(50, 100, learner_s=4.0, servers_s=1.0))
+    assert (view.learner_waits_for, view.seats_empty_for) == ("the bound", "")
+    assert view.generated_per_trained == 2.0
     assert (view.step, view.reward, view.step_time_s) == (5, 0.5, 3.5)
     assert view.staleness_mean == pytest.approx(1.5)
     assert view.staleness_max == 2
