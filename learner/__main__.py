@@ -62,17 +62,14 @@ def dispatch(argv: Sequence[str]) -> int:
         from learner.knobs.command import knob
 
         return knob(rest, prog=f"{PROG} knob")
-<<<<<<< HEAD
     if command == "replay":
         from learner.replay.command import replay
 
         return replay(rest, prog=f"{PROG} replay")
-=======
     if command == "trace":
         from learner.trace import trace
 
         return trace(rest, prog=f"{PROG} trace")
->>>>>>> busy
     if command == "bench":
         return bench(rest)
     if command == "keygen":
@@ -80,11 +77,7 @@ def dispatch(argv: Sequence[str]) -> int:
 
         return keygen(rest, prog=f"{PROG} keygen", side="learner")
     raise ConfigError(
-<<<<<<< HEAD
-        f"unknown command {command!r}: allowed are train, demo, knob, simulate, replay, weights, bench and keygen"
-=======
-        f"unknown command {command!r}: allowed are train, demo, knob, simulate, weights, trace, bench and keygen"
->>>>>>> busy
+        f"unknown command {command!r}: allowed are train, demo, knob, simulate, replay, weights, trace, bench and keygen"
     )
 
 

@@ -9,8 +9,8 @@ from learner.staleness import derive_bounds
 from protocol.errors import ConfigError
 from tests.prove.cases import NO_PROGRESS, PLAIN, REJECTED, SMALL, USELESS_WINDOW, problems
 from tests.prove.exhaustive import search
-from tests.prove.world import World, bounds_of
-from tests.prove.wrong import SlotsAlone
+from tests.prove.world import Case, World, bounds_of
+from tests.prove.wrong import FreedAtOptimizerStepButAsked, SlotsAlone
 
 
 @pytest.mark.parametrize("case", SMALL, ids=lambda case: f"{case.ledger.__name__}: {case.name}")
@@ -47,8 +47,14 @@ def test_a_rejected_rule_breaks_the_bound_and_in_no_smaller_case(rejected):
 def test_slots_alone_keep_the_bound_with_one_server():
     """With one server no lease is ever refused for its version: the rule of min_versions is for several."""
     for bounds in (bounds_of(2, 1, 3), bounds_of(1, 2, 2)):
-        case = next(c for c in SMALL if c.ledger is SlotsAlone)
-        found = search(type(case)(bounds=bounds, ledger=SlotsAlone))
-        shipped = search(type(case)(bounds=bounds))
+        found = search(Case(bounds=bounds, ledger=SlotsAlone))
+        shipped = search(Case(bounds=bounds))
         assert (found.states, found.transitions) == (shipped.states, shipped.transitions)
         assert found.staleness_max == bounds.max_staleness
+
+
+@pytest.mark.parametrize("servers", [1, 2])
+def test_slots_that_free_early_are_safe_where_every_lease_asks_for_its_version(servers):
+    found = search(Case(bounds=bounds_of(2, 1), servers=servers, ledger=FreedAtOptimizerStepButAsked))
+    assert found.violation == ""
+    assert found.dead_ends == 0

@@ -44,14 +44,20 @@ def prove_small(pool: ProcessPoolExecutor) -> None:
     """Exhaustive searches, of those in `make test` and of larger ones."""
     layout = "{:<58} {:>6} {:>8} {:>10} {:>12} {:>10}"
     print(layout.format("every interleaving of", "bound", "reached", "states", "transitions", "dead ends"))
-    cases = [*SMALL, *LARGE]
+    cases, states, transitions, stuck = [*SMALL, *LARGE], 0, 0, 0
     for case, found in zip(cases, pool.map(search, cases), strict=True):
         name = f"{case.ledger.__name__.removesuffix('Ledger').lower() or 'wait'}: {case.name}"
         print(layout.format(
             name, case.bounds.max_staleness, found.staleness_max, found.states, found.transitions, found.dead_ends
         ), flush=True)  # fmt: skip
+        states, transitions, stuck = (
+            states + found.states,
+            transitions + found.transitions,
+            stuck + bool(found.dead_ends),
+        )
         for problem in problems(case, found):
             fail(f"{name}: {problem}")
+    print(f"{len(cases)} cases, {states:,} states, {transitions:,} transitions; dead ends in {stuck} cases")
 
 
 def prove_rejected() -> None:

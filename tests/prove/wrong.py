@@ -37,6 +37,14 @@ class FreedAtOptimizerStep(SlotsAlone):
         self._awaiting_live.clear()
 
 
+class FreedAtOptimizerStepButAsked(Ledger):
+    """The same with the rule of min_versions: safe, but what is leased too early holds its slot and waits."""
+
+    def trained(self, sequences: Sequence[int], policy_version: int) -> None:
+        super().trained(sequences, policy_version)
+        self._awaiting_live.clear()
+
+
 class LostToTheTail(SlotsAlone):
     """A group that was lost goes to the end of the queue, and goes on from the tokens that it has."""
 
