@@ -9,7 +9,7 @@ from statistics import fmean, stdev
 from typing import TYPE_CHECKING
 
 from tests.bench.staleness.exact import Outcome
-from tests.bench.staleness.runs import DEFAULT, METHODS, PAIR, STALENESS, UPDATES, Setting
+from tests.bench.staleness.runs import DEFAULT, METHODS, PAIR, PAIR_RECIPE, RECIPES, STALENESS, Setting
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -18,16 +18,15 @@ Outcomes = Mapping[Setting, Outcome]
 STYLES = {"uncorrected": ("#D55E00", "s:"), "behavior anchor": ("#0072B2", "o-"), "decoupled": ("#009E73", "^--")}
 """Color and line by method; no two differ by color alone."""
 PNG_DPI = 110
-PANEL_TITLES = {1: "one update per batch", 4: "four updates per batch"}
 
 
-def evaluations(outcomes: Outcomes, *, updates: int, staleness: int, method: str) -> list[float]:
+def evaluations(outcomes: Outcomes, *, recipe: str, staleness: int, method: str) -> list[float]:
     """Return the evaluations of a setting after training, by seed. At staleness 0 all methods are one."""
     method = method if staleness else DEFAULT
     found = {
         each.seed: outcome.evaluation
         for each, outcome in outcomes.items()
-        if (each.updates, each.staleness, each.method) == (updates, staleness, method)
+        if (each.recipe, each.staleness, each.method) == (recipe, staleness, method)
     }
     return [found[seed] for seed in sorted(found)]
 
@@ -40,26 +39,28 @@ def before_training(outcomes: Outcomes) -> float:
 
 def table(outcomes: Outcomes) -> str:
     """Return the evaluations in Markdown: mean and standard deviation over seeds, where there are several."""
-    lines = ["| updates | method | " + " | ".join(map(str, STALENESS)) + " |", "|---" * (len(STALENESS) + 2) + "|"]
-    for updates in UPDATES:
+    lines = ["| recipe | method | " + " | ".join(map(str, STALENESS)) + " |", "|---" * (len(STALENESS) + 2) + "|"]
+    for recipe in RECIPES:
         for method in METHODS:
             cells = [
-                _cell(evaluations(outcomes, updates=updates, staleness=staleness, method=method))
+                _cell(evaluations(outcomes, recipe=recipe, staleness=staleness, method=method))
                 for staleness in STALENESS
             ]
-            lines.append(f"| {updates} | {method} | {' | '.join(cells)} |")
+            lines.append(f"| {recipe} | {method} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def verdicts(outcomes: Outcomes) -> str:
     """Say how far apart the pair is, seed by seed, and against which noise."""
-    fresh, stale = (evaluations(outcomes, updates=1, staleness=staleness, method=DEFAULT) for staleness in PAIR)
+    fresh, stale = (
+        evaluations(outcomes, recipe=PAIR_RECIPE, staleness=staleness, method=DEFAULT) for staleness in PAIR
+    )
     differences = [b - a for a, b in zip(fresh, stale, strict=True)]
     lines = [f"before training: {before_training(outcomes):.3f}"]
     if len(differences) > 1:
         error = stdev(differences) / math.sqrt(len(differences))
         lines.append(
-            f"staleness {PAIR[1]} less staleness {PAIR[0]} ({DEFAULT}, one update, {len(differences)} seeds):"
+            f"staleness {PAIR[1]} less staleness {PAIR[0]} ({DEFAULT}, {PAIR_RECIPE}, {len(differences)} seeds):"
             f" {fmean(differences):+.3f}, standard error {error:.3f}; over seeds {stdev(fresh):.3f} and"
             f" {stdev(stale):.3f}"
         )
@@ -67,33 +68,33 @@ def verdicts(outcomes: Outcomes) -> str:
 
 
 def draw(outcomes: Outcomes, png: Path) -> None:
-    """Draw the evaluation after training against staleness, a panel for each number of updates."""
+    """Draw the evaluation after training against staleness, a panel for each recipe."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 3.9), dpi=PNG_DPI, layout="constrained")
-    panels = figure.subplots(1, len(UPDATES), sharey=True)
-    for axes, updates in zip(panels, UPDATES, strict=True):
-        _panel(axes, outcomes, updates)
+    figure = Figure(figsize=(10, 3.8), dpi=PNG_DPI, layout="constrained")
+    panels = figure.subplots(1, len(RECIPES), sharey=True)
+    for axes, recipe in zip(panels, RECIPES, strict=True):
+        _panel(axes, outcomes, recipe)
     panels[0].set_ylabel("sorted correctly after training")
     panels[0].legend(fontsize=8, framealpha=0.85, edgecolor="none", loc="lower left")
     png.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(png, format="png")
 
 
-def _panel(axes: Axes, outcomes: Outcomes, updates: int) -> None:
+def _panel(axes: Axes, outcomes: Outcomes, recipe: str) -> None:
     places = range(len(STALENESS))
     for method, (color, line) in STYLES.items():
-        by_place = [evaluations(outcomes, updates=updates, staleness=s, method=method) for s in STALENESS]
+        by_place = [evaluations(outcomes, recipe=recipe, staleness=s, method=method) for s in STALENESS]
         drawn = [(place, values) for place, values in zip(places, by_place, strict=True) if values]
         axes.plot(
             [place for place, _ in drawn], [fmean(values) for _, values in drawn], line, color=color, label=method
         )
         dots = [(place, value) for place, values in drawn for value in values]
-        axes.plot(*zip(*dots, strict=True), ".", color=color, alpha=0.4, ms=4)
+        axes.plot([place for place, _ in dots], [value for _, value in dots], ".", color=color, alpha=0.4, ms=4)
     axes.axhline(before_training(outcomes), color="#5F6368", ls="-.", lw=1, label="before training")
     axes.set_xticks(list(places), [str(staleness) for staleness in STALENESS])
     axes.set_xlabel("staleness of every token, in steps")
-    axes.set_title(PANEL_TITLES[updates], fontsize=10)
+    axes.set_title(f"per batch: {recipe}", fontsize=10)
     axes.set_ylim(0, None)
     axes.grid(visible=True, alpha=0.25, lw=0.6)
     axes.spines[["top", "right"]].set_visible(False)

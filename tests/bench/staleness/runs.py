@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,13 @@ from tests.bench.staleness.exact import Outcome, Task, run
 
 TASK = Task(max_steps=80, options={"prompts_per_step": 8, "learning_rate": 2e-4, "warmup_steps": 5})
 STALENESS = (0, 1, 2, 4, 8, 16)
-UPDATES = (1, 4)
+RECIPES: dict[str, dict[str, Any]] = {
+    "1 update": {"num_mini_batches": 1},
+    "4 updates": {"num_mini_batches": 4},
+    "4 updates, lr/4": {"num_mini_batches": 4, "learning_rate": 5e-5},
+}
+"""Updates per batch. AdamW moves the weights by about the learning rate in every update, however small its part of the
+batch: four of a quarter move them as far as one does."""
 METHODS: dict[str, dict[str, Any]] = {
     "uncorrected": {"anchor": "proximal", "importance_sampling_mode": "none"},
     "behavior anchor": {"anchor": "behavior"},
@@ -28,6 +34,7 @@ the step, and weighted by how much likelier those weights are to draw the token 
 DEFAULT = "behavior anchor"
 PAIR = (0, 4)
 """Compared with the default and one update per batch."""
+PAIR_RECIPE = "1 update"
 NUM_SEEDS = 5
 """Of the pair."""
 CURVE_SEEDS = 2
@@ -39,15 +46,14 @@ class Setting:
     """One run."""
 
     seed: int
-    updates: int
-    """Optimizer updates per batch: num_mini_batches."""
+    recipe: str
     staleness: int
     method: str
 
     @property
     def options(self) -> dict[str, Any]:
         """Words of the learner's configuration."""
-        return {**METHODS[self.method], "num_mini_batches": self.updates}
+        return {**METHODS[self.method], **RECIPES[self.recipe]}
 
 
 def settings(*, num_seeds: int = NUM_SEEDS, curve_seeds: int = CURVE_SEEDS) -> list[Setting]:
@@ -56,14 +62,14 @@ def settings(*, num_seeds: int = NUM_SEEDS, curve_seeds: int = CURVE_SEEDS) -> l
     At staleness 0 the three methods are one objective, every ratio being 1 when a step begins: it is run once.
     """
     pair = [
-        Setting(seed=seed, updates=1, staleness=staleness, method=DEFAULT)
+        Setting(seed=seed, recipe=PAIR_RECIPE, staleness=staleness, method=DEFAULT)
         for seed in range(num_seeds)
         for staleness in PAIR
     ]
     curve = [
-        Setting(seed=seed, updates=updates, staleness=staleness, method=method)
+        Setting(seed=seed, recipe=recipe, staleness=staleness, method=method)
         for seed in range(curve_seeds)
-        for updates in UPDATES
+        for recipe in RECIPES
         for staleness in STALENESS
         for method in (METHODS if staleness else (DEFAULT,))
     ]
@@ -85,13 +91,14 @@ class Results:
 
     def add(self, setting: Setting, outcome: Outcome) -> None:
         """Keep an outcome and write the file, one run a line."""
-        self.outcomes[setting] = outcome
+        self.outcomes[setting] = _rounded(outcome)
         lines = [
-            json.dumps({"setting": asdict(each), "outcome": _rounded(asdict(self.outcomes[each]))})
+            json.dumps({"setting": asdict(each), "outcome": asdict(self.outcomes[each])})
             for each in sorted(self.outcomes)
         ]
-        head = f'{{"task": {json.dumps(self._task)}, "methods": {json.dumps(METHODS)}, "runs": [\n'
-        self._file.write_text(head + ",\n".join(lines) + "\n]}\n", "utf-8")
+        words = {"task": self._task, "methods": METHODS, "recipes": RECIPES}
+        head = ",\n".join(f'"{key}": {json.dumps(value)}' for key, value in words.items())
+        self._file.write_text("{" + head + ',\n"runs": [\n' + ",\n".join(lines) + "\n]}\n", "utf-8")
 
 
 def run_missing(
@@ -105,16 +112,15 @@ def run_missing(
         outcome = run(task, model=model, staleness=setting.staleness, seed=setting.seed, options=setting.options)
         results.add(setting, outcome)
         say(
-            f"seed {setting.seed}, {setting.updates} update(s), staleness {setting.staleness:>2}, {setting.method}:"
+            f"seed {setting.seed}, {setting.recipe}, staleness {setting.staleness:>2}, {setting.method}:"
             f" {outcome.evaluation:.3f} ({time.monotonic() - started:.0f} s)"
         )
 
 
-def _rounded(outcome: Mapping[str, Any]) -> dict[str, Any]:
-    """Four digits: what the file is read for, and small."""
-    return {
-        **outcome,
-        "rewards": [round(x, 4) for x in outcome["rewards"]],
-        "evaluation": round(outcome["evaluation"], 4),
-        "metrics": {key: round(x, 4) for key, x in outcome["metrics"].items()},
-    }
+def _rounded(outcome: Outcome) -> Outcome:
+    """Four digits: what is said of a run is the same before and after it was read back."""
+    return Outcome(
+        rewards=[round(x, 4) for x in outcome.rewards],
+        evaluation=round(outcome.evaluation, 4),
+        metrics={key: round(x, 4) for key, x in outcome.metrics.items()},
+    )

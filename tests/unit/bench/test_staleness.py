@@ -20,9 +20,9 @@ from tests.bench.staleness.report import before_training, draw, table, verdicts
 from tests.bench.staleness.runs import (
     DEFAULT,
     METHODS,
+    RECIPES,
     STALENESS,
     TASK,
-    UPDATES,
     Results,
     Setting,
     run_missing,
@@ -30,7 +30,8 @@ from tests.bench.staleness.runs import (
 )
 
 OPTIONS: dict[str, Any] = {"prompts_per_step": 2, "num_generations": 6, "learning_rate": 1e-2, "warmup_steps": 0}
-TINY = Task(max_steps=6, options=OPTIONS, num_eval=8, eval_generations=2)
+TINY = Task(max_steps=4, options=OPTIONS, num_eval=2, eval_generations=2)
+ONE, FOUR, _ = RECIPES
 README = Path(__file__).parents[3] / "learner" / "README.md"
 PNG_BYTES = 150_000
 
@@ -80,12 +81,12 @@ def test_every_token_is_exactly_as_stale_as_stated(model, trained, staleness):
 def test_the_weights_behind_a_version_are_its_own(model, trained):
     """A run whose weights do not move samples everything from the initial ones: what version 0 samples is that."""
     still = {**OPTIONS, "learning_rate": 1e-30}
-    run(Task(max_steps=6, options=still), model=model, staleness=0, seed=0, options=METHODS[DEFAULT])
+    run(Task(max_steps=4, options=still), model=model, staleness=0, seed=0, options=METHODS[DEFAULT])
     initial = [batch for _, batch in trained]
     trained.clear()
     run(TINY, model=model, staleness=2, seed=0, options=METHODS[DEFAULT])
     moved = [batch for _, batch in trained]
-    for step in range(6):
+    for step in range(4):
         logprobs = [np.concatenate([g.group.behavior_logprobs for g in b[step].groups]) for b in (initial, moved)]
         same = tokens_of(initial[step]) == tokens_of(moved[step]) and np.array_equal(*logprobs)
         assert same == (step <= 2), f"step {step + 1}"
@@ -95,8 +96,8 @@ def test_all_settings_of_a_seed_train_on_the_same_prompts(model, trained):
     run(TINY, model=model, staleness=0, seed=3, options=METHODS[DEFAULT])
     run(TINY, model=model, staleness=4, seed=3, options={**METHODS["decoupled"], "num_mini_batches": 2})
     prompts = [[one.prompt_tokens.tolist() for one in batch.groups] for _, batch in trained]
-    assert prompts[:6] == prompts[6:]
-    assert len({tuple(tokens) for step in prompts[:6] for tokens in step}) == 12
+    assert prompts[:4] == prompts[4:]
+    assert len({tuple(tokens) for step in prompts[:4] for tokens in step}) == 8
 
 
 def test_a_run_is_a_function_of_its_setting_and_its_seed(model, trained):
@@ -120,11 +121,11 @@ def test_fresh_samples_make_the_methods_one_objective_and_stale_ones_do_not(mode
 
 def test_every_point_of_the_figure_is_run_and_none_twice():
     wanted = settings(num_seeds=5, curve_seeds=2)
-    assert len(set(wanted)) == len(wanted) == 2 * 2 * (1 + 3 * 5) + 2 * 3
-    for updates in UPDATES:
+    assert len(set(wanted)) == len(wanted) == 2 * 3 * (1 + 3 * 5) + 2 * 3
+    for recipe in RECIPES:
         for method in METHODS:
             for staleness in STALENESS:
-                setting = Setting(seed=1, updates=updates, staleness=staleness, method=method if staleness else DEFAULT)
+                setting = Setting(seed=1, recipe=recipe, staleness=staleness, method=method if staleness else DEFAULT)
                 assert setting in wanted
     pair = [(each.seed, each.staleness) for each in wanted[:10]]
     assert pair == [(seed, staleness) for seed in range(5) for staleness in (0, 4)], "what the claim rests on, first"
@@ -135,7 +136,7 @@ def test_what_was_run_is_not_run_again(tmp_path, monkeypatch):
 
     def fake(task: Task, *, model: Path, staleness: int, seed: int, options: dict[str, Any]) -> Outcome:
         made.append((seed, staleness))
-        return outcome(0.5)
+        return outcome(0.123456)
 
     monkeypatch.setattr("tests.bench.staleness.runs.run", fake)
     wanted = settings(num_seeds=2, curve_seeds=0)
@@ -147,8 +148,8 @@ def test_what_was_run_is_not_run_again(tmp_path, monkeypatch):
 
 
 def test_results_of_another_task_are_not_mixed_in(tmp_path):
-    Results(tmp_path / "r.json", TINY).add(Setting(seed=0, updates=1, staleness=0, method=DEFAULT), outcome(0.5))
-    with pytest.raises(SystemExit, match=r"r\.json has runs of another task, .*'max_steps': 6.*: move it away"):
+    Results(tmp_path / "r.json", TINY).add(Setting(seed=0, recipe=ONE, staleness=0, method=DEFAULT), outcome(0.5))
+    with pytest.raises(SystemExit, match=r"r\.json has runs of another task, .*'max_steps': 4.*: move it away"):
         Results(tmp_path / "r.json", TASK)
 
 
@@ -159,39 +160,37 @@ def outcome(evaluation: float) -> Outcome:
     return Outcome(rewards=[0.25, 0.35, 0.9], evaluation=evaluation, metrics={})
 
 
-def outcomes_of(*evaluations: tuple[int, int, int, str, float]) -> dict[Setting, Outcome]:
+def outcomes_of(*evaluations: tuple[int, str, int, str, float]) -> dict[Setting, Outcome]:
     return {
-        Setting(seed=seed, updates=updates, staleness=staleness, method=method): outcome(value)
-        for seed, updates, staleness, method, value in evaluations
+        Setting(seed=seed, recipe=recipe, staleness=staleness, method=method): outcome(value)
+        for seed, recipe, staleness, method, value in evaluations
     }
 
 
 def test_the_table_has_means_and_deviations_and_shares_the_synchronous_run():
-    lines = table(outcomes_of((0, 1, 0, DEFAULT, 0.4), (1, 1, 0, DEFAULT, 0.5), (0, 1, 4, "decoupled", 0.3))).split(
-        "\n"
-    )
-    assert lines[2] == "| 1 | uncorrected | 0.45 ± 0.07 | - | - | - | - | - |"
-    assert lines[4] == "| 1 | decoupled | 0.45 ± 0.07 | - | - | 0.30 | - | - |"
-    assert lines[5] == "| 4 | uncorrected | - | - | - | - | - | - |"
+    lines = table(
+        outcomes_of((0, ONE, 0, DEFAULT, 0.4), (1, ONE, 0, DEFAULT, 0.5), (0, ONE, 4, "decoupled", 0.3))
+    ).split("\n")
+    assert lines[2] == "| 1 update | uncorrected | 0.45 ± 0.07 | - | - | - | - | - |"
+    assert lines[4] == "| 1 update | decoupled | 0.45 ± 0.07 | - | - | 0.30 | - | - |"
+    assert lines[5] == "| 4 updates | uncorrected | - | - | - | - | - | - |"
 
 
 def test_the_pair_is_compared_seed_by_seed():
-    said = verdicts(
-        outcomes_of(
-            (0, 1, 0, DEFAULT, 0.40), (1, 1, 0, DEFAULT, 0.50), (0, 1, 4, DEFAULT, 0.38), (1, 1, 4, DEFAULT, 0.46)
-        )
-    )  # fmt: skip
-    assert "(behavior anchor, one update, 2 seeds): -0.030, standard error 0.010; over seeds 0.071 and 0.057" in said
+    fresh, stale = (0.40, 0.50), (0.38, 0.46)
+    pair = [(seed, ONE, s, DEFAULT, of[seed]) for s, of in ((0, fresh), (4, stale)) for seed in (0, 1)]
+    said = verdicts(outcomes_of(*pair))
+    assert "(behavior anchor, 1 update, 2 seeds): -0.030, standard error 0.010; over seeds 0.071 and 0.057" in said
 
 
 def test_before_training_is_what_version_0_sampled():
-    fresh, stale = outcomes_of((0, 1, 0, DEFAULT, 0.4)), outcomes_of((0, 1, 1, DEFAULT, 0.4))
+    fresh, stale = outcomes_of((0, ONE, 0, DEFAULT, 0.4)), outcomes_of((0, ONE, 1, DEFAULT, 0.4))
     assert before_training(fresh) == 0.25
     assert before_training(stale) == pytest.approx(0.30)
 
 
 def test_the_figure_is_drawn_small(tmp_path):
-    draw(outcomes_of((0, 1, 0, DEFAULT, 0.4), (0, 4, 0, DEFAULT, 0.5)), tmp_path / "figures" / "s.png")
+    draw(outcomes_of((0, ONE, 0, DEFAULT, 0.4), (0, FOUR, 0, DEFAULT, 0.5)), tmp_path / "figures" / "s.png")
     content = (tmp_path / "figures" / "s.png").read_bytes()
     assert content.startswith(b"\x89PNG")
     assert len(content) < PNG_BYTES
