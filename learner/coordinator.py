@@ -224,6 +224,7 @@ class Coordinator:
     def trained(self, batch: Batch, policy_version: int) -> None:
         """The batch trained into `policy_version`. Its step is journaled already."""
         self.ledger.trained([group.sequence for group in batch.groups], policy_version)
+        self.weights.made(policy_version)
         for group in batch.groups:
             self._forget(group.ordinal)
         self.changed.notify()
