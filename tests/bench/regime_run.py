@@ -13,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from learner.staleness import Bounds, derive_bounds
+from learner.tuning.simulator import simulate
+from learner.tuning.workload import Costs, Dial, Workload
 from protocol.length_trace import LengthTrace, write_length_trace
-from tests.bench.regime_model import predict_step_s
 from tests.bench.regime_trace import (
     NUM_GENERATIONS,
     PROMPTS_PER_STEP,
@@ -68,7 +68,7 @@ def run_regime(regime: Regime, seed: int, max_staleness: int, *, quick: bool) ->
     """
     from tests.system.harness import Lab
 
-    trace, steps = regime.trace(seed), WARM_UP_STEPS + (QUICK_STEPS if quick else STEPS)
+    trace, steps = regime.trace(seed), WARM_UP_STEPS + num_steps(quick)
     with tempfile.TemporaryDirectory() as directory, Lab(Path(directory), Path(directory) / "model") as lab:
         lengths = Path(directory) / "lengths"
         write_length_trace(lengths, trace)
@@ -112,9 +112,27 @@ def learner_config(address: str, directory: Path, trace: LengthTrace, max_stalen
     }  # fmt: skip
 
 
-def bounds_of(max_staleness: int) -> Bounds:
-    """What the learner derives from the dial."""
-    return derive_bounds(max_staleness=max_staleness, prompts_per_step=PROMPTS_PER_STEP)
+def predict_step_s(regime: Regime, seed: int, max_staleness: int, *, live_s: float, quick: bool) -> float:
+    """What `headway-learner simulate` says of a mean step.
+
+    The simulator's servers send a heartbeat a second: it is asked for a run that is slower by as much as ours here come
+    sooner.
+    """
+    trace, slower = regime.trace(seed), 1.0 / HEARTBEAT_S
+    speeds = Speeds.of(regime, trace)
+    costs = Costs(
+        decode_token_s=slower * speeds.token_s, occupancy_cost=1.0, train_token_s=slower * speeds.train_token_s,
+        publish_s=slower * live_s,
+    )  # fmt: skip
+    dial = Dial(prompts_per_step=PROMPTS_PER_STEP, num_generations=NUM_GENERATIONS, max_staleness=max_staleness)
+    workload = Workload(trace=trace, costs=costs, room=regime.seats)
+    forecast = simulate(workload, dial, steps=num_steps(quick), warmup_steps=WARM_UP_STEPS)
+    return forecast.step_s / slower
+
+
+def num_steps(quick: bool) -> int:
+    """Steps that are measured."""
+    return QUICK_STEPS if quick else STEPS
 
 
 def measure(rows: Sequence[dict[str, Any]], speeds: Speeds) -> Outcome:
@@ -150,11 +168,9 @@ def check(outcome: Outcome, max_staleness: int, *, unaccounted: int) -> None:
 def main(name: str, max_staleness: str, *arguments: str) -> None:
     regime, quick = REGIMES[name], "--quick" in arguments
     seed = next((int(argument) for argument in arguments if argument.isdigit()), 0)
-    outcome, trace = run_regime(regime, seed, int(max_staleness), quick=quick), regime.trace(seed)
-    predicted_s = predict_step_s(
-        regime, trace, bounds_of(int(max_staleness)), live_s=outcome.live_s, steps=QUICK_STEPS if quick else STEPS
-    )
-    print(outcome, f"predicted {predicted_s:.4f} s, so {outcome.step_s / predicted_s:.3f} of it", sep="\n")
+    outcome = run_regime(regime, seed, int(max_staleness), quick=quick)
+    predicted_s = predict_step_s(regime, seed, int(max_staleness), live_s=outcome.live_s, quick=quick)
+    print(f"predicted {predicted_s:.4f} s, so {outcome.step_s / predicted_s:.3f} of it")
 
 
 if __name__ == "__main__":
