@@ -253,6 +253,7 @@ class Coordinator:
         self.ledger.trained([group.sequence for group in batch.groups], policy_version)
         masked = self.config.mask_truncated_completions
         self.tokens.trained([group.group for group in batch.groups], mask_truncated_completions=masked)
+        self.weights.made(policy_version)
         for group in batch.groups:
             self._forget(group.ordinal)
         self.changed.notify()

@@ -347,6 +347,7 @@ async def apply_step(
         with timer.measure("canaries_s"):
             canaries = await measure_canaries(coordinator, trainer, compute)
         publisher.start(Version(incarnation, policy_version), canaries)
+        await asyncio.sleep(0)  # the snapshot begins now, beside the recording, and not after it
     recorder.step(batch, result, timer, learning_rate=learning_rate)
     event(log, "trained", step=policy_version, staleness=max(batch.staleness), tokens=result.loss_tokens)
 

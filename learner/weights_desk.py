@@ -72,6 +72,14 @@ class WeightsDesk:
     """By server: whom it was told to fetch the newest version from first."""
     fetched: dict[str, Fetched] = field(default_factory=dict)
     """By server: what it said of the last version that it fetched."""
+    made_s: dict[int, float] = field(default_factory=dict)
+    """By policy_version: when the optimizer made those weights that no server serves yet."""
+    live_s: float = math.nan
+    """From the optimizer's step to the first server that samples with its weights, of the newest version live."""
+
+    def made(self, policy_version: int) -> None:
+        """The optimizer has made a version that will be published."""
+        self.made_s[policy_version] = self.clock()
 
     def announce(self, ready: WeightsReady) -> None:
         """Tell every server of a version."""
@@ -126,6 +134,7 @@ class WeightsDesk:
                 self.live_reported(server.name, message)
                 if self.fleet.went_live(peer, message.version):
                     self._note(server, message)
+                    self._first_live(message.version.policy_version)
                     self.went_live(message.version)
             case WeightsFailed():
                 self.rollover.failed(peer, message.version)
@@ -143,9 +152,16 @@ class WeightsDesk:
         if found is None:
             return {}
         row: Row = {"weights/pause_s": found.pause_s, "weights/check_s": found.check_s}
+        if not math.isnan(self.live_s):
+            row["weights/live_s"] = self.live_s
         if found.mismatch_kl > -math.inf:
             row |= {"mismatch_kl": found.mismatch_kl, "mismatch_logprob": found.mismatch}
         return row
+
+    def _first_live(self, policy_version: int) -> None:
+        if policy_version in self.made_s:  # else another server was first, or the weights are a checkpoint's
+            self.live_s = self.clock() - self.made_s[policy_version]
+        self.made_s = {made: at_s for made, at_s in self.made_s.items() if made > policy_version}
 
     def _tell(self, servers: Sequence[Server]) -> None:
         """Announce the newest version to servers, each with the addresses to fetch it from."""

@@ -8,6 +8,7 @@ that a learner's weights could fail to fit.
 from __future__ import annotations
 
 import asyncio
+import functools
 import math
 from statistics import NormalDist
 from types import TracebackType
@@ -31,7 +32,7 @@ from rollout_server.engines.base import (
     LoadReport,
     StagedWeights,
 )
-from rollout_server.engines.counters import UInt64, hash_counters, uniforms
+from rollout_server.engines.counters import UInt64, hash_counter, hash_counters, uniform, uniforms
 from rollout_server.engines.marks import Spans
 from rollout_server.engines.scripted_batch import Outcome, ScriptedBatch, ScriptedJob
 
@@ -159,11 +160,19 @@ class ScriptedEngine:
 
     def _settle(self) -> None:
         """Let due events happen and set the timer for the next one."""
-        self._batch.advance(self._loop.time())
+        self._settle_at(self._loop.time())
+
+    def _settle_at(self, due_s: float) -> None:
+        """As _settle, at `due_s` if the clock is not yet there.
+
+        uvloop's timers are of whole milliseconds and come up to half of one early: to set one again until the moment is
+        really there would be to spin.
+        """
+        self._batch.advance(max(due_s, self._loop.time()))
         if self._timer is not None:
             self._timer.cancel()
         event_s = self._batch.next_event_s()
-        self._timer = None if event_s is None else self._loop.call_at(event_s, self._settle)
+        self._timer = None if event_s is None else self._loop.call_at(event_s, self._settle_at, event_s)
 
     def _job(self, request: GenerationRequest, answer: asyncio.Future[Outcome | None]) -> ScriptedJob:
         """Draw the group's outcome."""
@@ -198,23 +207,25 @@ class ScriptedEngine:
 
     def _length(self, seed: int) -> int:
         """Lognormal with median mean_length and sigma length_sigma, at least one token."""
-        uniform = (self._chance(LENGTHS, seed) + 2**-25) / (1 + 2**-24)  # inside (0, 1)
-        deviate = NormalDist().inv_cdf(uniform)
+        deviate = NormalDist().inv_cdf((self._chance(LENGTHS, seed) + 2**-25) / (1 + 2**-24))  # of inside (0, 1)
         return max(1, round(self._options.mean_length * math.exp(self._options.length_sigma * deviate)))
 
     def _completion(self, request: GenerationRequest, index: int, spans: Spans, reason: FinishReason) -> Completion:
         """Invent the tokens and logprobs of a sample that ended."""
-        counts = [count for _, count in spans]
-        codes = np.array([version.incarnation << 32 | version.policy_version for version, _ in spans], np.uint64)
-        seed, versions, positions = sample_seed(request.seed, index), np.repeat(codes, counts), np.arange(sum(counts))
+        counts, seed = [count for _, count in spans], sample_seed(request.seed, index)
+        codes_K = np.array([version.incarnation << 32 | version.policy_version for version, _ in spans], np.uint64)
+        token_keys_T, logprob_keys_T = (
+            np.repeat(hash_counters(np.uint64(self._key(purpose, seed)), codes_K), counts)
+            for purpose in (TOKENS, LOGPROBS)
+        )
+        positions_T = np.arange(token_keys_T.size)
         stops = request.sampling.stop_token_ids
-        hashes = hash_counters(self._key(TOKENS, seed, versions), positions.astype(np.uint64))
-        tokens = self._without(stops, hashes)
+        tokens = self._without(stops, hash_counters(token_keys_T, positions_T.astype(np.uint64)))
         if reason is FinishReason.STOP:
             tokens[-1] = stops[0]
         return Completion(
             completion_tokens=tokens,
-            behavior_logprobs=LOWEST_LOGPROB * uniforms(self._key(LOGPROBS, seed, versions), positions),
+            behavior_logprobs=LOWEST_LOGPROB * uniforms(logprob_keys_T, positions_T),
             spans=spans,
             finish_reason=reason,
         )
@@ -229,14 +240,11 @@ class ScriptedEngine:
 
     def _chance(self, purpose: int, number: int) -> float:
         """Uniform in [0, 1)."""
-        return float(uniforms(self._key(purpose), np.array([number]))[0])
+        return uniform(self._key(purpose), number)
 
-    def _key(self, purpose: int, *keys: int | UInt64) -> UInt64:
-        """Fold the script's seed, a purpose and further keys into seeds."""
-        key = np.array([self._options.seed], np.uint64)
-        for part in (purpose, *keys):
-            key = hash_counters(key, np.atleast_1d(np.asarray(part, np.uint64)))
-        return key
+    def _key(self, *parts: int) -> int:
+        """Fold the script's seed, a purpose and further keys into a seed."""
+        return functools.reduce(hash_counter, parts, self._options.seed)
 
 
 def _answer(future: asyncio.Future[T], result: T) -> None:

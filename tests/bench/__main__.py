@@ -17,8 +17,9 @@ from tests.bench.harness import Result, Row, run_contest, to_json
 
 MACHINERY = (
     "__main__", "harness", "links", "memory", "meter", "peers_groups", "peers_own", "peers_trl", "side",
-    "sleeping_learner",
+    "regime_run", "regime_trace", "sleeping_learner",
 )  # fmt: skip
+BOUNDS = {"higher": ">=", "lower": "<=", "near": "1 +-"}
 HEADINGS = ("row", "control", "median", "worst", "target", "verdict")
 LAYOUT = "{:<28} {:<38} {:>9} {:>9} {:>9}  {}"
 
@@ -32,7 +33,7 @@ def discover() -> list[Row]:
 
 def print_result(result: Result) -> None:
     numbers = ["-" if x is None else f"{x:.3g}" for x in (result.ratio, result.worst)]
-    bound = f"{'>=' if result.sense == 'higher' else '<='} {result.target:g}"
+    bound = f"{BOUNDS[result.sense]} {result.target:g}"
     print(LAYOUT.format(result.name, result.control, *numbers, bound, result.verdict.upper()))
     if result.reason:
         print(f"    {result.reason}")

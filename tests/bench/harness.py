@@ -28,7 +28,8 @@ one called "cpu_s" is what the side itself counted of CPU seconds, without its s
 A side that raises Skip("reason") skips the row; any other exception (a failed assert is a good one: that decoded
 arrays are views, that no bound was broken) is a miss, with its last line as the reason. Sides are module-level
 functions of the module that lists the row, or instances of its classes. `quick` asks for less work of the same kind.
-A side that measures CPU seconds rather than wall seconds (`cpu_clock()`, children included) says so in `unit`.
+A side that measures CPU seconds rather than wall seconds (`cpu_clock()`, children included) says so in `unit`. A side
+that draws something takes `round_number()` as its seed, so that all sides of a round are given the same.
 """
 
 from __future__ import annotations
@@ -47,6 +48,7 @@ from typing import Any, Literal
 ROUNDS = 5
 QUICK_ROUNDS = 3
 SIDE_TIMEOUT_S = 300.0
+ROUND_VARIABLE = "HEADWAY_BENCH_ROUND"
 ROOT = Path(__file__).parents[2]
 
 
@@ -72,7 +74,8 @@ class Row:
     baseline: Side
     ratio: Literal["ours/baseline", "baseline/ours"]
     target: float
-    sense: Literal["higher", "lower"] = "higher"
+    sense: Literal["higher", "lower", "near"] = "higher"
+    """near: the target is how far the ratio may be from 1."""
     unit: str = ""
     """Of both sides' figures, for the reader."""
     figure: str = "figure"
@@ -82,6 +85,7 @@ class Row:
     rounds: int = ROUNDS
     """Fewer for figures that hardly vary (memory), and for sides that take minutes. A contest takes the most of its
     rows'."""
+    quick_rounds: int = QUICK_ROUNDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,6 +115,11 @@ class Result:
     loadavg: float = 0.0
 
 
+def round_number() -> int:
+    """Which round this side is of, from 0."""
+    return int(os.environ.get(ROUND_VARIABLE, "0"))
+
+
 def cpu_clock() -> float:
     """CPU seconds used so far by this process and its finished children."""
     used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
@@ -132,10 +141,11 @@ def run_contest(rows: Sequence[Row], *, quick: bool) -> list[Result]:
     answers: dict[SideKey, list[Answer]] = {side: [] for side in places}
     going = list(rows)
     rounds = max(row.rounds for row in rows)
-    for number in range(min(rounds, QUICK_ROUNDS) if quick else rounds):
+    quick_rounds = min(row.quick_rounds for row in rows)
+    for number in range(min(rounds, quick_rounds) if quick else rounds):
         for side in places if number % 2 == 0 else reversed(places):
             if any(side in _sides(row) for row in going):
-                answers[side].append(_run_side(*places[side], quick=quick))
+                answers[side].append(_run_side(*places[side], quick=quick, number=number))
                 if "figure" not in answers[side][-1]:
                     going = [row for row in going if side not in _sides(row)]
     return [_judge(row, *(answers[side] for side in _sides(row))) for row in rows]
@@ -152,15 +162,16 @@ def _judge(row: Row, ours: list[Answer], baseline: list[Answer]) -> Result:
     pairs = list(zip(ours, baseline, strict=True))
     ratios = [_ratio(row, a["figure"][row.figure], b["figure"][row.figure]) for a, b in pairs]
     median = statistics.median(ratios)
-    passed = median >= row.target if row.sense == "higher" else median <= row.target
+    bad = {"higher": min, "lower": max, "near": lambda many: max(many, key=lambda one: abs(one - 1))}
+    passed = {"higher": median >= row.target, "lower": median <= row.target, "near": abs(median - 1) <= row.target}
     return Result(
         name=row.name,
         control=row.control,
         ratio=median,
-        worst=min(ratios) if row.sense == "higher" else max(ratios),
+        worst=bad[row.sense](ratios),
         target=row.target,
         sense=row.sense,
-        verdict="pass" if passed else "miss",
+        verdict="pass" if passed[row.sense] else "miss",
         ours=statistics.median(a["figure"][row.figure] for a in ours),
         baseline=statistics.median(b["figure"][row.figure] for b in baseline),
         unit=row.unit,
@@ -191,11 +202,11 @@ def _without_figures(row: Row, answer: Answer) -> Result:
     )
 
 
-def _run_side(row: Row, side: str, *, quick: bool) -> Answer:
+def _run_side(row: Row, side: str, *, quick: bool, number: int) -> Answer:
     """Run one side in a fresh process."""
     module = row.ours.__module__
     command = [sys.executable, "-m", "tests.bench.side", module, row.name, side, *(["--quick"] if quick else [])]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", ROUND_VARIABLE: str(number)}
     try:
         done = subprocess.run(
             command, capture_output=True, text=True, timeout=SIDE_TIMEOUT_S, env=environment, cwd=ROOT

@@ -109,7 +109,7 @@ def run_processes(max_staleness: int, *, quick: bool) -> Outcome:
                 "max_completion_length": MAX_LENGTH, "max_staleness": max_staleness, "max_steps": num_steps(quick),
                 "filter_zero_std": False,
             }  # fmt: skip
-            module = ["tests.bench.sleeping_learner", str(generation_seconds(quick))]
+            module = ["tests.bench.sleeping_learner", str(generation_seconds(quick)), "0"]
             written = lab.write_config("learner", config)
             learner = lab.start("learner", module, written, lab.run.path / "logs" / "learner.log")
             server = lab.server(room=ROOM, scripted=SCRIPT)

@@ -1,7 +1,8 @@
-"""A learner whose training takes time but no work: `python -m tests.bench.sleeping_learner SECONDS --config FILE`.
+"""A learner whose training takes time but no work: `python -m tests.bench.sleeping_learner STEP_S TOKEN_S --config F`.
 
-Everything is the shipped learner; `forward_backward` alone sleeps, and leaves gradients of zero behind. The model is a
-tiny random one, made here: a process that only starts others need not load torch.
+Everything is the shipped learner; `forward_backward` alone sleeps, STEP_S a batch and TOKEN_S for each of its tokens,
+and leaves gradients of zero behind. The model is a tiny random one, made here: a process that only starts others need
+not load torch.
 """
 
 from __future__ import annotations
@@ -24,25 +25,26 @@ from tests.models import build_tiny_model
 PROG = "sleeping-learner"
 
 
-def make_sleeping(seconds: float) -> Callable[..., Trainer]:
-    """Return a Trainer whose forward and backward pass takes so many seconds, whatever the batch."""
+def make_sleeping(step_s: float, token_s: float) -> Callable[..., Trainer]:
+    """Return a Trainer whose forward and backward pass takes so many seconds a batch, and so many more a token."""
 
     class SleepingTrainer(Trainer):
         def forward_backward(self, batch: Batch) -> StepResult:
-            time.sleep(seconds)
+            tokens = sum(train.group.completion_tokens.size for train in batch.groups)
+            time.sleep(step_s + token_s * tokens)
             for parameter in self._parameters.values():
                 parameter.grad = torch.zeros_like(parameter)
             self._gradient_norm = torch.ones(())
-            return StepResult(finite=True, loss_tokens=sum(g.group.completion_tokens.size for g in batch.groups))
+            return StepResult(finite=True, loss_tokens=tokens)
 
     return SleepingTrainer
 
 
 def main() -> int:
-    seconds, *argv = sys.argv[1:]
+    step_s, token_s, *argv = sys.argv[1:]
     config = load_settings(LearnerConfig, argv, prog=PROG)
     build_tiny_model(Path(config.model))
-    return run(config, make_sleeping(float(seconds)))
+    return run(config, make_sleeping(float(step_s), float(token_s)))
 
 
 if __name__ == "__main__":

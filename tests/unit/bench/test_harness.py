@@ -22,6 +22,10 @@ def own_process(quick: bool) -> float:
     return float(os.getpid())
 
 
+def this_round(quick: bool) -> float:
+    return float(harness.round_number() + 1)
+
+
 def figures(quick: bool) -> dict[str, float]:
     return {"pid": float(os.getpid()), "two": 2.0, "cpu_s": 7.0}
 
@@ -48,6 +52,11 @@ ROWS = [
     row(name="lower", sense="lower", target=1.4),
     row(name="pid", ours=own_process, baseline=own_process, target=0.0),
     row(name="once", rounds=1),
+    row(name="near", ours=this_round, baseline=this_round, sense="near", target=0.0),
+    row(name="above", sense="near", target=0.4),
+    row(name="below", ratio="baseline/ours", sense="near", target=0.3),
+    row(name="off", ratio="baseline/ours", sense="near", target=0.34),
+    row(name="drawn", ours=this_round, baseline=three, target=0.0),
     row(name="skipped", baseline=skipped),
     row(name="broken", ours=broken),
     row(name="named", ours=figures, baseline=figures, figure="two", target=0.9, contest="shared"),
@@ -101,7 +110,7 @@ def test_a_side_may_name_several_figures_and_count_its_own_cpu_seconds():
 
 def test_rows_of_a_contest_share_their_runs(monkeypatch):
     ran = []
-    monkeypatch.setattr(harness, "_run_side", lambda row, side, *, quick: ran.append(side) or {"failed": side})
+    monkeypatch.setattr(harness, "_run_side", lambda row, side, *, quick, number: ran.append(side) or {"failed": side})
     results = contest()
     assert ran == ["ours"]
     assert [result.reason for result in results] == ["ours"] * 3
@@ -128,3 +137,13 @@ def test_an_unknown_row_is_named(capsys):
     with pytest.raises(SystemExit):
         main(["--only", "nonsense"])
     assert "no row named nonsense; there are " in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("name", "verdict"), [("near", "pass"), ("above", "miss"), ("below", "miss"), ("off", "pass")])
+def test_a_ratio_that_should_be_near_1_may_miss_on_either_side(name: str, verdict: str):
+    assert result_of(name).verdict == verdict
+
+
+def test_a_side_knows_which_round_it_is_of():
+    result = result_of("drawn")
+    assert (result.ours, result.worst) == (2.0, 1 / 3)

@@ -323,3 +323,18 @@ def test_what_a_server_says_of_versions_that_do_not_count_is_not_measured():
     say(desk, server, live(5, mismatch_kl=1.0, mismatch=1.0))
     assert server.live is None
     assert desk.coordinator.weights.metrics() == {}
+
+
+def test_how_long_a_version_takes_to_a_server_counts_from_the_step_to_the_first():
+    desk = trained_desk(policy_version=4)
+    north, south = desk.join("north", live=1), desk.join("south", live=1)
+    for made in (2, 3, 4):
+        desk.coordinator.weights.made(made)
+        desk.clock.now_s += 1.0
+    say(desk, north, live(3))
+    assert desk.coordinator.weights.metrics()["weights/live_s"] == 2.0
+    desk.clock.now_s += 4.0
+    say(desk, south, live(3))  # not the first
+    assert desk.coordinator.weights.metrics()["weights/live_s"] == 2.0
+    say(desk, south, live(4))
+    assert desk.coordinator.weights.metrics()["weights/live_s"] == 5.0

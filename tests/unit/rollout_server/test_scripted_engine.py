@@ -402,3 +402,20 @@ def test_a_group_that_the_trace_lacks_fails(tmp_path: Path, wrong: dict[str, int
 def test_lengths_are_drawn_or_played_not_both(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"length_sigma 0\.8 with lengths .*leave one of them out"):
         ScriptedOptions(lengths=tmp_path / "a.lengths", length_sigma=0.8)
+
+
+def test_a_timer_that_comes_early_is_not_set_again_for_the_same_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    async def case() -> int:
+        loop, set_at = asyncio.get_running_loop(), []
+
+        def call_early(when: float, callback: Any, *args: Any) -> asyncio.TimerHandle:
+            set_at.append(when)
+            return asyncio.SelectorEventLoop.call_at(loop, when - 0.0004, callback, *args)  # as uvloop does
+
+        engine = await started(room=8, token_s=0.01, length_sigma=0.5)
+        monkeypatch.setattr(loop, "call_at", call_early)
+        await engine.generate(request(generations=8, length=40, stops=True))
+        monkeypatch.undo()
+        return len(set_at)
+
+    assert run_virtual(case()) <= 9  # one for each end, and the first

@@ -1,0 +1,159 @@
+"""What running ahead buys where lengths have tails: speed over synchronous, idle time, and what the simulator foretold.
+
+A server process and a learner process, shipped loops and real sockets; only engine time and `forward_backward` are
+slept (regime_run.py). All modes of a round play the same lengths, each round those of another seed:
+
+    A  p99 / p50 = 10, cut at p99, 85 seats    B  the same, cut at 20 medians, 64 seats    C  p99 / p50 = 1.1, 85 seats
+
+In every run training takes as long as generation with all seats taken, and weights are live 2 % of a step after it at
+most; a run of which that is not so, that breaks the bound, loses a group, or is the synchronous one and 5 % off its own
+simulation, is void: every row that needs it misses and says so. The whole takes about an hour: A 35 minutes, B and C
+15 and 13.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tests.bench.harness import Figures, Row, round_number
+from tests.bench.regime_trace import SEEDS, A, B, C, Regime
+
+MOST_OFF = 0.05
+"""Of a measured step from the simulated one."""
+LIVE = 0.02
+"""Of a step, until weights are live in a simulated run: the most that a measured one may take."""
+
+
+@dataclass(frozen=True, slots=True)
+class Measured:
+    """A run of both processes."""
+
+    regime: Regime
+    max_staleness: int
+    __module__ = __name__
+
+    def __call__(self, quick: bool) -> Figures:
+        from tests.bench.regime_run import predict_step_s, run_regime
+
+        outcome = run_regime(self.regime, round_number(), self.max_staleness, quick=quick)
+        if self.max_staleness == 0:
+            predicted_s = predict_step_s(self.regime, round_number(), 0, live_s=outcome.live_s, quick=quick)
+            off = outcome.step_s / predicted_s - 1
+            assert abs(off) <= MOST_OFF, f"void: the synchronous run took {off:+.1%} of what is simulated"
+        return {"step_s": outcome.step_s, "idle": outcome.idle_s / outcome.step_s}
+
+
+@dataclass(frozen=True, slots=True)
+class Predicted:
+    """The same run, simulated."""
+
+    regime: Regime
+    max_staleness: int
+    __module__ = __name__
+
+    def __call__(self, quick: bool) -> Figures:
+        from tests.bench.regime_run import predict_step_s
+        from tests.bench.regime_trace import STEP_S
+
+        live_s = LIVE * STEP_S
+        return {"step_s": predict_step_s(self.regime, round_number(), self.max_staleness, live_s=live_s, quick=quick)}
+
+
+@dataclass(frozen=True, slots=True)
+class Roofline:
+    """max(all training, all tokens at full seats): the two take equally long."""
+
+    regime: Regime
+    __module__ = __name__
+
+    def __call__(self, quick: bool) -> Figures:
+        from tests.bench.regime_run import num_steps
+        from tests.bench.regime_trace import Speeds, step_tokens
+
+        trace = self.regime.trace(round_number())
+        step_s = step_tokens(trace, num_steps(quick)) * Speeds.of(self.regime, trace).train_token_s
+        return {"step_s": step_s, "idle": 1.0}
+
+
+MODES = {(regime, depth): Measured(regime, depth) for regime in (A, B, C) for depth in range(5)}
+ROOFLINES = {regime: Roofline(regime) for regime in (A, B, C)}
+
+
+def speed_row(regime: Regime, depth: int, target: float) -> Row:
+    return Row(
+        name=f"regime_{regime.name}_speed_{depth}",
+        control="max_staleness 0, same lengths",
+        ours=MODES[regime, depth],
+        baseline=MODES[regime, 0],
+        ratio="baseline/ours",
+        target=target,
+        unit="s a step",
+        figure="step_s",
+        contest=f"regime_{regime.name}",
+        rounds=SEEDS,
+        quick_rounds=1,
+    )
+
+
+def prediction_row(regime: Regime, depth: int) -> Row:
+    return Row(
+        name=f"regime_{regime.name}_prediction_{depth}",
+        control="headway-learner simulate",
+        ours=MODES[regime, depth],
+        baseline=Predicted(regime, depth),
+        ratio="ours/baseline",
+        target=MOST_OFF,
+        sense="near",
+        unit="s a step",
+        figure="step_s",
+        contest=f"regime_{regime.name}",
+        rounds=SEEDS,
+        quick_rounds=1,
+    )
+
+
+def roofline_row(regime: Regime, target: float, *, slowdown: bool) -> Row:
+    """Compare with the roofline: as a share of its speed, or as a multiple of its time."""
+    return Row(
+        name=f"regime_{regime.name}_roofline",
+        control="max(generation, training)",
+        ours=MODES[regime, 4],
+        baseline=ROOFLINES[regime],
+        ratio="ours/baseline" if slowdown else "baseline/ours",
+        target=target,
+        sense="lower" if slowdown else "higher",
+        unit="s a step",
+        figure="step_s",
+        contest=f"regime_{regime.name}",
+        rounds=SEEDS,
+        quick_rounds=1,
+    )
+
+
+def idle_row(regime: Regime, target: float) -> Row:
+    return Row(
+        name=f"regime_{regime.name}_idle",
+        control="all of the time, max_staleness 4",
+        ours=MODES[regime, 4],
+        baseline=ROOFLINES[regime],
+        ratio="ours/baseline",
+        target=target,
+        sense="lower",
+        unit="of the time",
+        figure="idle",
+        contest=f"regime_{regime.name}",
+        rounds=SEEDS,
+        quick_rounds=1,
+    )
+
+
+ROWS = [
+    *(speed_row(A, depth, target) for depth, target in ((1, 1.6), (2, 2.1), (3, 2.45), (4, 2.55))),
+    *(prediction_row(A, depth) for depth in (1, 2, 3, 4)),
+    roofline_row(A, 0.92, slowdown=False),
+    idle_row(A, 0.03),
+    speed_row(B, 4, 2.5),
+    idle_row(B, 0.05),
+    roofline_row(C, 1.05, slowdown=True),
+    speed_row(C, 4, 1.9),
+]
