@@ -77,7 +77,8 @@ def dispatch(argv: Sequence[str]) -> int:
 
         return keygen(rest, prog=f"{PROG} keygen", side="learner")
     raise ConfigError(
-        f"unknown command {command!r}: allowed are train, demo, knob, simulate, replay, weights, trace, bench and keygen"
+        f"unknown command {command!r}: allowed are train, demo, knob, simulate, replay, weights, trace, bench and"
+        " keygen"
     )
 
 

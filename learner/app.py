@@ -37,6 +37,7 @@ from learner.knobs.socket import knob_socket
 from learner.leases import RunIdentity
 from learner.ledger import Ledger
 from learner.monitor import Monitor
+from learner.opening import critic_notice, frozen_fingerprint, opening_line
 from learner.prompts import PromptRow, Prompts, open_prompts, stop_token_ids
 from learner.publish import Publisher
 from learner.recorder import Recorder, StepTimer, eval_points
@@ -247,20 +248,7 @@ class Learner:
         arrivals.restore(start.restored)
         archive = WeightsArchive(directory.weights_dir, config.keep_versions)
         coordinator.weights.live_reported = lambda server, live: live_reported(coordinator, archive, server, live)
-        staging = config.staging_dir or default_staging_directory()
-        clean_staging(staging)
-        publisher = Publisher(
-            trainer,
-            server,
-            DeltaChain(server, coordinator.weights.links, config.delta_weights, keep=config.keep_versions > 0),
-            archive,
-            directory=staging,
-            algorithm="xxh3_128" if is_local(config.bind) else "blake3",
-            bulk_address=announced_address(server.address),
-            announce=coordinator.weights.announce,
-            tasks=tasks,
-            waits=self.waits,
-        )
+        publisher = self._publisher(loaded.trainer, coordinator, server, archive, tasks)
         publisher.told = lambda row: note_publish(coordinator, row)
         recorder = make_recorder(directory, trainer, coordinator, journal, stats, self.lag, loaded.checkpoint)
         recorder.published = lambda: publisher.published
@@ -280,6 +268,27 @@ class Learner:
             publisher=publisher, recorder=recorder, monitor=monitor, waits=self.waits, lag=self.lag,
             compute=self.compute, screen=self.screen, keep_alive=self.keep_alive,
         )  # fmt: skip
+
+    def _publisher(
+        self, trainer: Trainer, coordinator: Coordinator, server: WeightsServer, archive: WeightsArchive,
+        tasks: asyncio.TaskGroup,
+    ) -> Publisher:  # fmt: skip
+        """Clean the staging directory of who has died, and make what publishes into it."""
+        config = self.config
+        staging = config.staging_dir or default_staging_directory()
+        clean_staging(staging)
+        return Publisher(
+            trainer,
+            server,
+            DeltaChain(server, coordinator.weights.links, config.delta_weights, keep=config.keep_versions > 0),
+            archive,
+            directory=staging,
+            algorithm="xxh3_128" if is_local(config.bind) else "blake3",
+            bulk_address=announced_address(server.address),
+            announce=coordinator.weights.announce,
+            tasks=tasks,
+            waits=self.waits,
+        )
 
     def _open_knobs(self, stack: contextlib.AsyncExitStack) -> socket.socket | None:
         """Open the socket of the knob command; a run directory that can have none is no reason not to train."""
@@ -327,35 +336,6 @@ def load_trainer(config: LearnerConfig, *, checkpoint: Path | None) -> Trainer:
     from learner.trainer import Trainer
 
     return Trainer(config, checkpoint=checkpoint)
-
-
-def critic_notice(config: LearnerConfig, checkpoint: Path | None) -> str:
-    """What is said where a critic begins in the middle of a run; else empty."""
-    if not config.has_critic:
-        return ""
-    from learner.critic import beginning
-
-    return beginning(checkpoint)
-
-
-def frozen_fingerprint(config: LearnerConfig, trainer: Trainer, checkpoint: Path | None) -> dict[str, str]:
-    """Digest what the run needs of config.model beside a checkpoint: an adapter's base, or the reference."""
-    from learner.reference import reference_digest
-
-    digest = trainer.adapter.base_digest if trainer.adapter else reference_digest(config, checkpoint)
-    return {"model": digest} if digest else {}
-
-
-def opening_line(config: LearnerConfig, checkpoint: Checkpoint | None) -> str:
-    """What the run says first."""
-    where = f"resuming from step {checkpoint.policy_version}" if checkpoint else "starting"
-    bounds = config.granted_bounds
-    lowered = " (lowered: buffer_bytes holds no more)" if bounds.steps_ahead < config.bounds.steps_ahead else ""
-    order = "late groups dropped" if config.staleness_policy == "drop" else f"window {bounds.reorder_window}"
-    return (
-        f"{config.run_dir}: {where}; max_staleness {bounds.max_staleness}, rollouts at most {bounds.steps_ahead} steps"
-        f" ahead{lowered}, {order}, {bounds.slots_total} slots"
-    )
 
 
 def all_rows(prompts: Prompts) -> list[PromptRow | None]:

@@ -215,7 +215,7 @@ class ScriptedEngine:
         counts, seed = [count for _, count in spans], sample_seed(request.seed, index)
         codes_K = np.array([version.incarnation << 32 | version.policy_version for version, _ in spans], np.uint64)
         token_keys_T, logprob_keys_T = (
-            np.repeat(hash_counters(np.uint64(self._key(purpose, seed)), codes_K), counts)
+            np.repeat(hash_counters(np.array([self._key(purpose, seed)], np.uint64), codes_K), counts)
             for purpose in (TOKENS, LOGPROBS)
         )
         positions_T = np.arange(token_keys_T.size)
