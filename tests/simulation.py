@@ -426,15 +426,16 @@ class Simulation:
                 self.begin_server(tasks)
 
     async def turn_knob(self) -> bool:
-        """Turn any of them to anything that it may be; False where no learner is there to do it."""
+        """Turn one after another to what it is not, of all that it may be; False where no learner is there to do it."""
         if self.run is None or self._life.over:
             return False
         run, knobs = self.run, self.run.coordinator.knobs
-        knob = self.dice.choice(list(Knob))
+        knob = list(Knob)[self.witness["turn knob"] % len(Knob)]
         allowed = knobs.ranges[knob]
         value: float = self.dice.uniform(1e-6, 1e-3)
         if knob is Knob.DEPTH:
-            value = self.dice.randint(int(allowed.lowest), int(allowed.highest))
+            depths = range(int(allowed.lowest), int(allowed.highest) + 1)
+            value = self.dice.choice([depth for depth in depths if depth != knobs.depth] or [knobs.depth])
         elif knob is Knob.CONCURRENCY:
             value = self.dice.choice((0, int(allowed.lowest), int(allowed.lowest) + 3))
         try:
