@@ -17,6 +17,7 @@ commands:
   demo    train a small model on this machine: writes two configurations, starts a server and a learner
   knob    show the live knobs of a running learner, or turn one: knob RUN_DIR [NAME VALUE]
   simulate predict step time, idle time and staleness: simulate [RUN_DIR] [flags]
+  tune    forecast every setting in question, name the knee and the side to grow: tune [RUN_DIR] [flags]
   replay  train again what a run has trained, and compare; or find where two runs part: replay RUN_DIR
   weights list the versions that a run has published, verify or restore them: weights RUN_DIR
   trace   draw where the time of a run went, for ui.perfetto.dev: trace RUN_DIR --output trace.json
@@ -54,6 +55,10 @@ def dispatch(argv: Sequence[str]) -> int:
         from learner.tuning.command import simulate_command
 
         return simulate_command(rest, prog=f"{PROG} simulate")
+    if command == "tune":
+        from learner.tuning.tune_command import tune_command
+
+        return tune_command(rest, prog=f"{PROG} tune")
     if command == "weights":
         from learner.weights_archive.command import weights
 
@@ -77,8 +82,8 @@ def dispatch(argv: Sequence[str]) -> int:
 
         return keygen(rest, prog=f"{PROG} keygen", side="learner")
     raise ConfigError(
-        f"unknown command {command!r}: allowed are train, demo, knob, simulate, replay, weights, trace, bench and"
-        " keygen"
+        f"unknown command {command!r}: allowed are train, demo, knob, simulate, tune, replay, weights, trace, bench"
+        " and keygen"
     )
 
 

@@ -38,8 +38,10 @@ class Forecast:
     """Share of the seat-seconds that nobody took."""
     rollout_paused: float
     """Share of the time in which a server stood still for new weights (its seats stay taken)."""
-    roofline_s: float
-    """Seconds a step: the longer of all training and all tokens at full seats, prefills included."""
+    training_s: float
+    """Seconds a step of training."""
+    generation_s: float
+    """Seconds a step that the servers need for the trained tokens with all seats taken, prefills included."""
     staleness_mean: float
     """Over tokens."""
     staleness_group_mean: float
@@ -59,13 +61,18 @@ class Forecast:
     """Virtual seconds of the whole run."""
 
     @property
+    def roofline_s(self) -> float:
+        """Seconds a step: the longer of all training and all tokens at full seats."""
+        return max(self.training_s, self.generation_s)
+
+    @property
     def roofline(self) -> float:
         """Share of the roofline reached."""
         return self.roofline_s / self.step_s
 
     def as_dict(self) -> dict[str, Any]:
         """For JSON."""
-        return asdict(self) | {"roofline": self.roofline}
+        return asdict(self) | {"roofline_s": self.roofline_s, "roofline": self.roofline}
 
 
 def reduce_steps(
@@ -111,7 +118,8 @@ def reduce_steps(
         learner_idle=sum(step.waited_s for step in steps) / elapsed_s,
         rollout_idle=1.0 - seat_s / (seats * elapsed_s),
         rollout_paused=paused_s / (servers * elapsed_s),
-        roofline_s=max(sum(step.trained_s for step in steps), full_seats_s) / len(steps),
+        training_s=sum(step.trained_s for step in steps) / len(steps),
+        generation_s=full_seats_s / len(steps),
         staleness_mean=sum(age * count for age, count in by_staleness.items()) / tokens,
         staleness_group_mean=sum(ages) / len(ages),
         staleness_max=max(ages),

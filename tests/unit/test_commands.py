@@ -58,7 +58,7 @@ def test_help_is_quick_and_loads_nothing_heavy(argv: list[str]) -> None:
         (["learner", "train", "--max-stalenes", "2"],
          "headway-learner: error: unknown flag --max-stalenes; did you mean --max-staleness?"),
         (["learner", "trian"],
-         "headway-learner: error: unknown command 'trian': allowed are train, demo, knob, simulate, replay, weights,"),
+         "headway-learner: error: unknown command 'trian': allowed are train, demo, knob, simulate, tune, replay,"),
         (["learner", "bench"],
          "headway-learner: error: unknown bench '': the one there is is headway-learner bench ppo-vs-grpo [--quick]"),
         (["learner", "bench", "ppo"], "headway-learner: error: unknown bench 'ppo': the one there is is"),
