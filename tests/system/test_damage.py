@@ -80,7 +80,7 @@ def test_a_task_without_reward_differences_stops_with_one_line(lab: Lab) -> None
     assert "Traceback" not in learner.text()
     trained = lab.run.step()
     assert newest == f"step-{trained:06d}"
-    assert 2 <= trained <= 5
+    assert 2 <= trained <= 20, "each with one of the groups that differ, at least: past the refill cap steps are short"
     filtered = [event for event in lab.run.events("group_filtered") if event["reason"] == "all rewards are 1"]
     assert len(filtered) >= 2 * 2 * 4, "twice the refill cap of a step"
     assert not (lab.run.path / "summary.json").exists()
