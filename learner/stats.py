@@ -123,7 +123,8 @@ class ServerMeter:
     def read(self, servers: Sequence[ServerView], interval_s: float) -> Row:
         """Reduce over servers, each by its own clock; NaN where none has reported since the last reading.
 
-        `rollout/kv_usage` is the fullest cache now; all others are of the time since then.
+        `rollout/servers`, `rollout/room` (samples that all of them decode at once) and `rollout/kv_usage` (of the
+        fullest cache) are of now; all others are of the time since then.
 
         A restarted server counts from its start. One that is seen for the first time and is older than the
         interval (it waited for this run) only sets its baseline.
@@ -158,6 +159,7 @@ class ServerMeter:
             restarts += now.engine_restarts - before.engine_restarts
         return {
             "rollout/servers": len(servers),
+            "rollout/room": sum(server.room for server in servers),
             "rollout/observed_s": observed_s,
             "rollout/idle_ratio": _ratio(idle_s, observed_s),
             "rollout/paused_ratio": _ratio(paused_s, observed_s),

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from typing import Literal, TypeVar
 
 import msgspec
 from pydantic import Field, model_validator
@@ -19,6 +19,8 @@ from learner.tuning.trace import lognormal_trace
 from learner.tuning.workload import Costs, Dial, Workload
 from protocol.length_trace import LengthTrace, read_length_trace, write_length_trace
 from protocol.settings import is_set, load_settings
+
+C = TypeVar("C", bound="SimulateCommand")
 
 MOST_GROUPS_DRAWN = 1 << 16
 """After so many groups the first come again."""
@@ -139,24 +141,12 @@ def simulate_command(argv: Sequence[str], *, prog: str) -> int:
     Raises:
         ConfigError: A wrong flag, a dial that cannot progress, a run directory with too little in it.
     """
-    run_dir, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
-    command = load_settings(SimulateCommand, flags, prog=f"{prog} [RUN_DIR]")
-    if run_dir:
-        recording = recorded(Path(run_dir), room=command.room)
-        given = {key: getattr(command, key) for key in command.model_fields_set}
-        command = SimulateCommand.model_validate(recording.words | given)
-        lengths = recording.lengths if command.trace is None else command.lengths()
-    else:
-        lengths = command.lengths()
+    command, workload = read_command(SimulateCommand, argv, prog=prog)
     if command.write_trace is not None:
-        write_length_trace(command.write_trace, lengths)
-        print(f"{command.write_trace}: {lengths.lengths.shape[0]} groups of {lengths.lengths.shape[1]} lengths")
+        write_length_trace(command.write_trace, workload.trace)
+        num_groups, num_generations = workload.trace.lengths.shape
+        print(f"{command.write_trace}: {num_groups} groups of {num_generations} lengths")
         return 0
-    workload = Workload(
-        trace=lengths, costs=command.costs, servers=command.servers, room=command.room,
-        group_events=command.events == "group",
-    )  # fmt: skip
-    logging.getLogger("learner").setLevel(logging.ERROR)  # its notices are of the simulated run
     forecast = simulate(workload, command.dial, steps=command.steps, warmup_steps=command.warmup_steps)
     synchronous = None
     if command.compare:
@@ -168,6 +158,31 @@ def simulate_command(argv: Sequence[str], *, prog: str) -> int:
     else:
         print(table(forecast, synchronous))
     return int(bool(forecast.violations or forecast.unaccounted))
+
+
+def read_command(kind: type[C], argv: Sequence[str], *, prog: str) -> tuple[C, Workload]:
+    """Read a command, and what it simulates.
+
+    Args:
+        kind: of the command.
+        argv: an optional RUN_DIR, then flags, which take the place of what the run was like.
+        prog: for --help.
+
+    Raises:
+        ConfigError: A wrong flag, a dial that cannot progress, a run directory with too little in it.
+    """
+    run_dir, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
+    command = load_settings(kind, flags, prog=f"{prog} [RUN_DIR]")
+    recording = recorded(Path(run_dir)) if run_dir else None
+    if recording is not None:
+        given = {key: getattr(command, key) for key in command.model_fields_set}
+        command = kind.model_validate(recording.words | given)
+    lengths = command.lengths() if recording is None or command.trace is not None else recording.lengths
+    logging.getLogger("learner").setLevel(logging.ERROR)  # its notices are of the simulated run
+    return command, Workload(
+        trace=lengths, costs=command.costs, servers=command.servers, room=command.room,
+        group_events=command.events == "group",
+    )  # fmt: skip
 
 
 def table(forecast: Forecast, synchronous: Forecast | None = None) -> str:

@@ -31,12 +31,8 @@ class Recording:
     """Of SimulateCommand: those that follow from the run."""
 
 
-def recorded(run_dir: Path, *, room: int) -> Recording:
-    """Read a run.
-
-    Args:
-        run_dir: has config.json, metrics.jsonl and journal/ in it.
-        room: seats of each of its servers; metrics have shares of it only.
+def recorded(run_dir: Path) -> Recording:
+    """Read a run that has config.json, metrics.jsonl and journal/ in it.
 
     Raises:
         ConfigError: it is no run directory, or too short a run.
@@ -49,7 +45,7 @@ def recorded(run_dir: Path, *, room: int) -> Recording:
     rows = [row for row in map(msgspec.json.decode, lines) if not row["skipped"]]
     if len(rows) < LEAST_STEPS:
         raise ConfigError(f"{run_dir} has {len(rows)} trained steps: costs need at least {LEAST_STEPS}; train on")
-    return Recording(_lengths(run_dir, config), _costs(rows, room) | {key: config[key] for key in DIAL})
+    return Recording(_lengths(run_dir, config), _costs(rows) | {key: config[key] for key in DIAL})
 
 
 def _lengths(run_dir: Path, config: dict[str, Any]) -> LengthTrace:
@@ -65,17 +61,20 @@ def _lengths(run_dir: Path, config: dict[str, Any]) -> LengthTrace:
     return LengthTrace(config["seed"], lengths, {"recorded_groups": float(len(groups))})
 
 
-def _costs(rows: list[dict[str, Any]], room: int) -> dict[str, Any]:
+def _costs(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """Fit training and decoding; medians of the rest."""
     tokens = np.array([row["step_tokens"] for row in rows], np.float64)
     seconds = np.array([row["perf/fwd_bwd_s"] + row["perf/optimizer_s"] for row in rows], np.float64)
     token_s, step_s = fit_line(tokens, seconds)
-    seen = [row for row in rows if row["rollout/observed_s"] and row["rollout/generation_tok_s"]]
+    seen = [
+        row for row in rows if row["rollout/observed_s"] and row["rollout/generation_tok_s"] and row["rollout/room"]
+    ]
     if not seen:
         raise ConfigError(
             "no server's heartbeat fell into a step: record a run with longer steps, or a shorter heartbeat_s"
         )
     servers = max(row["rollout/servers"] for row in seen)
+    room = round(median(row["rollout/room"] / row["rollout/servers"] for row in seen))
     share = np.array([row["rollout/occupancy"] for row in seen], np.float64)
     busy = np.array([1 - row["rollout/idle_ratio"] - row["rollout/paused_ratio"] for row in seen], np.float64)
     rate = np.array([row["rollout/generation_tok_s"] for row in seen], np.float64) / servers

@@ -2,19 +2,15 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import msgspec
-from pydantic import Field
+from pydantic import Field, model_validator
 
-from learner.tuning.command import SimulateCommand
+from learner.tuning.command import SimulateCommand, read_command
 from learner.tuning.planner import Candidate, Plan, plan, read_vary
-from learner.tuning.recorded import recorded
-from learner.tuning.workload import Workload
-from protocol.settings import load_settings
 
 BAR = 24
 """Characters of the longest bar."""
@@ -30,6 +26,13 @@ class TuneCommand(SimulateCommand):
     plot: Path | None = None
     """Draw trained tokens/s over mean staleness into this PNG."""
 
+    @model_validator(mode="after")
+    def _check_words(self) -> TuneCommand:
+        if self.compare or self.write_trace is not None:
+            word = "compare" if self.compare else "write_trace"
+            raise ValueError(f"{word} has no effect here: it is a flag of simulate; leave it out")
+        return self
+
 
 def tune_command(argv: Sequence[str], *, prog: str) -> int:
     """Run the command and return its exit code.
@@ -41,20 +44,10 @@ def tune_command(argv: Sequence[str], *, prog: str) -> int:
     Raises:
         ConfigError: a wrong flag, nothing that can progress, a run directory with too little in it.
     """
-    run_dir, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
-    command = load_settings(TuneCommand, flags, prog=f"{prog} [RUN_DIR]")
-    vary = read_vary(command.vary)
-    recording = recorded(Path(run_dir), room=command.room) if run_dir else None
-    if recording is not None:
-        given = {key: getattr(command, key) for key in command.model_fields_set}
-        command = TuneCommand.model_validate(recording.words | given)
-    lengths = recording.lengths if recording is not None and command.trace is None else command.lengths()
-    workload = Workload(
-        trace=lengths, costs=command.costs, servers=command.servers, room=command.room,
-        group_events=command.events == "group",
-    )  # fmt: skip
-    logging.getLogger("learner").setLevel(logging.ERROR)  # its notices are of the simulated runs
-    found = plan(workload, command.dial, vary, steps=command.steps, warmup_steps=command.warmup_steps)
+    command, workload = read_command(TuneCommand, argv, prog=prog)
+    found = plan(
+        workload, command.dial, read_vary(command.vary), steps=command.steps, warmup_steps=command.warmup_steps
+    )
     print(msgspec.json.encode(as_dict(found)).decode() if command.as_json else table(found))
     if command.plot is not None:
         draw(found, command.plot)

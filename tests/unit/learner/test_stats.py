@@ -255,6 +255,7 @@ def test_servers_are_averaged_and_their_speed_is_added():
         2.0,
     )
     assert row["rollout/servers"] == 2
+    assert row["rollout/room"] == server("a").room + server("b").room > 0
     assert row["rollout/idle_ratio"] == pytest.approx(0.5)
     assert row["rollout/generation_tok_s"] == pytest.approx(50.0)
 

@@ -81,6 +81,12 @@ def test_what_cannot_vary_is_refused(vary, complaint):
         read_vary([vary])
 
 
+@pytest.mark.parametrize("flags", [["--compare"], ["--write-trace", "lengths"]])
+def test_flags_of_simulate_that_would_do_nothing_are_refused(flags):
+    with pytest.raises(ConfigError, match="has no effect here: it is a flag of simulate"):
+        dispatch(["tune", *FLAGS, *flags])
+
+
 def test_the_command_prints_a_table_with_its_knee_or_json_and_draws(tmp_path: Path, capsys):
     drawn = tmp_path / "tune.png"
     assert dispatch(["tune", *FLAGS, "--vary", "max_staleness=0,2", "--plot", str(drawn)]) == 0

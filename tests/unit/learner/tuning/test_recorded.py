@@ -27,7 +27,8 @@ def record_run(path: Path, *, steps: int = 8) -> None:
         seats = 4 + step % 5
         rows.append({
             "skipped": 0, "step_tokens": 100 + 20 * step, "perf/fwd_bwd_s": 0.9 + 0.01 * (100 + 20 * step),
-            "perf/optimizer_s": 0.1, "rollout/servers": 2, "rollout/observed_s": 2.0, "rollout/idle_ratio": 0.0,
+            "perf/optimizer_s": 0.1, "rollout/servers": 2, "rollout/room": 2 * ROOM,
+            "rollout/observed_s": 2.0, "rollout/idle_ratio": 0.0,
             "rollout/paused_ratio": 0.0, "rollout/occupancy": seats / ROOM,
             "rollout/generation_tok_s": 2 * seats / (0.02 * (1 + seats / ROOM)), "weights/pause_s": 0.05,
         })  # fmt: skip
@@ -44,7 +45,7 @@ def record_run(path: Path, *, steps: int = 8) -> None:
 
 def test_costs_lengths_and_dial_are_those_of_the_run(tmp_path: Path):
     record_run(tmp_path)
-    recording = recorded(tmp_path, room=ROOM)
+    recording = recorded(tmp_path)
     assert {key: recording.words[key] for key in DIAL} == {key: CONFIG[key] for key in DIAL}
     costs = {key: recording.words[key] for key in recording.words if key not in DIAL}
     assert costs == pytest.approx(
@@ -59,7 +60,7 @@ def test_costs_lengths_and_dial_are_those_of_the_run(tmp_path: Path):
 
 def test_a_run_is_simulated_and_flags_take_the_place_of_what_it_was_like(tmp_path, capsys):
     record_run(tmp_path)
-    flags = ["--room", str(ROOM), "--steps", "4", "--warmup-steps", "1", "--as-json"]
+    flags = ["--steps", "4", "--warmup-steps", "1", "--as-json"]
     assert dispatch(["simulate", str(tmp_path), *flags]) == 0
     as_it_was = json.loads(capsys.readouterr().out)
     assert dispatch(["simulate", str(tmp_path), *flags, "--train-step-s", "9"]) == 0
@@ -70,4 +71,4 @@ def test_a_run_is_simulated_and_flags_take_the_place_of_what_it_was_like(tmp_pat
 def test_a_run_too_short_to_tell_costs_from_is_refused(tmp_path):
     record_run(tmp_path, steps=4)
     with pytest.raises(ConfigError, match="has 4 trained steps: costs need at least 5"):
-        recorded(tmp_path, room=ROOM)
+        recorded(tmp_path)
