@@ -13,6 +13,7 @@ import numpy as np
 from learner.journal_records import GroupRecord
 from learner.journal_segments import read_journal
 from learner.rundir import CONFIG_FILE
+from learner.trackers import JsonlTracker
 from protocol.errors import ConfigError
 from protocol.length_trace import LengthTrace
 from protocol.messages import Purpose
@@ -39,12 +40,16 @@ def recorded(run_dir: Path) -> Recording:
     """
     try:
         config = msgspec.json.decode((run_dir / CONFIG_FILE).read_bytes(), type=dict[str, Any])
-        lines = (run_dir / "metrics.jsonl").read_bytes().splitlines()
     except OSError as error:
         raise ConfigError(f"{run_dir}: {error.strerror}: name a directory with config.json in it") from error
-    rows = [row for row in map(msgspec.json.decode, lines) if not row["skipped"]]
+    rows: list[dict[str, Any]] = [row for row in JsonlTracker(run_dir / "metrics.jsonl").rows() if not row["skipped"]]
     if len(rows) < LEAST_STEPS:
         raise ConfigError(f"{run_dir} has {len(rows)} trained steps: costs need at least {LEAST_STEPS}; train on")
+    if "rollout/room" not in rows[-1]:
+        raise ConfigError(
+            f"{run_dir}: its metrics do not say how many seats the servers have (rollout/room): an older headway"
+            " recorded it; record some steps with this one"
+        )
     return Recording(_lengths(run_dir, config), _costs(rows) | {key: config[key] for key in DIAL})
 
 

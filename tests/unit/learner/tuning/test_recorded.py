@@ -72,3 +72,19 @@ def test_a_run_too_short_to_tell_costs_from_is_refused(tmp_path):
     record_run(tmp_path, steps=4)
     with pytest.raises(ConfigError, match="has 4 trained steps: costs need at least 5"):
         recorded(tmp_path)
+
+
+def test_a_line_that_a_living_run_is_writing_is_left_out(tmp_path):
+    record_run(tmp_path)
+    whole = recorded(tmp_path).words
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"skipped": 0, "step_tok')
+    assert recorded(tmp_path).words == whole
+
+
+def test_a_run_of_an_older_headway_which_did_not_record_its_seats_is_refused(tmp_path):
+    record_run(tmp_path)
+    metrics = tmp_path / "metrics.jsonl"
+    metrics.write_text(metrics.read_text().replace('"rollout/room"', '"room"'))
+    with pytest.raises(ConfigError, match=r"do not say how many seats the servers have \(rollout/room\)"):
+        recorded(tmp_path)
