@@ -47,7 +47,8 @@ FAILPOINTS = (
 )  # fmt: skip
 """Every point at which a save may die, in order; tests kill at each. moved_aside: only when a version is replaced."""
 _NAME = re.compile(r"step-(\d{6,})(\.old)?")
-_UNREADABLE = (OSError, msgspec.DecodeError, UnicodeDecodeError)
+UNREADABLE = (OSError, msgspec.DecodeError, UnicodeDecodeError)
+"""What reading a damaged checkpoint may raise."""
 
 
 class CheckpointError(HeadwayError, OSError):
@@ -171,7 +172,7 @@ def latest_checkpoint(checkpoints_dir: Path) -> Checkpoint | None:
     for path in _newest_first(checkpoints_dir, unreadable_first=True):
         try:
             state = _verify(path)
-        except _UNREADABLE as error:
+        except UNREADABLE as error:
             refused.append(f"{path.name}: {error}")
             log.warning("checkpoint %s passed over: %s", path, error)
             continue
@@ -184,6 +185,34 @@ def latest_checkpoint(checkpoints_dir: Path) -> Checkpoint | None:
             " the run directory away to start over"
         )
     return None
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read MANIFEST.json; the files themselves are not looked at.
+
+    Raises:
+        OSError: cannot be read (a CheckpointError says why).
+        msgspec.DecodeError, UnicodeDecodeError: it is no manifest.
+    """
+    if not (path / MANIFEST).exists():
+        raise CheckpointError(f"{MANIFEST} is missing")
+    manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=Manifest)
+    if manifest.format_version != FORMAT_VERSION:
+        raise CheckpointError(f"has format {manifest.format_version}, this headway reads {FORMAT_VERSION}")
+    if manifest != manifest.sealed():
+        raise CheckpointError(f"{MANIFEST} does not hash to what was written")
+    return manifest
+
+
+def read_state(path: Path) -> CheckpointState:
+    """Read state.json, whatever became of the other files.
+
+    Raises:
+        OSError: it or the manifest cannot be read; as CheckpointError: is missing or has changed.
+        msgspec.DecodeError, UnicodeDecodeError: MANIFEST.json is no manifest.
+    """
+    _verify_file(path, STATE, read_manifest(path).files[STATE])
+    return msgspec.json.decode((path / STATE).read_bytes(), type=CheckpointState)
 
 
 def remove_unfinished(checkpoints_dir: Path) -> list[Path]:
@@ -275,8 +304,8 @@ def _newest_first(checkpoints_dir: Path, *, unreadable_first: bool = False) -> l
         if not (match := _NAME.fullmatch(path.name)):
             continue
         try:
-            incarnation: float = _read_manifest(path).incarnation
-        except _UNREADABLE:
+            incarnation: float = read_manifest(path).incarnation
+        except UNREADABLE:
             incarnation = math.inf if unreadable_first else -math.inf
         keys[path] = (incarnation, int(match[1]), match[2] is None)
     return sorted(keys, key=keys.__getitem__, reverse=True)
@@ -284,26 +313,9 @@ def _newest_first(checkpoints_dir: Path, *, unreadable_first: bool = False) -> l
 
 def _size_bytes(path: Path) -> int:
     try:
-        return sum(entry.bytes for entry in _read_manifest(path).files.values())
-    except _UNREADABLE:
+        return sum(entry.bytes for entry in read_manifest(path).files.values())
+    except UNREADABLE:
         return 0
-
-
-def _read_manifest(path: Path) -> Manifest:
-    """Read MANIFEST.json; the files themselves are not looked at.
-
-    Raises:
-        OSError: cannot be read (a CheckpointError says why).
-        msgspec.DecodeError, UnicodeDecodeError: it is no manifest.
-    """
-    if not (path / MANIFEST).exists():
-        raise CheckpointError(f"{MANIFEST} is missing")
-    manifest = msgspec.json.decode((path / MANIFEST).read_bytes(), type=Manifest)
-    if manifest.format_version != FORMAT_VERSION:
-        raise CheckpointError(f"has format {manifest.format_version}, this headway reads {FORMAT_VERSION}")
-    if manifest != manifest.sealed():
-        raise CheckpointError(f"{MANIFEST} does not hash to what was written")
-    return manifest
 
 
 def _verify(path: Path) -> CheckpointState:
@@ -313,19 +325,23 @@ def _verify(path: Path) -> CheckpointState:
         OSError: a file cannot be read; as CheckpointError: is missing, has changed, or bears the wrong name.
         msgspec.DecodeError, UnicodeDecodeError: MANIFEST.json is no manifest.
     """
-    manifest = _read_manifest(path)
+    manifest = read_manifest(path)
     for name, entry in manifest.files.items():
-        file = path / name
-        if not file.is_file():
-            raise CheckpointError(f"{name} is missing")
-        if (size := file.stat().st_size) != entry.bytes:
-            raise CheckpointError(f"{name} has {size} bytes, {entry.bytes} were written")
-        if _digest(file) != entry.blake3:
-            raise CheckpointError(f"{name} does not hash to what was written")
+        _verify_file(path, name, entry)
     named = int(path.name.removesuffix(".old").removeprefix("step-"))
     if named != manifest.policy_version:
         raise CheckpointError(f"holds policy_version {manifest.policy_version}, its name says {named}")
     return msgspec.json.decode((path / STATE).read_bytes(), type=CheckpointState)
+
+
+def _verify_file(checkpoint: Path, name: str, entry: FileEntry) -> None:
+    file = checkpoint / name
+    if not file.is_file():
+        raise CheckpointError(f"{name} is missing")
+    if (size := file.stat().st_size) != entry.bytes:
+        raise CheckpointError(f"{name} has {size} bytes, {entry.bytes} were written")
+    if _digest(file) != entry.blake3:
+        raise CheckpointError(f"{name} does not hash to what was written")
 
 
 def _digest(path: Path) -> str:

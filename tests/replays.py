@@ -17,6 +17,7 @@ from learner.journal_records import GroupRecord, IncarnationRecord, Record, Step
 from learner.journal_segments import read_journal
 from learner.journal_writer import SegmentWriter
 from learner.ledger import Ledger
+from learner.replay.command import replay
 from learner.replay.trained_again import weights_digest
 from learner.trackers import JsonlTracker
 from learner.trainer import Trainer
@@ -142,3 +143,8 @@ def with_other_reward(ordinal: int) -> Any:
         return msgspec.structs.replace(record, group=msgspec.structs.replace(record.group, rewards=rewards))
 
     return change
+
+
+def run_replay(run: LiveRun, *flags: str) -> int:
+    """Run the command on it."""
+    return replay([str(run.path), *flags], prog="headway-learner replay")

@@ -46,7 +46,7 @@ def replay(argv: Sequence[str], *, prog: str) -> int:
     if options.output and Path(options.output).exists():
         raise ConfigError(f"output {options.output} exists: name a directory that does not")
     run = RecordedRun(Path(argv[0]))
-    for damage in run.index.damages:
+    for damage in (*run.refused, *run.index.damages):
         print(damage)
     return _bisect(run, options) if options.against else _replay(run, options)
 

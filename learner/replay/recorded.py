@@ -9,9 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import msgspec
-
-from learner.checkpoint import MANIFEST, STATE, CheckpointState, Manifest
+from learner.checkpoint import STATE, UNREADABLE, CheckpointState, Manifest, read_manifest, read_state
 from learner.config import LearnerConfig
 from learner.journal_records import Numerics
 from learner.replay.compare import Outcome
@@ -31,6 +29,7 @@ class Saved:
 
     path: Path
     manifest: Manifest
+    state: CheckpointState
 
     @property
     def files(self) -> dict[str, str]:
@@ -51,15 +50,16 @@ class RecordedRun:
     index: JournalIndex = field(init=False)
     checkpoints: dict[int, Saved] = field(init=False)
     """Of the lineage, by policy_version."""
+    refused: list[str] = field(init=False, default_factory=list)
+    """Checkpoints that were passed over: which, and why."""
 
     def __post_init__(self) -> None:
         """Read everything but the groups."""
         if not (self.path / "config.json").is_file() or not (self.path / "journal").is_dir():
             raise ConfigError(f"{self.path} is no run directory: name the one under output_dir with config.json in it")
-        found = _checkpoints(self.path / "checkpoints")
+        found = self._readable()
         newest = max(found, key=lambda saved: (saved.manifest.incarnation, saved.manifest.policy_version), default=None)
-        forks = () if newest is None else msgspec.json.decode((newest.path / STATE).read_bytes(), type=CheckpointState)
-        self.index = index_journal(self.path / "journal", forks.forks if forks else ())
+        self.index = index_journal(self.path / "journal", newest.state.forks if newest is not None else ())
         self.checkpoints = {
             saved.manifest.policy_version: saved
             for saved in found
@@ -124,6 +124,18 @@ class RecordedRun:
             files=saved.files if saved is not None and saved.manifest.incarnation == record.incarnation else {},
         )
 
+    def _readable(self) -> list[Saved]:
+        """Every checkpoint in place; whether its tensors are right shows when it is loaded, or compared."""
+        found = []
+        for path in sorted((self.path / "checkpoints").glob("step-*")):
+            if not re.fullmatch(r"step-\d{6,}", path.name):
+                continue
+            try:
+                found.append(Saved(path, read_manifest(path), read_state(path)))
+            except UNREADABLE as error:
+                self.refused.append(f"checkpoint {path.name} passed over: {error}")
+        return found
+
     @cached_property
     def _rows(self) -> Mapping[int, dict[str, Any]]:
         rows = JsonlTracker(self.path / "metrics.jsonl").rows()
@@ -138,13 +150,3 @@ class RecordedRun:
                 if isinstance(row, PublishedRow) and row.version in self.index.lineage:
                     digests.setdefault(row.version.policy_version, row.digest)
         return digests
-
-
-def _checkpoints(directory: Path) -> list[Saved]:
-    """Every checkpoint that is in place; whether its bytes are right shows when one is loaded, or compared."""
-    paths = [path for path in directory.glob("step-*") if re.fullmatch(r"step-\d{6,}", path.name)]
-    return [
-        Saved(path, msgspec.json.decode((path / MANIFEST).read_bytes(), type=Manifest))
-        for path in paths
-        if (path / MANIFEST).is_file()
-    ]

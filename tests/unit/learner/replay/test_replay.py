@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,16 @@ import msgspec
 import pytest
 import torch
 
-from learner.config import LearnerConfig
+from learner.checkpoint import MANIFEST, STATE, latest_checkpoint
 from learner.journal_records import GroupRecord, IncarnationRecord, StepRecord
 from learner.replay.command import replay
 from learner.replay.recorded import RecordedRun
+from learner.replay.resume import train_again
 from learner.replay.trained_again import Replay, weights_digest
+from learner.trainer import Trainer
 from protocol.errors import ConfigError
-from tests.replays import LiveRun, rewrite, with_other_reward
+from tests.replays import rewrite, run_replay, with_other_reward
 
-FAR = {"learning_rate": 3e-3, "max_grad_norm": 1e9, "beta": 0.0}
 OBJECTIVES: dict[str, dict[str, Any]] = {
     "grpo": {"loss_type": "grpo"},
     "several updates": {"num_iterations": 2, "num_mini_batches": 2},
@@ -30,22 +32,6 @@ OBJECTIVES: dict[str, dict[str, Any]] = {
     "schedule": {"lr_scheduler_type": "cosine", "warmup_steps": 2, "max_steps": 8, "weight_decay": 0.1},
     "small micro-batches": {"token_budget": 24},
 }  # fmt: skip
-
-
-@pytest.fixture
-def make(tiny_model_dir: Path, tmp_path: Path):
-    def make_run(name: str = "run", *, published: bool = True, **options: Any) -> LiveRun:
-        base = {
-            "model": str(tiny_model_dir), "dataset": "none.jsonl", "output_dir": tmp_path, "run_name": name,
-            "num_generations": 4, "max_completion_length": 8, "max_prompt_length": 8, "prompts_per_step": 3,
-        }  # fmt: skip
-        return LiveRun(LearnerConfig(**{**base, **FAR, **options}), published=published)
-
-    return make_run
-
-
-def run_replay(run: LiveRun, *flags: str) -> int:
-    return replay([str(run.path), *flags], prog="headway-learner replay")
 
 
 @pytest.mark.parametrize("objective", OBJECTIVES)
@@ -234,3 +220,50 @@ def test_two_runs_that_were_given_the_same_do_not_differ(make, capsys):
         run.train(1, 2)
     assert run_replay(one, "--against", str(other.path)) == 0
     assert "no difference up to step 2" in capsys.readouterr().out
+
+
+def _alter(path: Path, **fields: Any) -> None:
+    path.write_bytes(msgspec.json.encode({**msgspec.json.decode(path.read_bytes()), **fields}))
+
+
+DAMAGES: dict[str, Callable[[Path], object]] = {
+    "a manifest that is none": lambda path: (path / MANIFEST).write_text('{"files": '),
+    "a manifest of another format": lambda path: _alter(path / MANIFEST, format_version=9, more=1),
+    "a manifest that says something else": lambda path: _alter(path / MANIFEST, incarnation=7),
+    "no manifest": lambda path: (path / MANIFEST).unlink(),
+    "a state that is none": lambda path: (path / STATE).write_text('{"forks": '),
+    "a state that says something else": lambda path: _alter(path / STATE, forks=[[7, 0]]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_checkpoint_is_passed_over(damage, make, capsys):
+    run = make()
+    run.begin()
+    run.train(1, 2)
+    run.save()
+    run.train(3)
+    newest = run.save()
+    run.train(4)
+    DAMAGES[damage](newest)
+    assert run_replay(run) == 0
+    said = capsys.readouterr().out
+    assert "checkpoint step-000003 passed over: " in said
+    assert "steps 3 to 4 of" in said
+    assert "the same: 2 rows of metrics" in said
+
+
+def test_a_learner_goes_on_by_replay_though_the_newest_checkpoint_is_damaged(make):
+    run = make()
+    run.begin()
+    run.train(1)
+    run.save()
+    run.train(2)
+    (run.save() / MANIFEST).write_text("{")
+    run.train(3)
+    found = latest_checkpoint(run.path / "checkpoints")
+    assert found is not None
+    trainer = Trainer(run.config, checkpoint=found.path)
+    replayed = train_again(trainer, run.config)
+    assert (found.policy_version, trainer.policy_version, replayed.difference) == (1, 3, None)
+    assert weights_digest(trainer, "xxh3_128") == run.digest
