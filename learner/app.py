@@ -256,13 +256,13 @@ class Learner:
             recorder.step(batch, result, StepTimer(coordinator.clock), learning_rate=learning_rate)
         monitor = Monitor(coordinator, recorder, buffer, self.waits, self.lag, self.compute, address=channel.address)
         recorder.step_done = lambda row: self.screen.print_step(monitor.view())
-        await journal.append(
-            IncarnationRecord(
-                incarnation=loaded.incarnation, resumed_from=trainer.policy_version,
-                replayed=loaded.replayed.steps if loaded.replayed else 0, config=config.model_dump_json(),
-                numerics=trainer.numerics,
-            )
+        beginning = IncarnationRecord(
+            incarnation=loaded.incarnation, resumed_from=trainer.policy_version,
+            replayed=loaded.replayed.steps if loaded.replayed else 0, config=config.model_dump_json(),
+            numerics=trainer.numerics,
         )  # fmt: skip
+        recorder.incarnations = (*start.incarnations, beginning)
+        await journal.append(beginning)
         return Run(
             config=config, trainer=trainer, coordinator=coordinator, arrivals=arrivals, buffer=buffer, journal=journal,
             publisher=publisher, recorder=recorder, monitor=monitor, waits=self.waits, lag=self.lag,

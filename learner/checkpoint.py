@@ -34,7 +34,7 @@ import msgspec
 from safetensors import SafetensorError
 
 from learner.durable import fsync_directory, fsync_file, write_atomic, write_synced
-from learner.journal_records import KnobRecord
+from learner.journal_records import IncarnationRecord, KnobRecord
 from protocol.errors import HeadwayError
 
 log = logging.getLogger(__name__)
@@ -71,6 +71,8 @@ class CheckpointState(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_
     """Totals that go on counting after a restart: tokens trained, seconds, ..."""
     knobs: tuple[KnobRecord, ...] = ()
     """Every change of a live knob so far, in order."""
+    incarnations: tuple[IncarnationRecord, ...] = ()
+    """The beginnings of the lineage's learners, in order: the journal's own are pruned with its oldest segment."""
 
 
 class FileEntry(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

@@ -21,6 +21,7 @@ from learner.compute import Compute
 from learner.coordinator import Coordinator
 from learner.evaluation import Evaluation
 from learner.fleet import Server
+from learner.journal_records import IncarnationRecord
 from learner.ledger import LedgerSnapshot
 from learner.rundir import RunDirectory
 from learner.stats import EvalPoint, RunStats, ServerView
@@ -108,6 +109,8 @@ class Recorder:
     """Versions published by this process."""
     published_before: int = 0
     """By the processes that this run continues."""
+    incarnations: tuple[IncarnationRecord, ...] = ()
+    """The beginnings of the lineage's learners, this one's last."""
     last_row: Row | None = None
     _saved: deque[LedgerSnapshot] = field(default_factory=deque)
 
@@ -169,6 +172,7 @@ class Recorder:
             ledger=snapshot,
             counters={"weights_published": self.weights_published},
             knobs=tuple(self.coordinator.knobs.history),
+            incarnations=self.incarnations,
         )
         begun_s = self.coordinator.clock()
         self.checkpoint = await compute(

@@ -37,6 +37,8 @@ class Start:
     """Journaled groups that may still train, by ordinal."""
     knobs: list[KnobRecord]
     """Every change of a live knob so far: what a knob was set to stays, whichever weights are gone."""
+    incarnations: tuple[IncarnationRecord, ...]
+    """The beginnings of the learners before this one, of those that the lineage still has."""
 
 
 def begin(
@@ -70,11 +72,14 @@ def begin(
     report = JournalReport()
     restored: dict[int, TrainGroup] = {}
     journaled: list[KnobRecord] = []
+    begun = {record.incarnation: record for record in (checkpoint.state.incarnations if checkpoint else ())}
     orphaned = 0
     for record in read_journal(journal_dir, report):
-        if isinstance(record, IncarnationRecord) and _began_here(record, forks, incarnation, first):
-            forks.append((record.incarnation, first))
-            lineage = Lineage([*forks, (incarnation, first)])
+        if isinstance(record, IncarnationRecord):
+            begun[record.incarnation] = record
+            if _began_here(record, forks, incarnation, first):
+                forks.append((record.incarnation, first))
+                lineage = Lineage([*forks, (incarnation, first)])
         if isinstance(record, KnobRecord):
             journaled.append(record)
         if not isinstance(record, GroupRecord):
@@ -92,7 +97,12 @@ def begin(
         log, "begun", incarnation=incarnation, policy_version=ledger.policy_version, records=report.num_records,
         restored=len(restored), orphaned=orphaned,
     )  # fmt: skip
-    return Start(lineage, restored, joined_history(checkpoint.state.knobs if checkpoint else (), journaled))
+    return Start(
+        lineage=lineage,
+        restored=restored,
+        knobs=joined_history(checkpoint.state.knobs if checkpoint else (), journaled),
+        incarnations=tuple(begun[number] for number, _ in forks if number in begun),
+    )
 
 
 def _began_here(record: IncarnationRecord, forks: list[tuple[int, int]], incarnation: int, first: int) -> bool:

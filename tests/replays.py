@@ -50,6 +50,7 @@ class LiveRun:
         for place in ("journal", "checkpoints", "weights", "samples", "logs"):
             (self.path / place).mkdir(parents=True, exist_ok=True)
         self.incarnation, self.forks = 0, list[tuple[int, int]]()
+        self.incarnations: tuple[IncarnationRecord, ...] = ()
         self.tracker = JsonlTracker(self.path / "metrics.jsonl")
 
     def begin(self, checkpoint: Path | None = None, config: LearnerConfig | None = None, **fields: Any) -> None:
@@ -61,12 +62,12 @@ class LiveRun:
         first = self.trainer.policy_version
         self.forks = [fork for fork in self.forks if fork[1] <= first] + [(self.incarnation, first)]
         self.tracker.truncate_after(first)
-        self.write(
-            IncarnationRecord(
-                incarnation=self.incarnation, resumed_from=first, config=self.config.model_dump_json(),
-                numerics=self.trainer.numerics, **fields,
-            )
+        beginning = IncarnationRecord(
+            incarnation=self.incarnation, resumed_from=first, config=self.config.model_dump_json(),
+            **{"numerics": self.trainer.numerics, **fields},
         )  # fmt: skip
+        self.incarnations = (*self.incarnations, beginning)
+        self.write(beginning)
 
     def write(self, *records: Record) -> None:
         """Append to the journal."""
@@ -103,7 +104,7 @@ class LiveRun:
         state = CheckpointState(
             run_id="run", incarnation=self.incarnation, forks=tuple(self.forks),
             policy_version=self.trainer.policy_version, config_fingerprint="",
-            ledger=Ledger(self.config.granted_bounds).snapshot(),
+            ledger=Ledger(self.config.granted_bounds).snapshot(), incarnations=self.incarnations,
         )  # fmt: skip
         return save_checkpoint(self.path / "checkpoints", self.trainer.policy_version, self.trainer.save, state, keep=9)
 
@@ -122,9 +123,10 @@ class LiveRun:
 
 
 def rewrite(run_dir: Path, change: Any) -> None:
-    """Pass every record of a journal through `change`."""
+    """Pass every record of a journal through `change`; what becomes None is left out."""
     journal = run_dir / "journal"
-    records: Sequence[Record] = [change(record) for record in read_journal(journal)]
+    changed = map(change, read_journal(journal))
+    records: Sequence[Record] = [record for record in changed if record is not None]
     for path in journal.iterdir():
         path.unlink()
     writer = SegmentWriter(journal, segment_bytes=1 << 14)

@@ -39,7 +39,7 @@ class JournalIndex:
     lineage: Lineage
     """Of the last weights."""
     incarnations: dict[int, IncarnationRecord] = field(default_factory=dict)
-    """Those whose beginning is still in the journal."""
+    """Those whose beginning is known."""
     steps: dict[int, IndexedStep] = field(default_factory=dict)
     """By number."""
     events: list[StepRecord | EndRecord] = field(default_factory=list)
@@ -54,18 +54,22 @@ class JournalIndex:
         return last
 
 
-def index_journal(journal_dir: Path, forks: Sequence[tuple[int, int]] = ()) -> JournalIndex:
+def index_journal(
+    journal_dir: Path, forks: Sequence[tuple[int, int]] = (), incarnations: Sequence[IncarnationRecord] = ()
+) -> JournalIndex:
     """Read a whole journal.
 
     Args:
         journal_dir: of the run.
         forks: of the newest checkpoint; the beginnings of old incarnations may not be in the journal any more.
+        incarnations: of the newest checkpoint, for the same reason.
 
     Raises:
         JournalError: it is of another version.
     """
     report = JournalReport()
-    index = JournalIndex(lineage=_lineage(journal_dir, forks))
+    begun = {record.incarnation: record for record in incarnations}
+    index = JournalIndex(lineage=_lineage(journal_dir, forks), incarnations=begun)
     groups: dict[int, int] = {}  # ordinal -> where the last group of it is that may train
     for place, record in enumerate(read_journal(journal_dir, report)):
         match record:

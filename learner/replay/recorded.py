@@ -59,7 +59,8 @@ class RecordedRun:
             raise ConfigError(f"{self.path} is no run directory: name the one under output_dir with config.json in it")
         found = self._readable()
         newest = max(found, key=lambda saved: (saved.manifest.incarnation, saved.manifest.policy_version), default=None)
-        self.index = index_journal(self.path / "journal", newest.state.forks if newest is not None else ())
+        known = (newest.state.forks, newest.state.incarnations) if newest is not None else ()
+        self.index = index_journal(self.path / "journal", *known)
         self.checkpoints = {
             saved.manifest.policy_version: saved
             for saved in found

@@ -62,7 +62,7 @@ class Replay:
         here = self.trainer.numerics
         steps = [step for step in self.run.index.steps if step > self.start]
         known = [self.run.numerics_of(incarnation) for incarnation in set(map(self.run.incarnation_of, steps))]
-        return here.device == "cpu" and all(numerics is None or numerics == here for numerics in known)
+        return here.device == "cpu" and all(numerics == here for numerics in known)
 
     def train(self, target: int) -> Iterator[TrainedStep]:
         """Train up to the target; yield each step when its weights are there."""

@@ -16,6 +16,7 @@ from typing import Any
 
 import pytest
 
+from learner.checkpoint import read_state
 from learner.knobs.socket import SOCKET_FILE, Answer, Request, ask
 from tests.replays import rewrite, with_other_reward
 from tests.system.harness import END_S, PYTHON, ROOT, RUN_S, START_S, Event, Lab
@@ -82,6 +83,11 @@ def test_each_learner_goes_on_after_the_last_step_on_disk(replayed: Replayed) ->
     assert replayed.final_exit == 0
     assert [(e["incarnation"], e["policy_version"]) for e in replayed.begun] == [("1", "0"), ("2", "7"), ("3", "8")]
     assert replayed.lineage.incarnations == [(1, 0), (2, 7), (3, 8)]
+    known = read_state(replayed.path / "checkpoints" / f"step-{STEPS:06d}").incarnations
+    assert [(record.incarnation, record.resumed_from, record.replayed) for record in known] == [
+        (1, 0, 0), (2, 7, 3), (3, 8, 4),
+    ]  # fmt: skip
+    assert all(record.config and record.numerics for record in known), "the journal may have lost them"
 
 
 def test_nothing_is_left_behind_trained_twice_or_sampled_again(replayed: Replayed) -> None:

@@ -17,6 +17,7 @@ from learner.batch import StepResult
 from learner.checkpoint import latest_checkpoint
 from learner.evaluation import Evaluation
 from learner.fleet import Health
+from learner.journal_records import IncarnationRecord
 from learner.recorder import Recorder, StepTimer, server_view
 from learner.rundir import RunDirectory
 from learner.stats import RunStats
@@ -177,6 +178,7 @@ def test_a_checkpoint_holds_the_ledger_and_the_lineage_of_its_moment(tmp_path):
             o.desk.ledger.filter_unleased()
             await saving
 
+        o.recorder.incarnations = (IncarnationRecord(incarnation=1, resumed_from=0, config="{}"),)
         run_virtual(save_while_the_run_goes_on())
         checkpoint = latest_checkpoint(o.directory.checkpoints_dir)
         assert checkpoint is not None
@@ -185,6 +187,7 @@ def test_a_checkpoint_holds_the_ledger_and_the_lineage_of_its_moment(tmp_path):
         state = checkpoint.state
         assert (state.policy_version, state.run_id, state.forks) == (4, o.directory.run_id, ((1, 0),))
         assert dict(state.ledger) == before
+        assert state.incarnations == o.recorder.incarnations
         assert state.config_fingerprint == o.directory.config_fingerprint
 
 

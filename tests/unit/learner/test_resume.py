@@ -26,11 +26,12 @@ def write(directory: Path, *records: Record) -> None:
 
 
 def make_checkpoint(
-    policy_version: int = 1, *, ledger: LedgerSnapshot | None = None, forks: tuple[tuple[int, int], ...] = ((1, 0),)
-) -> Checkpoint:
+    policy_version: int = 1, *, ledger: LedgerSnapshot | None = None, forks: tuple[tuple[int, int], ...] = ((1, 0),),
+    incarnations: tuple[IncarnationRecord, ...] = (),
+) -> Checkpoint:  # fmt: skip
     state = CheckpointState(
         run_id="run", incarnation=forks[-1][0], forks=forks, policy_version=policy_version, config_fingerprint="f",
-        ledger=ledger or trained_ledger(policy_version).snapshot(),
+        ledger=ledger or trained_ledger(policy_version).snapshot(), incarnations=incarnations,
     )  # fmt: skip
     return Checkpoint(Path("checkpoints/step"), policy_version, state)
 
@@ -170,6 +171,18 @@ def test_a_chain_of_restarts_keeps_every_surviving_part(tmp_path):
     _, start = resume(tmp_path, make_checkpoint(3, forks=forks), incarnation=5)
     assert sorted(start.restored) == [6, 7, 8]
     assert start.lineage.forks == [*forks, (5, 3)]
+
+
+def test_how_each_learner_of_the_lineage_began_is_known_though_the_journal_is_pruned(tmp_path):
+    began = [
+        IncarnationRecord(incarnation=number, resumed_from=first, config=f"{number}")
+        for number, first in ((1, 0), (2, 1), (3, 9), (4, 2))
+    ]
+    write(tmp_path, *began[2:])  # 3 went on from weights that are gone
+    checkpoint = make_checkpoint(2, forks=((1, 0), (2, 1)), incarnations=(began[0], began[1]))
+    _, start = resume(tmp_path, checkpoint, incarnation=5)
+    assert start.lineage.forks == [(1, 0), (2, 1), (4, 2), (5, 2)]
+    assert start.incarnations == (began[0], began[1], began[3])
 
 
 def test_damage_in_the_journal_is_told_and_costs_only_what_it_hit(tmp_path, caplog):
