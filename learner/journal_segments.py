@@ -132,7 +132,11 @@ def scan_journal(directory: Path, report: JournalReport) -> Iterator[tuple[int, 
 
 def _scan_segment(path: Path, report: JournalReport, *, last: bool) -> Iterator[Record]:
     """Yield the records of one segment up to its end or its first bad byte, which is reported."""
-    with path.open("rb") as file:
+    try:
+        opened = path.open("rb")
+    except FileNotFoundError:
+        return  # a learner that goes on has pruned it since the journal was listed
+    with opened as file:
         size = os.fstat(file.fileno()).st_size
         end = 0
         kind: Literal["torn", "damaged"] = "damaged"

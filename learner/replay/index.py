@@ -3,19 +3,26 @@
 Only steps that led to the run's last weights count: what a learner trained after the checkpoint that the next one went
 on from belongs to weights that are gone. Which those are, the incarnations tell; so the journal is read to its end
 before any step of it is trained. Groups are not kept, only where they are: they are read again when it is their turn.
+A learner that goes on may prune the journal meanwhile: so a place is one in a segment, which moves nothing that stays.
 """
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 from learner.batch import Batch, TrainGroup
-from learner.journal_records import EndRecord, GroupRecord, IncarnationRecord, StepRecord
-from learner.journal_segments import Damage, JournalReport, read_journal
+from learner.journal_records import EndRecord, GroupRecord, IncarnationRecord, Record, StepRecord
+from learner.journal_segments import Damage, JournalReport, read_journal, scan_journal
 from protocol.completions import group_versions
+from protocol.errors import ConfigError
 from protocol.versions import Lineage, Version
+
+Place: TypeAlias = tuple[int, int]
+"""Number of a segment, and of a record in it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,13 +30,13 @@ class IndexedStep:
     """A step that was journaled."""
 
     record: StepRecord
-    places: tuple[int, ...]
-    """Of its groups' records in the journal, in training order; -1 where one is not there any more."""
+    places: tuple[Place | None, ...]
+    """Of its groups' records in the journal, in training order; None where one is not there any more."""
 
     @property
     def whole(self) -> bool:
         """Whether it can be trained again."""
-        return -1 not in self.places
+        return None not in self.places
 
 
 @dataclass(kw_only=True)
@@ -70,14 +77,14 @@ def index_journal(
     report = JournalReport()
     begun = {record.incarnation: record for record in incarnations}
     index = JournalIndex(lineage=_lineage(journal_dir, forks), incarnations=begun)
-    groups: dict[int, int] = {}  # ordinal -> where the last group of it is that may train
-    for place, record in enumerate(read_journal(journal_dir, report)):
+    groups: dict[int, Place] = {}  # ordinal -> where the last group of it is that may train
+    for place, record in _placed(journal_dir, report):
         match record:
             case GroupRecord():
                 if all(version in index.lineage for version in group_versions(record.group)):
                     groups[record.group.ordinal] = place
             case StepRecord() if Version(record.incarnation, record.step) in index.lineage:
-                index.steps[record.step] = IndexedStep(record, tuple(groups.get(o, -1) for o in record.ordinals))
+                index.steps[record.step] = IndexedStep(record, tuple(groups.get(o) for o in record.ordinals))
                 index.events.append(record)
             case EndRecord() if Version(record.incarnation, record.step) in index.lineage:
                 index.events.append(record)
@@ -95,11 +102,15 @@ def index_journal(
 
 
 def batches(journal_dir: Path, steps: Sequence[IndexedStep]) -> Iterator[Batch]:
-    """Yield the batch of each step, reading the journal once. All must be whole, and in order."""
+    """Yield the batch of each step, reading the journal once. All must be whole, and in order.
+
+    Raises:
+        ConfigError: a group has gone since the journal was indexed.
+    """
     wanted = {place for step in steps for place in step.places}
-    groups: dict[int, TrainGroup] = {}
+    groups: dict[Place | None, TrainGroup] = {}
     waiting = list(reversed(steps))
-    for place, record in enumerate(read_journal(journal_dir)):
+    for place, record in _placed(journal_dir, JournalReport()):
         if place in wanted and isinstance(record, GroupRecord):
             groups[place] = record.train_group()
         while waiting and all(needed in groups for needed in waiting[-1].places):
@@ -107,6 +118,17 @@ def batches(journal_dir: Path, steps: Sequence[IndexedStep]) -> Iterator[Batch]:
             yield Batch(step=step.record.step, groups=tuple(groups.pop(needed) for needed in step.places))
         if not waiting:
             return
+    if waiting:
+        lost = waiting[-1].record.step
+        raise ConfigError(f"{journal_dir} was cut while it was read, at step {lost}: the run goes on; replay it again")
+
+
+def _placed(journal_dir: Path, report: JournalReport) -> Iterator[tuple[Place, Record]]:
+    """Every record, with its place."""
+    records: Counter[int] = Counter()
+    for segment, record in scan_journal(journal_dir, report):
+        yield (segment, records[segment]), record
+        records[segment] += 1
 
 
 def _lineage(journal_dir: Path, forks: Sequence[tuple[int, int]]) -> Lineage:
