@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -53,10 +55,10 @@ def knob(argv: Sequence[str], *, prog: str) -> int:
 def _number(name: str, value: str) -> float:
     if not name:
         return 0.0
-    try:
-        return float(value)
-    except ValueError:
-        raise ConfigError(f"{name} {value!r}: the value of a knob is a number") from None
+    with contextlib.suppress(ValueError):
+        if math.isfinite(number := float(value)):
+            return number
+    raise ConfigError(f"{name} {value!r}: the value of a knob is a number")
 
 
 def _ask(run_dir: Path, request: Request) -> Answer:
