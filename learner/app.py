@@ -253,6 +253,10 @@ class Learner:
         recorder = make_recorder(directory, trainer, coordinator, journal, stats, self.lag, loaded.checkpoint)
         recorder.published = lambda: publisher.published
         for batch, result, learning_rate in loaded.replayed.unrecorded if loaded.replayed else ():
+            groups = [group.group for group in batch.groups]
+            for group in groups:
+                coordinator.tokens.restored(group)
+            coordinator.tokens.trained(groups, mask_truncated_completions=config.mask_truncated_completions)
             recorder.step(batch, result, StepTimer(coordinator.clock), learning_rate=learning_rate)
         monitor = Monitor(coordinator, recorder, buffer, self.waits, self.lag, self.compute, address=channel.address)
         recorder.step_done = lambda row: self.screen.print_step(monitor.view())

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import pytest
 
 from learner.checkpoint import read_state
 from learner.knobs.socket import SOCKET_FILE, Answer, Request, ask
+from learner.token_ledger import TokenEnd
 from tests.replays import rewrite, with_other_reward
 from tests.system.harness import END_S, PYTHON, ROOT, RUN_S, START_S, Event, Lab
 from tests.system.lineage import Lineage, check_whole_lineage, read_lineage
@@ -70,10 +72,10 @@ def replayed(module_lab: Lab) -> Replayed:
     lab.wait_until((lab.run.path / SOCKET_FILE).exists, START_S, "the knobs' socket", alive=[final])
     turned = command("knob", str(lab.run.path), "learning_rate", str(NEW_RATE), "--reason", "calmer")
     # The others over the same socket without a new process each: the run does not last for ever.
-    answers = [
-        ask(lab.run.path, Request(name="depth" if value is not None else "", value=value or 0.0), timeout_s=END_S)
-        for value in (0.0, 9.0, 2.0, None)
-    ]
+    answers = [ask(lab.run.path, Request(name="depth", value=0), timeout_s=END_S)]
+    lab.wait_until(lambda: lab.run.rows()[-1]["knobs/depth"] == 0, RUN_S, "a step at depth 0", alive=[final])
+    answers += [ask(lab.run.path, Request(name="depth", value=value), timeout_s=END_S) for value in (9, 2)]
+    answers.append(ask(lab.run.path, Request(), timeout_s=END_S))
     final_exit = final.wait_exit(START_S + RUN_S)
     return Replayed(lab, deaths, turned, answers, final_exit, read_lineage(lab.run.path), lab.run.events("begun"))
 
@@ -100,6 +102,15 @@ def test_nothing_is_left_behind_trained_twice_or_sampled_again(replayed: Replaye
     assert summary["staleness_max"] <= 2
 
 
+def test_the_tokens_of_every_step_are_accounted_for(replayed: Replayed) -> None:
+    """Of 7 and 8, too, which died before their row was written: the next learner writes it."""
+    rows = replayed.lab.run.rows()
+    trained = [0, *(row["tokens/trained"] for row in rows)]
+    assert [after - before for before, after in pairwise(trained)] == [row["step_tokens"] for row in rows]
+    ends = [sum(row[f"tokens/{end}"] for end in TokenEnd) + row["tokens/under_way"] for row in rows]
+    assert ends == [row["tokens/generated"] for row in rows]
+
+
 def test_the_knob_command_turns_and_lists_and_refuses(replayed: Replayed) -> None:
     assert replayed.turned.returncode == 0, replayed.turned.stderr
     assert replayed.turned.stdout.startswith("learning_rate: 0.001 -> 0.0005, from step ")
@@ -112,7 +123,18 @@ def test_the_knob_command_turns_and_lists_and_refuses(replayed: Replayed) -> Non
     rates = [row["learning_rate"] for row in replayed.lab.run.rows()]
     assert sorted(rates, reverse=True) == rates
     assert set(rates) == {RATE, NEW_RATE}
-    assert {row["knobs/depth"] for row in replayed.lab.run.rows()} >= {2}
+    turned = {
+        record.name: record.step for record in listed.history[:-1]
+    }  # depth: lowered, and then back to what it was
+    assert replayed.turned.stdout.endswith(f"from step {turned['learning_rate'] + 1} on\n")
+    assert [row["step"] for row in replayed.lab.run.rows() if row["learning_rate"] == NEW_RATE] == list(
+        range(turned["learning_rate"] + 1, STEPS + 1)
+    )
+    lowered = [row["step"] for row in replayed.lab.run.rows() if row["knobs/depth"] == 0]
+    assert lowered == list(range(lowered[0], lowered[-1] + 1))
+    # A row is written when its step is over: a knob that is turned just before it shows in it.
+    assert lowered[0] - turned["depth"] in (0, 1)
+    assert lowered[-1] - listed.history[-1].step in (-1, 0)
 
 
 def test_a_run_that_is_over_has_no_knobs(replayed: Replayed) -> None:
