@@ -18,6 +18,7 @@ from learner.journal_segments import read_journal
 from learner.journal_writer import SegmentWriter
 from learner.ledger import Ledger
 from learner.replay.command import replay
+from learner.replay.resume import Replayed, train_again
 from learner.replay.trained_again import weights_digest
 from learner.trackers import JsonlTracker
 from learner.trainer import Trainer
@@ -53,11 +54,14 @@ class LiveRun:
         self.incarnations: tuple[IncarnationRecord, ...] = ()
         self.tracker = JsonlTracker(self.path / "metrics.jsonl")
 
-    def begin(self, checkpoint: Path | None = None, config: LearnerConfig | None = None, **fields: Any) -> None:
+    def begin(
+        self, checkpoint: Path | None = None, config: LearnerConfig | None = None, *, trainer: Trainer | None = None,
+        **fields: Any,
+    ) -> None:  # fmt: skip
         """Start a learner, with another configuration perhaps."""
         self.config = config or self.config
         (self.path / "config.json").write_text(self.config.model_dump_json())
-        self.trainer = Trainer(self.config, checkpoint=checkpoint)
+        self.trainer = trainer or Trainer(self.config, checkpoint=checkpoint)
         self.incarnation += 1
         first = self.trainer.policy_version
         self.forks = [fork for fork in self.forks if fork[1] <= first] + [(self.incarnation, first)]
@@ -68,6 +72,14 @@ class LiveRun:
         )  # fmt: skip
         self.incarnations = (*self.incarnations, beginning)
         self.write(beginning)
+
+    def begin_by_replay(self, checkpoint: Path, config: LearnerConfig | None = None) -> Replayed:
+        """Start a learner that trains the steps after the checkpoint again."""
+        self.config = config or self.config
+        trainer = Trainer(self.config, checkpoint=checkpoint)
+        replayed = train_again(trainer, self.config)
+        self.begin(trainer=trainer, replayed=replayed.steps)
+        return replayed
 
     def write(self, *records: Record) -> None:
         """Append to the journal."""

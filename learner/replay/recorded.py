@@ -52,6 +52,7 @@ class RecordedRun:
     """Of the lineage, by policy_version."""
     refused: list[str] = field(init=False, default_factory=list)
     """Checkpoints that were passed over: which, and why."""
+    _configs: dict[int, LearnerConfig] = field(init=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         """Read everything but the groups."""
@@ -78,17 +79,39 @@ class RecordedRun:
 
     def config_of(self, incarnation: int) -> LearnerConfig:
         """The configuration of a learner of the run; that of the last one where the journal does not tell."""
+        if incarnation in self._configs:
+            return self._configs[incarnation]
         record = self.index.incarnations.get(incarnation)
         text = record.config if record is not None and record.config else (self.path / "config.json").read_text()
         try:
-            return LearnerConfig.model_validate_json(text)
+            config = LearnerConfig.model_validate_json(text)
         except ValueError as error:
             raise ConfigError(f"{self.path}: its configuration is not one of this headway: {error}") from error
+        return self._configs.setdefault(incarnation, config)
 
     def numerics_of(self, incarnation: int) -> Numerics | None:
         """What a learner computed with; None where the journal does not tell."""
         record = self.index.incarnations.get(incarnation)
         return None if record is None else record.numerics
+
+    def trained_as(self, step: int, numerics: Numerics, config: LearnerConfig) -> bool:
+        """Whether each learner of the lineage that trained the step, first or again, gave it the bits it has here.
+
+        Args:
+            step: that the journal has.
+            numerics: what it is trained with here.
+            config: what it is trained under here; of what may change between two learners, only how a step is cut into
+                micro-batches matters.
+        """
+        records = [self.index.incarnations.get(number) for number, _ in self.index.lineage.forks]
+        learners = {self.incarnation_of(step)} | {
+            record.incarnation
+            for record in records
+            if record is not None and record.resumed_from - record.replayed < step <= record.resumed_from
+        }
+        return all(
+            self.numerics_of(number) == numerics and _cut(self.config_of(number)) == _cut(config) for number in learners
+        )
 
     def start_for(self, target: int, start: int | None = None) -> int:
         """Choose where to begin: the newest checkpoint before the target, or the initial weights, or what was asked.
@@ -151,3 +174,7 @@ class RecordedRun:
                 if isinstance(row, PublishedRow) and row.version in self.index.lineage:
                     digests.setdefault(row.version.policy_version, row.digest)
         return digests
+
+
+def _cut(config: LearnerConfig) -> tuple[int, bool]:
+    return config.token_budget, config.share_prefix

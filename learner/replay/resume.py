@@ -60,10 +60,11 @@ def train_again(trainer: Trainer, config: LearnerConfig) -> Replayed:
         if config_fingerprint(run.config_of(run.incarnation_of(step))) != config_fingerprint(config):
             break
         steps.append(run.index.steps[step])
+    exact = trainer.numerics.device == "cpu"
     for batch in batches(run.path / "journal", steps):
         recorded = run.outcome(batch.step)
-        exact = trainer.numerics == run.numerics_of(run.incarnation_of(batch.step)) and trainer.numerics.device == "cpu"
-        outcome, result = train_step(trainer, batch, recorded)
+        exact = exact and run.trained_as(batch.step, trainer.numerics, config)  # other bits are so in all later steps
+        outcome, result = train_step(trainer, batch, recorded, digest=exact and bool(recorded.weights))
         found = difference(batch.step, recorded, outcome, exact=exact, names=("then", "now"))
         replayed.difference = replayed.difference or found
         replayed.steps += 1

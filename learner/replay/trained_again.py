@@ -59,10 +59,11 @@ class Replay:
     @property
     def exact(self) -> bool:
         """Whether the bits have to be those of the run."""
-        here = self.trainer.numerics
-        steps = [step for step in self.run.index.steps if step > self.start]
-        known = [self.run.numerics_of(incarnation) for incarnation in set(map(self.run.incarnation_of, steps))]
-        return here.device == "cpu" and all(numerics == here for numerics in known)
+        here, run = self.trainer.numerics, self.run
+        steps = [step for step in run.index.steps if step > self.start]
+        return here.device == "cpu" and all(
+            run.trained_as(step, here, run.config_of(run.incarnation_of(step))) for step in steps
+        )
 
     def train(self, target: int) -> Iterator[TrainedStep]:
         """Train up to the target; yield each step when its weights are there."""
@@ -81,7 +82,7 @@ class Replay:
 
     def _train(self, batch: Batch) -> Outcome:
         recorded = self.run.outcome(batch.step)
-        outcome, _ = train_step(self.trainer, batch, recorded)
+        outcome, _ = train_step(self.trainer, batch, recorded, digest=True)
         if recorded.files:
             with tempfile.TemporaryDirectory() as directory:
                 outcome = replace(outcome, files=self.save(Path(directory)))
@@ -101,8 +102,14 @@ class Replay:
         return config.model_copy(update={"device": self._device})
 
 
-def train_step(trainer: Trainer, batch: Batch, recorded: Outcome) -> tuple[Outcome, StepResult]:
+def train_step(trainer: Trainer, batch: Batch, recorded: Outcome, *, digest: bool) -> tuple[Outcome, StepResult]:
     """Train one step as it was recorded, and say what came of it.
+
+    Args:
+        trainer: has trained the step before.
+        batch: of the step.
+        recorded: what the run recorded of it.
+        digest: whether to hash the weights, which takes as long as reading all of them.
 
     Raises:
         ConfigError: it has no finite gradient here.
@@ -118,7 +125,7 @@ def train_step(trainer: Trainer, batch: Batch, recorded: Outcome) -> tuple[Outco
         learning_rate=recorded.learning_rate,
         num_micro_batches=int(result.metrics["num_micro_batches"]),
         metrics=trainer.step_metrics,
-        weights=weights_digest(trainer, "blake3" if algorithm == "blake3" else "xxh3_128"),
+        weights=weights_digest(trainer, "blake3" if algorithm == "blake3" else "xxh3_128") if digest else "",
     )
     return outcome, replace(result, metrics=trainer.step_metrics)
 
