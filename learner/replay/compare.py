@@ -58,7 +58,7 @@ def difference(step: int, one: Outcome, other: Outcome, *, exact: bool, names: t
     """
 
     def found(what: str, name: str, a: object, b: object) -> Difference:
-        return Difference(step=step, what=what, text=f"{name} {a} {names[0]}, {b} {names[1]}")
+        return Difference(step=step, what=what, text=f"{name} {a} {names[0]}, {b} {names[1]}".lstrip())
 
     if one.learning_rate != other.learning_rate:
         return found("learning rate", "", one.learning_rate, other.learning_rate)

@@ -98,6 +98,7 @@ def tell_ledger(ledger: Ledger, index: JournalIndex, last: int, too_long: Callab
             ledger.end(entry.sequence, ends[entry.ordinal])
 
     def grant_up_to(ordinal: int) -> None:
+        """Grant, in order, every prompt up to this one that has no slot yet; what will end untrained ends at once."""
         while ledger.cursor <= ordinal:
             if too_long(ledger.cursor):
                 ledger.filter_unleased()

@@ -39,6 +39,11 @@ class _JumpingSelector(selectors.DefaultSelector):
     now_s = 0.0
 
     def select(self, timeout: float | None = None) -> list[tuple[selectors.SelectorKey, int]]:
+        """Return the sockets that are ready; where none is, let `timeout` seconds pass at once.
+
+        Raises:
+            Deadlock: none is ready, and the loop has no timer to wait for.
+        """
         ready = super().select(0)
         if not ready and timeout is None:
             raise Deadlock("everything waits and no timer is set: a deadlock")
