@@ -25,7 +25,8 @@ TRAINS = (
 COMPUTED = frozenset({
     "loss", "grad_norm", "entropy", "kl", "beta", "policy_kl", "effective_sample_size", "ratio/mean", "ratio/max",
     "clip_ratio/low_mean", "clip_ratio/high_mean", "clip_ratio/region_mean", "cispo_clip_ratio", "num_updates",
-    "importance_weight/mean", "importance_weight/masked", "value_loss", "value_grad_norm",
+    "importance_weight/mean", "importance_weight/masked", "completion_tokens", "value_loss", "value_grad_norm",
+    "value_clip_ratio", "value/mean", "value/explained_variance",
 })  # fmt: skip
 """Metrics that the trainer computes."""
 
@@ -42,7 +43,8 @@ def first_difference(
         tell: is given what to show meanwhile.
 
     Raises:
-        ConfigError: they have no step in common.
+        ConfigError: they have no step in common; or nothing recorded differs, and what is not recorded cannot be
+            trained again.
     """
     both = sorted(one.index.steps.keys() & other.index.steps.keys())
     common = [step for step in both if to is None or step <= to]
@@ -51,11 +53,16 @@ def first_difference(
     names = (str(one.path), str(other.path))
     found = recorded_difference(one, other, common, names)
     before = [step for step in common if found is None or step < found.step]
-    unknown = [step for step in before if not _comparable(one.outcome(step), other.outcome(step))]
+    known = max((step for step in before if _comparable(one.outcome(step), other.outcome(step))), default=0)
+    unknown = [step for step in before if step > known]  # equal weights are those of equal steps before
     if unknown:
         tell(f"the weights of step {unknown[0]} are not recorded in both: training them again, side by side")
-        last = before[-1]
-        found = replayed_difference(one, other, last, names) or found
+        try:
+            found = replayed_difference(one, other, unknown, names) or found
+        except ConfigError as error:
+            if found is None:
+                raise
+            tell(f"{error}: what follows is the first difference that was recorded")
     return found, common[-1]
 
 
@@ -81,18 +88,25 @@ def recorded_difference(
     return None
 
 
-def replayed_difference(one: RecordedRun, other: RecordedRun, last: int, names: tuple[str, str]) -> Difference | None:
-    """Train both again from their last common beginning, and compare step by step."""
+def replayed_difference(
+    one: RecordedRun, other: RecordedRun, steps: list[int], names: tuple[str, str]
+) -> Difference | None:
+    """Train both again from their last common checkpoint before these steps, and compare step by step.
+
+    Raises:
+        ConfigError: from none before the first of them have both journals every step up to the last.
+    """
     from learner.replay.trained_again import Replay
 
     starts = [start for start in (0, *one.checkpoints) if start == 0 or start in other.checkpoints]
-    usable = [s for s in starts if s < last <= min(one.index.last_after(s), other.index.last_after(s))]
+    first, last = steps[0], steps[-1]
+    usable = [s for s in starts if s < first and last <= min(one.index.last_after(s), other.index.last_after(s))]
     if not usable:
         raise ConfigError(
-            f"steps up to {last} cannot be trained again in both: {one.path}: {one.reach()}; {other.path}:"
+            f"steps {first} to {last} cannot be trained again in both: {one.path}: {one.reach()}; {other.path}:"
             f" {other.reach()}"
         )
-    replays = [Replay(run, min(usable)) for run in (one, other)]
+    replays = [Replay(run, max(usable)) for run in (one, other)]
     for ours, theirs in zip(*(replay.train(last) for replay in replays), strict=True):
         found = difference(ours.batch.step, ours.outcome, theirs.outcome, exact=True, names=names)
         if found:
@@ -106,7 +120,9 @@ def _computed(outcome: Outcome) -> Outcome:
 
 
 def _comparable(one: Outcome, other: Outcome) -> bool:
-    """Whether equal records mean equal weights."""
+    """Whether equal records mean equal weights: both were hashed in the same way, or are in a checkpoint of both."""
+    if any("model" in name for name in one.files.keys() & other.files.keys()):
+        return True
     a, b = one.weights.partition(":")[0], other.weights.partition(":")[0]
     return bool(a) and a == b
 

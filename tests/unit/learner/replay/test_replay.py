@@ -11,14 +11,19 @@ import msgspec
 import pytest
 import torch
 
+from learner import journal_segments
 from learner.checkpoint import MANIFEST, STATE, latest_checkpoint
 from learner.journal_records import GroupRecord, StepRecord
+from learner.journal_segments import JournalError
+from learner.replay.against import COMPUTED
 from learner.replay.command import replay
+from learner.replay.compare import IGNORED
 from learner.replay.recorded import RecordedRun
 from learner.replay.resume import train_again
 from learner.replay.trained_again import Replay, weights_digest
 from learner.trainer import Trainer
 from protocol.errors import ConfigError
+from protocol.versions import PROTOCOL_VERSION
 from tests.replays import rewrite, run_replay, with_other_reward
 
 OBJECTIVES: dict[str, dict[str, Any]] = {
@@ -43,6 +48,7 @@ def test_every_objective_gives_the_same_bits(objective, make, capsys, tmp_path):
     run.trainer.peak_learning_rate = 1e-3  # a knob
     run.train(3, 4, 5)
     run.save()
+    assert set(run.trainer.step_metrics) <= COMPUTED | IGNORED, "two runs are compared by all that the trainer computes"
     assert run_replay(run, "--start", "0") == 0
     said = capsys.readouterr().out
     assert "the same: 5 rows of metrics, 5 published versions, 2 checkpoints" in said
@@ -90,7 +96,7 @@ def change_rate(step: int) -> Any:
 CHANGES = {
     "groups": (with_other_reward(7), "step 3: groups: group 7 has other rewards"),
     "order": (swap_groups(3), "step 3: order: 8 7 6 "),
-    "rate": (change_rate(3), "step 3: learning rate: "),
+    "rate": (change_rate(3), "step 3: learning rate: 0.003 "),
 }
 
 
@@ -180,6 +186,17 @@ def test_a_replay_stops_where_it_is_told(make):
     again = Replay(RecordedRun(run.path), 0)
     assert [step.outcome.weights for step in again.train(3)] == digests[:3]
     assert weights_digest(again.trainer, "xxh3_128") == digests[2]
+
+
+def test_a_journal_of_another_version_is_refused_by_number(make, monkeypatch):
+    run = make()
+    with monkeypatch.context() as other:
+        other.setattr(journal_segments, "PROTOCOL_VERSION", 4711)
+        run.begin()
+        run.train(1)
+    said = rf"journal format 1 and protocol version 4711; this headway has 1 and {PROTOCOL_VERSION}"
+    with pytest.raises(JournalError, match=said):
+        run_replay(run)
 
 
 def test_no_run_directory_is_one_clear_error(tmp_path):
