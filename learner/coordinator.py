@@ -35,7 +35,7 @@ from learner.weights_desk import WeightsDesk
 from protocol.addresses import is_local
 from protocol.channel import Listener
 from protocol.errors import PeerGone, RunStopped
-from protocol.identity import group_id, is_overtaken, process_of
+from protocol.identity import group_id, is_overtaken
 from protocol.logs import event
 from protocol.messages import AnyMessage, Cancel, Hello, Int32, Purpose, Refused, ServerStatus, Welcome
 from protocol.signals import Signal
@@ -178,13 +178,12 @@ class Coordinator:
         self.reward_functions = self.reward_functions or hello.reward_functions
         if hello.run_id != self.identity.run_id or (hello.live is not None and self.is_unborn(hello.live)):
             hello = msgspec.structs.replace(hello, live=None)  # it still serves the weights of another run
-        self.tokens.joined(process_of(hello.session), fresh=not hello.run_id)
         server = self.fleet.join(peer, hello, self.clock())
         if server.live is not None:  # its WeightsLive may have been lost with the connection
             self.ledger.live(server.live.policy_version)
-        keep = tuple(g for g in hello.unacked if self._wanted(g)) + tuple(
-            g for g in hello.in_flight if self._adopt(server, g)
-        )
+        unacked = tuple(held_id for held_id in hello.unacked if self._wanted(held_id))
+        keep = unacked + tuple(held_id for held_id in hello.in_flight if self._adopt(server, held_id))
+        self.tokens.joined(server.process, fresh=not hello.run_id, unacked=unacked)
         event(
             log, "server_joined", server=server.name, engine=hello.engine, room=hello.room, live=hello.live,
             session=hello.session, kept=len(keep),

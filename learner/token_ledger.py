@@ -10,6 +10,9 @@ heartbeat: what it has sampled since its start, and what of that is for groups t
 connection keep their order, so what is in neither of the two had been sent before the heartbeat, or never will be: it
 is aborted. A group that is sent again is not sampled again, and counts once.
 
+A process that has worked for an earlier learner counts from its first heartbeat on, which may come before it sends
+again what that learner had not acknowledged: its Hello names those groups, and they count when they arrive.
+
 A continued run goes on with the counts of its last row: like all its rows, the ledger is of the lineage of the current
 weights. What was under way when the learner ended is counted when it arrives again; what ended after the last row that
 is kept is forgotten with those rows.
@@ -19,7 +22,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter, OrderedDict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TypeAlias
@@ -30,8 +33,10 @@ import xxhash
 from learner.batch import completions_that_train
 from protocol.messages import FinishReason, Group
 
-ARRIVALS_KEPT = 16_384
-"""Arrivals of each server that are remembered, to know what is sent again."""
+ARRIVALS_KEPT = 65_536
+"""Arrivals that are remembered, to know what is sent again."""
+DEPARTED_KEPT = 4_096
+"""Processes that are gone and remembered: one that comes back later than that counts as one of an earlier learner."""
 
 Row: TypeAlias = Mapping[str, "float | list[int]"]
 
@@ -65,11 +70,17 @@ class _Server:
 
     base: int | None
     """What it had sampled before it counted here; None until it says."""
+    owed: set[str] = field(default_factory=set)
+    """Groups that it had sampled before it first reported here, and has not sent here."""
+    generated: int = 0
+    """What it has sampled since, as of its last heartbeat."""
     arrived: int = 0
     held: int = 0
-    aborted: int = 0
-    seen: OrderedDict[str, bytes] = field(default_factory=OrderedDict)
-    """Digest of the last arrival of each group id."""
+
+    @property
+    def aborted(self) -> int:
+        """In neither of the two. What has arrived may be newer than the last heartbeat."""
+        return max(0, self.generated - self.arrived - self.held)
 
 
 TURNED_AWAY = (TokenEnd.DUPLICATE, TokenEnd.REFUSED, TokenEnd.STALE)
@@ -81,6 +92,11 @@ class TokenLedger:
 
     def __init__(self) -> None:
         self._servers: dict[str, _Server] = {}
+        """Connected processes."""
+        self._departed: OrderedDict[str, _Server] = OrderedDict()
+        """Processes that may come back, the latest last."""
+        self._seen: OrderedDict[tuple[str, str], bytes] = OrderedDict()
+        """Digest of the last arrival by process and group id."""
         self._ends: Counter[TokenEnd] = Counter()
         self._arrived = 0
         self._journaled: dict[str, bytes] = {}
@@ -88,39 +104,54 @@ class TokenLedger:
         self._turned_away: OrderedDict[str, TokenEnd] = OrderedDict()
         """How the last groups that nobody wanted ended, by id."""
 
-    def joined(self, process: str, *, fresh: bool) -> None:
-        """A server process said Hello, perhaps again. `fresh`: it has never worked for a learner before."""
-        self._servers.setdefault(process, _Server(base=0 if fresh else None))
+    def joined(self, process: str, *, fresh: bool, unacked: Iterable[str] = ()) -> None:
+        """A server process was welcomed, perhaps again.
+
+        Args:
+            process: its name.
+            fresh: it has never worked for a learner before.
+            unacked: ids of finished groups that it holds and will send again.
+        """
+        server = self._departed.pop(process, None) or _Server(base=0 if fresh else None)
+        server.owed = set(unacked) if server.base is None else server.owed.intersection(unacked)
+        self._servers[process] = server
 
     def reported(self, process: str, *, generated: int, held: int) -> None:
         """A heartbeat: tokens sampled since the process began, and those of groups that it has not finished."""
         server = self._servers[process]
         if server.base is None:  # what it holds of earlier work is counted with what will come of it
             server.base = generated - held - server.arrived
-        server.held = held
-        server.aborted = max(0, generated - server.base - server.arrived - held)
+        server.generated, server.held = generated - server.base, held
 
     def left(self, process: str) -> None:
         """Its connection is gone. If the process comes back, its next heartbeat says what it still holds."""
-        server = self._servers[process]
-        server.aborted += server.held
+        server = self._departed[process] = self._servers.pop(process)
         server.held = 0
+        if len(self._departed) > DEPARTED_KEPT:
+            _, forgotten = self._departed.popitem(last=False)
+            self._arrived += forgotten.aborted
+            self._ends[TokenEnd.ABORTED] += forgotten.aborted
 
     def arrived(self, process: str, group: Group) -> bool:
         """A whole group came. False when it is the very same as one before: its tokens are counted there."""
-        server = self._servers[process]
-        digest = _digest(group)
-        again = digest in (server.seen.get(group.group_id), self._journaled.get(group.group_id))
-        server.seen[group.group_id] = digest
-        server.seen.move_to_end(group.group_id)
-        if len(server.seen) > ARRIVALS_KEPT:
-            server.seen.popitem(last=False)
+        server, digest, key = self._servers[process], _digest(group), (process, group.group_id)
+        again = digest in (self._seen.get(key), self._journaled.get(group.group_id))
+        self._seen[key] = digest
+        self._seen.move_to_end(key)
+        if len(self._seen) > ARRIVALS_KEPT:
+            self._seen.popitem(last=False)
+        owed = group.group_id in server.owed
+        server.owed.discard(group.group_id)
         if again:
             return False
         tokens = sampled_tokens(group)
         self._arrived += tokens
         server.arrived += tokens
-        server.held = max(0, server.held - tokens)
+        if owed and server.base is not None:
+            server.base -= tokens  # the heartbeat took it for work of an earlier learner
+            server.generated += tokens
+        else:
+            server.held = max(0, server.held - tokens)
         return True
 
     def journaled(self, group: Group) -> None:
@@ -163,18 +194,27 @@ class TokenLedger:
     def ends(self) -> dict[TokenEnd, int]:
         """Tokens by what became of them."""
         ends = {end: self._ends[end] for end in TokenEnd}
-        ends[TokenEnd.ABORTED] += sum(server.aborted for server in self._servers.values())
+        ends[TokenEnd.ABORTED] += self._aborted
         return ends
 
     @property
     def under_way(self) -> int:
         """Tokens sampled that have not ended: at a server, in the buffer, in a batch."""
-        return self._arrived - self._ends.total() + sum(server.held for server in self._servers.values())
+        return self._arrived - self._ends.total() + self._held
 
     @property
     def generated(self) -> int:
         """Tokens sampled."""
-        return self._arrived + sum(server.held + server.aborted for server in self._servers.values())
+        return self._arrived + self._held + self._aborted
+
+    @property
+    def _held(self) -> int:
+        return sum(server.held for server in self._servers.values())
+
+    @property
+    def _aborted(self) -> int:
+        processes = (*self._servers.values(), *self._departed.values())
+        return sum(server.aborted for server in processes)
 
     def metrics(self) -> dict[str, float | list[int]]:
         """The columns of metrics.jsonl: counts since the run began."""

@@ -8,11 +8,13 @@ with its plan; add seeds freely: a run of 25 steps takes a third of a second.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from pathlib import Path
 
 import pytest
 
 from learner.ledger import End, Ledger
+from learner.token_ledger import TokenLedger
 from protocol.errors import StalenessViolation
 from tests.simulation import Plan, Simulation, simulate
 
@@ -102,6 +104,22 @@ def test_knobs_keep_their_values_when_the_learner_dies(seed, tmp_path):
     check_faults(simulation)
     assert simulation.witness["knobs kept"] > 0
     assert simulation.witness["kill learner"] > 0
+
+
+def test_no_token_is_missed_of_servers_that_outlive_their_learner(monkeypatch, tmp_path):
+    """A heartbeat may come before the groups that the learner before had not acknowledged."""
+    unchecked, before_resends = TokenLedger.reported, Counter[str]()
+
+    def reported(ledger: TokenLedger, process: str, *, generated: int, held: int) -> None:
+        unchecked(ledger, process, generated=generated, held=held)
+        server = ledger._servers[process]
+        before_resends[process] += len(server.owed)
+        assert server.generated >= server.arrived + server.held, "more has come than it has sampled"
+
+    monkeypatch.setattr(TokenLedger, "reported", reported)
+    for seed in (10, 12, 13):
+        simulate(Plan(seed=seed, max_steps=60, chaos=("kill learner", "stop learner")), tmp_path / str(seed))
+    assert before_resends.total() > 0
 
 
 def test_the_bound_is_reached(tmp_path):
