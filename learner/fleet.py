@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import islice
 
 from protocol.identity import process_of
 from protocol.messages import Hello, ServerStatus
@@ -46,7 +47,7 @@ class Server:
     draining: bool = False
     status: ServerStatus | None = None
     leased_since_status: int = 0
-    """Samples leased to it after it sent its last status."""
+    """Samples leased to it that its last status does not count."""
     outstanding: dict[str, int] = field(default_factory=dict)
     """Samples of each group leased to it, by group id."""
     samples: int = 0
@@ -100,8 +101,13 @@ class Fleet:
         return server
 
     def reported(self, server: Server, status: ServerStatus | None) -> None:
-        """Note how a server does now."""
-        server.status, server.leased_since_status = status, 0
+        """Note how a server did when it sent that: of its leases, which arrive in order, it may not have had the last.
+
+        Every group that it had finished has come before its status, so what it has in flight are the first of those
+        that are outstanding. Groups that were called back meanwhile shift this, but their samples are counted too.
+        """
+        had = 0 if status is None else status.groups_in_flight
+        server.status, server.leased_since_status = status, sum(islice(server.outstanding.values(), had, None))
 
     def named(self, name: str) -> Server | None:
         """The connected server of that name."""

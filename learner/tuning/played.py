@@ -133,6 +133,7 @@ class PlayedServer:
         self._timer: asyncio.TimerHandle | None = None
         self._fetch: asyncio.TimerHandle | None = None
         self._pinged_s = 0.0
+        self._groups_in_flight = 0
         listener.servers[self.peer] = self
 
     def join(self) -> None:
@@ -148,6 +149,7 @@ class PlayedServer:
         """Act on what the learner sends."""
         match message:
             case Lease():
+                self._groups_in_flight += 1
                 self.advance()
                 self.engine.submit(self._job(message))
                 self._arm()
@@ -195,6 +197,7 @@ class PlayedServer:
         self._arm()
 
     def _deliver(self, group: Group) -> None:
+        self._groups_in_flight -= 1
         self._say(group)
         self._ping()
 
@@ -202,7 +205,8 @@ class PlayedServer:
         """Say how many samples are left here."""
         self._pinged_s = self._loop.time()
         running, waiting = self.engine.samples()
-        self._say(Ping(sent_s=self._pinged_s, status=ServerStatus(samples_running=running, samples_waiting=waiting)))
+        status = ServerStatus(samples_running=running, samples_waiting=waiting, groups_in_flight=self._groups_in_flight)
+        self._say(Ping(sent_s=self._pinged_s, status=status))
 
     def _staged(self, version: Version) -> None:
         self._say(WeightsStaged(version=version))

@@ -29,9 +29,12 @@ class FleetMachine(RuleBasedStateMachine):
         self.fleet = Fleet(Lineage([(1, 0), (2, 3)]), liveness_s=LIVENESS_S)
         self.now_s = 0.0
         self.servers = {}
-        """name -> room, live, heard_s, draining, left: samples that have not ended, once it has said so"""
+        """name -> room, live, heard_s, draining, left: samples that have not ended, as far as the learner can know;
+        received: groups that have got there; under_way: statuses that have not come here, with what had got there"""
         self.holders = {}
         """group id -> (name, samples, evaluation)"""
+        self.unfinished = {}
+        """group id -> samples that have not ended, in truth"""
         self.assigned = 0
         self.let_go = 0
 
@@ -53,6 +56,8 @@ class FleetMachine(RuleBasedStateMachine):
             "heard_s": self.now_s,
             "draining": False,
             "left": None,
+            "received": [],
+            "under_way": [],
         }
 
     @rule(name=names)
@@ -90,12 +95,36 @@ class FleetMachine(RuleBasedStateMachine):
     @precondition(lambda self: self.servers)
     @rule(data=st.data())
     def reports(self, data):
-        """So many of its samples are left; what is leased after it counts on top."""
+        """Some leases have got there, some samples have ended; the server says so, and is heard later."""
         name = data.draw(st.sampled_from(sorted(self.servers)))
-        running, waiting = (data.draw(st.integers(0, self._held(name))) for _ in range(2))
-        status = ServerStatus(samples_running=running, samples_waiting=waiting)
-        self.fleet.reported(self.fleet.servers[name.encode()], status)
-        self.servers[name]["left"] = running + waiting
+        server = self.servers[name]
+        in_transit = [group for group in self._groups(name) if group not in server["received"]]
+        server["received"] += in_transit[: data.draw(st.integers(0, len(in_transit)))]
+        for group in server["received"]:
+            self.unfinished[group] -= data.draw(st.integers(0, self.unfinished[group]))
+        left = sum(self.unfinished[group] for group in server["received"])
+        running = data.draw(st.integers(0, left))
+        status = ServerStatus(
+            samples_running=running, samples_waiting=left - running, groups_in_flight=len(server["received"])
+        )
+        server["under_way"].append((status, set(server["received"])))
+
+    @precondition(lambda self: self.servers)
+    @rule(data=st.data())
+    def is_heard(self, data):
+        self._hear(data.draw(st.sampled_from(sorted(self.servers))), most=1)
+
+    def _hear(self, name, most=None):
+        """Messages of a connection keep their order: what else it says comes after its statuses."""
+        server = self.servers[name]
+        for status, received in server["under_way"][:most]:
+            self.fleet.reported(self.fleet.servers[name.encode()], status)
+            since = sum(self.holders[group][1] for group in self._groups(name) if group not in received)
+            server["left"] = status.samples_running + status.samples_waiting + since
+        del server["under_way"][:most]
+
+    def _groups(self, name):
+        return [group for group, (holder, *_) in self.holders.items() if holder == name]
 
     @precondition(lambda self: self.servers)
     @rule(data=st.data())
@@ -122,6 +151,7 @@ class FleetMachine(RuleBasedStateMachine):
             self.assigned += 1
             self.fleet.assign(chosen, group, samples, evaluation=evaluation)
             self.holders[group] = (chosen.name, samples, evaluation)
+            self.unfinished[group] = samples
             if self.servers[chosen.name]["left"] is not None:
                 self.servers[chosen.name]["left"] += samples
 
@@ -153,6 +183,7 @@ class FleetMachine(RuleBasedStateMachine):
     def finish(self, data, how):
         group = data.draw(st.sampled_from(sorted(self.holders)))
         name = self.holders[group][0]
+        self._hear(name)
         if how == "release":
             released = self.fleet.release(group)
             assert released is not None
@@ -167,6 +198,9 @@ class FleetMachine(RuleBasedStateMachine):
         self._let_go(group)
 
     def _let_go(self, group):
+        received = self.servers[self.holders[group][0]]["received"]
+        if group in received:
+            received.remove(group)
         del self.holders[group]
         self.let_go += 1
         assert self.fleet.release(group) is None, "exactly once"
@@ -182,8 +216,9 @@ class FleetMachine(RuleBasedStateMachine):
             room, evals = server.hello.room, len(server.eval_outstanding) * EVAL_SAMPLES
             assert evals <= max(EVAL_SAMPLES, room // EVAL_SHARE)
             assert server.load == self._left(server.name)
-            if server.status is None:
-                assert server.samples - evals < room + max(room, SAMPLES) + SAMPLES, "no group is added beyond that"
+            unfinished = sum(self.unfinished[group] for group in self._groups(server.name))
+            assert unfinished <= server.load, "nothing under way is forgotten"
+            assert unfinished - evals < room + max(room, SAMPLES) + SAMPLES, "no group is added beyond that"
 
 
 FleetMachine.TestCase.settings = settings(max_examples=150, stateful_step_count=40, deadline=None)

@@ -198,7 +198,7 @@ def test_samples_that_have_ended_hold_no_place_however_many_groups_wait_for_thei
     for number in range(8):
         fleet.assign(server, f"g{number}", 4)
     assert choose(fleet) is None, "32 samples: as much again as it has room for"
-    fleet.reported(server, ServerStatus(samples_running=8, samples_waiting=0))
+    fleet.reported(server, ServerStatus(samples_running=8, samples_waiting=0, groups_in_flight=8))
     for number in range(8, 14):
         assert choose(fleet) == "north"
         fleet.assign(server, f"g{number}", 4)
@@ -208,11 +208,26 @@ def test_samples_that_have_ended_hold_no_place_however_many_groups_wait_for_thei
     assert server.load == 32, "which of those it counts in has been answered is not known"
 
 
+def test_leases_on_their_way_count_whatever_is_said_meanwhile():
+    """Room 16, groups of 8: of four leases none has got there when the server says, again and again, that it idles."""
+    fleet = make_fleet("north", room=16)
+    server = fleet.servers[b"north"]
+    for number in range(4):
+        fleet.assign(server, f"g{number}", 8)
+        fleet.reported(server, ServerStatus())
+    assert (server.load, choose(fleet, samples=8)) == (32, None)
+    fleet.reported(server, ServerStatus(samples_running=9, groups_in_flight=2))
+    assert server.load == 25, "the other two are on their way"
+    fleet.answered(b"north", "g1")
+    fleet.reported(server, ServerStatus(samples_running=1, samples_waiting=8, groups_in_flight=2))
+    assert server.load == 17, "g0 and g2 are there"
+
+
 def test_a_status_from_before_the_answers_does_not_make_a_server_look_fuller_than_its_leases():
     fleet = make_fleet("north", room=16)
     server = fleet.servers[b"north"]
     fleet.assign(server, "g0", 4)
-    fleet.reported(server, ServerStatus(samples_running=4))
+    fleet.reported(server, ServerStatus(samples_running=4, groups_in_flight=1))
     fleet.answered(b"north", "g0")
     assert server.load == 0
 
@@ -224,5 +239,5 @@ def test_the_server_with_fewest_samples_left_is_chosen_not_the_one_with_fewest_l
         fleet.assign(north, f"n{number}", 4)
     fleet.assign(south, "s0", 4)
     assert choose(fleet) == "south"
-    fleet.reported(north, ServerStatus(samples_running=1))
+    fleet.reported(north, ServerStatus(samples_running=1, groups_in_flight=4))
     assert choose(fleet) == "north"
