@@ -88,7 +88,7 @@ class SpanFile:
 
     def __init__(self, directory: Path, header: Clock, *, limit_bytes: int = LIMIT_BYTES) -> None:
         self._path, self._previous = directory / FILE, directory / PREVIOUS_FILE
-        self._header = msgspec.json.encode(header) + b"\n"
+        self._header = b"\n" + msgspec.json.encode(header) + b"\n"  # a crash may have left half a line before it
         self._limit_bytes = limit_bytes
         self._begun = False
 
@@ -135,20 +135,32 @@ def collect(spans: Spans, waits: Waits) -> list[Span]:
 
 
 def read_spans(directory: Path) -> Iterator[Span]:
-    """Spans of a run directory, with times in seconds since 1970. A line torn by a crash is left out."""
+    """Spans of a run directory, with times in seconds since 1970. A line torn by a crash is left out.
+
+    Raises:
+        msgspec.DecodeError: another line is damaged.
+    """
     decoder = msgspec.json.Decoder(Clock | Span)
     for path in (directory / PREVIOUS_FILE, directory / FILE):
         if not path.exists():
             continue
-        offset_s = 0.0
+        offset_s, torn = 0.0, None
         with path.open("rb") as file:
             for line in file:
-                if not line.endswith(b"\n"):
+                if not line.endswith(b"\n") or line == b"\n":
                     continue
-                entry = decoder.decode(line)
-                if isinstance(entry, Clock):
-                    offset_s = entry.unix_s - entry.clock_s
+                try:
+                    entry = decoder.decode(line)
+                except msgspec.DecodeError as error:
+                    torn = torn or error
+                    continue
+                if isinstance(entry, Clock):  # whoever wrote the line before it has ended there
+                    offset_s, torn = entry.unix_s - entry.clock_s, None
+                elif torn is not None:
+                    break
                 else:
                     yield msgspec.structs.replace(
                         entry, begun_s=entry.begun_s + offset_s, ended_s=entry.ended_s + offset_s
                     )
+        if torn is not None:
+            raise torn

@@ -35,9 +35,13 @@ def test_spans_come_back_in_the_time_of_day(tmp_path):
     SpanFile(tmp_path, Clock(incarnation=2, clock_s=0.0, unix_s=1_000_200.0)).write([a_span(1.0, 2.0)])
     with (tmp_path / FILE).open("ab") as torn:
         torn.write(b'{"type":"span","proc')
-    assert [(span.begun_s, span.ended_s, span.note) for span in read_spans(tmp_path)] == [
+    found = [
         (1_000_101.0, 1_000_103.0, ""), (1_000_104.0, 1_000_105.0, "step 3"), (1_000_201.0, 1_000_202.0, ""),
     ]  # fmt: skip
+    assert [(span.begun_s, span.ended_s, span.note) for span in read_spans(tmp_path)] == found
+    SpanFile(tmp_path, Clock(incarnation=3, clock_s=0.0, unix_s=1_000_300.0)).write([a_span(1.0, 2.0, note="third")])
+    found.append((1_000_301.0, 1_000_302.0, "third"))
+    assert [(span.begun_s, span.ended_s, span.note) for span in read_spans(tmp_path)] == found
 
 
 def test_the_file_is_bounded_and_the_newest_are_kept(tmp_path):
@@ -148,12 +152,16 @@ def test_the_command_writes_a_file_that_viewers_read(tmp_path, capsys):
         (["{tmp}"], "holds no spans.jsonl: name the directory of a run that has trained"),
         (["{tmp}/good", "--output", "{tmp}/none/trace.json"], "output .*none/trace.json: No such file or directory"),
         (["{tmp}/bad"], "spans.jsonl is damaged"),
+        (["{tmp}/bad in the middle"], "spans.jsonl is damaged"),
     ],
 )
 def test_bad_input_is_refused(argv, words, tmp_path):
-    for name in ("good", "bad"):
+    for name in ("good", "bad", "bad in the middle"):
         (tmp_path / name).mkdir()
         SpanFile(tmp_path / name, HEADER).write([a_span()])
     (tmp_path / "bad" / FILE).write_bytes(b'{"type":"nothing"}\n')
+    middle = tmp_path / "bad in the middle" / FILE
+    middle.write_bytes(middle.read_bytes() + b'{"type":"span","proc\n' + msgspec.json.encode(a_span()) + b"\n")
+    SpanFile(middle.parent, HEADER).write([a_span()])
     with pytest.raises(ConfigError, match=words):
         trace([part.replace("{tmp}", str(tmp_path)) for part in argv], prog="headway-learner trace")
