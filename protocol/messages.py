@@ -267,7 +267,7 @@ class ServerStatus(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     """Integral over time of samples_running / room."""
     idle_lease_s: float = 0.0
     """Integral of the share of seats that were empty because nothing more was leased. The four of these and
-    occupancy_s sum to wall_s."""
+    occupancy_s sum to wall_s, within a step of the engine."""
     idle_engine_s: float = 0.0
     """Same, while samples waited that the engine had not begun: a swap, a prompt being computed, a full cache."""
     idle_rewards_s: float = 0.0

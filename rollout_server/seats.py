@@ -2,7 +2,8 @@
 
 A seat is room for one sample. Whoever knows of an event that may change the cause (a lease, samples that came back, a
 group that was scored, a heartbeat) settles: what the engine's own integral says was empty since the event before goes
-to the cause that held from then on. The causes sum to wall time - occupancy by construction.
+to the cause that held from then on. The causes sum to the most that wall time - occupancy has been: where an engine
+counts occupancy step by step, within a step of what was empty.
 """
 
 from __future__ import annotations
@@ -51,7 +52,13 @@ class SeatMeter:
         self._settled_s = 0.0
 
     def settle(self, *, wall_s: float, occupancy_s: float, cause: EmptyBecause) -> None:
-        """Give what was empty since the last call to the cause that held meanwhile; `cause` holds from now on."""
+        """Give what was empty since the last call to the cause that held meanwhile; `cause` holds from now on.
+
+        An engine may count its seats when a step ends: then more was taken than what had been settled within the step
+        left over. What was counted stays counted, and nothing more is until as much was empty.
+        """
         empty_s = wall_s - occupancy_s
-        self.empty_s[self._cause] += empty_s - self._settled_s
-        self._settled_s, self._cause = empty_s, cause
+        if empty_s > self._settled_s:
+            self.empty_s[self._cause] += empty_s - self._settled_s
+            self._settled_s = empty_s
+        self._cause = cause
