@@ -28,6 +28,7 @@ class LearnerWaits(StrEnum):
     """For what the train loop waits."""
 
     NO_SERVER = "no_server"
+    """None is connected, or those that are have fallen silent, or drain."""
     WEIGHTS = "weights"
     """No server has the weights that the next leases need, yet."""
     ROLLOUTS = "rollouts"
@@ -98,9 +99,9 @@ class Situation:
 
     prompts_per_step: int
     servers: int
-    """Connected."""
+    """Connected, and neither silent nor draining."""
     healthy: int
-    """Of those, live at some version and heard of."""
+    """Of those, live at some version."""
     seats: int
     seats_taken: int
     """Samples in the engines, as they last said."""

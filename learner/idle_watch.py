@@ -75,11 +75,11 @@ class IdleWatch:
         ledger, fleet, evaluation, now_s = (
             coordinator.ledger, coordinator.fleet, coordinator.evaluation, coordinator.clock(),
         )  # fmt: skip
-        servers = list(fleet.servers.values())
-        healthy = [server for server in servers if fleet.health(server, now_s) is Health.HEALTHY]
+        health = {peer: fleet.health(server, now_s) for peer, server in fleet.servers.items()}
+        healthy = [fleet.servers[peer] for peer, state in health.items() if state is Health.HEALTHY]
         return Situation(
             prompts_per_step=ledger.bounds.prompts_per_step,
-            servers=len(servers),
+            servers=sum(state in (Health.HEALTHY, Health.JOINING) for state in health.values()),
             healthy=len(healthy),
             seats=sum(server.hello.room for server in healthy),
             seats_taken=sum(server.status.samples_running for server in healthy if server.status is not None),
