@@ -353,6 +353,7 @@ class Coordinator:
         # The samples under way may have begun before the server's version went live: count on no more than needed.
         self.ledger.dispatched(entry.sequence, server.name, oldest)
         self.fleet.assign(server, held_id, self.config.num_generations)
+        self.spans.begin(held_id, server.name, "groups", f"group {entry.ordinal}", self.clock())
         return True
 
     def _forget(self, ordinal: int) -> None:

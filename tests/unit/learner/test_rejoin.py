@@ -54,6 +54,22 @@ def test_an_adopted_group_is_not_taken_for_younger_than_it_may_be():
     assert desk.ledger.entries[0].floor == first.min_version.policy_version == 2
 
 
+def test_what_a_server_goes_on_with_after_it_came_back_is_shown():
+    desk = make_desk()
+    desk.join("north", peer=b"first", session="3f2a-1")
+    desk.pump()
+    (lease, *_) = desk.leases("first")
+    desk.clock.now_s += 2.0
+    desk.join("north", peer=b"second", session="3f2a-2", in_flight=(lease.group_id,))
+    back_s = desk.clock()
+    desk.clock.now_s += 3.0
+    desk.receive(answer(lease), "second")
+    *_, lost, finished = [span for span in desk.coordinator.spans.take() if span.name == f"group {lease.ordinal}"]
+    assert (lost.note, lost.ended_s) == ("lost: it joined anew", back_s)
+    assert (finished.process, finished.lane) == ("north", "groups")
+    assert (finished.begun_s, finished.ended_s) == (back_s, back_s + 3.0)
+
+
 def test_a_hello_read_after_a_later_one_of_the_same_process_changes_nothing():
     """ZeroMQ keeps no order between connections: one given up while the learner was busy may be read last."""
     desk = make_desk()
