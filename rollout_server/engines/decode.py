@@ -61,6 +61,8 @@ class Decoder:
         self._answers: list[Job] = []
         self.live: Version | None = None
         self.prompts_prefilled = 0
+        self.samples_given = 0
+        """By `submit`."""
         self._samples_waiting = 0
         self._tokens_generated = self._tokens_held = 0
         self._busy_s = self._paused_s = self._occupancy_s = 0.0
@@ -86,10 +88,11 @@ class Decoder:
         """Queue a job behind those waiting, or refuse it at once while no weights are live."""
         if self.live is None:
             job.reply(EngineFailure(f"group {job.request.group_id}: no weights are live yet: load_weights first"))
-            return
-        self._jobs.add(job)
-        self._waiting.append(job)
-        self._samples_waiting += job.waiting
+        else:
+            self._jobs.add(job)
+            self._waiting.append(job)
+            self._samples_waiting += job.waiting
+        self.samples_given += job.request.num_generations
 
     @torch.inference_mode()
     def abort(self, group_id: str) -> None:

@@ -18,6 +18,7 @@ import os
 import queue
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Literal, Self, TypeVar
@@ -98,6 +99,8 @@ class TransformersEngine:
         self._room, self._max_length = room, max_model_length
         self._dtype, self._device = dtype, device
         self._commands: queue.SimpleQueue[Command | None] = queue.SimpleQueue()
+        self._samples_asked = 0
+        """Counted here; the decoder, on its thread, counts those that it was given."""
         self._closed = False
         self._lost = Signal()
 
@@ -117,8 +120,10 @@ class TransformersEngine:
         return self._lost
 
     def status(self) -> EngineStatus:
-        """Counters and gauges."""
-        return self._decoder.status()
+        """Counters and gauges. What is on its way to the decoder's thread waits, too."""
+        on_their_way = self._samples_asked - self._decoder.samples_given
+        status = self._decoder.status()
+        return replace(status, samples_waiting=status.samples_waiting + on_their_way)
 
     async def generate(self, request: GenerationRequest) -> list[Completion]:
         """Sample the group. When the caller is cancelled, so is the group.
@@ -130,6 +135,7 @@ class TransformersEngine:
         answer: asyncio.Future[list[Completion]] = asyncio.get_running_loop().create_future()
         job = Job(request=request, reply=_replying(answer))
         self._put(lambda decoder: decoder.submit(job))
+        self._samples_asked += request.num_generations
         try:
             return await answer
         except asyncio.CancelledError:

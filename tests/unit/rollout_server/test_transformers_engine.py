@@ -6,6 +6,7 @@ import asyncio
 import logging
 import subprocess
 import sys
+import threading
 from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,7 @@ from rollout_server.config import ScriptedOptions, ServerConfig
 from rollout_server.engines import create_engine
 from rollout_server.engines import transformers as engine_module
 from rollout_server.engines.base import EngineFailure, GenerationRequest, StagedWeights
+from rollout_server.engines.decode import Decoder
 from rollout_server.engines.live_weights import digest_of, unique_tensors
 from rollout_server.engines.text import load_decoder
 from rollout_server.engines.transformers import TransformersEngine, load_model
@@ -194,6 +196,32 @@ def test_an_error_in_the_model_fails_its_requests_and_not_the_engine(
     assert [record.getMessage() for record in caplog.records] == [
         "decoding failed; every request under way fails with it"
     ]
+
+
+def test_samples_wait_from_the_moment_they_are_asked_for(tiny_model_dir: Path) -> None:
+    """The decoder's thread takes them between two steps; a server that said nothing of them would be sent more."""
+    held, let_go = threading.Event(), threading.Event()
+
+    def hold(decoder: Decoder) -> None:
+        held.set()
+        let_go.wait(20)
+
+    async def case() -> None:
+        async with TransformersEngine(
+            tiny_model_dir, room=4, max_model_length=64, dtype="float32", device="cpu"
+        ) as engine:
+            await engine.load_weights(StagedWeights(version=V0, path=tiny_model_dir / "model.safetensors"))
+            engine._put(hold)
+            await asyncio.to_thread(held.wait, 20)
+            task = asyncio.create_task(engine.generate(request()))
+            await asyncio.sleep(0)
+            asked = engine.status().samples_waiting
+            let_go.set()
+            await task
+            assert asked == request().num_generations > 0
+            assert engine.status().samples_waiting == 0
+
+    run(case())
 
 
 def test_bfloat16_is_served_near_float32(tiny_model_dir: Path) -> None:
