@@ -7,7 +7,6 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from protocol.completions import group_versions
 from protocol.messages import FinishReason, Float32, Group, Int32
 
 Bool = npt.NDArray[np.bool_]
@@ -28,7 +27,7 @@ class TrainGroup:
     @property
     def oldest_policy_version(self) -> int:
         """policy_version of the group's oldest token. All versions belong to the lineage (checked on arrival)."""
-        return min(version.policy_version for version in group_versions(self.group))
+        return int(self.group.span_versions[:, 1].min())
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -40,14 +40,14 @@ def reward_metrics(groups: Sequence[Group]) -> Row:
     Args:
         groups: whole groups that name the same reward functions (made sure of when a server says Hello).
     """
-    scored = [group.rewards[group.scored != 0].astype(np.float64) for group in groups]
-    comparable = [rewards for rewards in scored if rewards.size >= 2]
+    rewards, stds, ranges = _spread(groups)
     row: Row = {
-        "reward": mean(_concatenate(scored)),
-        "reward_std": mean([float(rewards.std(ddof=1)) for rewards in comparable]),
-        "frac_reward_zero_std": mean([float(np.ptp(rewards) == 0) for rewards in comparable]),
+        "reward": mean(rewards),
+        "reward_std": mean(stds),
+        "frac_reward_zero_std": mean(ranges == 0),
     }
-    statuses = _concatenate([group.reward_statuses.ravel() for group in groups])
+    statuses = _concatenate([group.reward_statuses for group in groups])
+    values = _concatenate([group.reward_values for group in groups])
     for name, status in (
         ("timeouts", RewardStatus.TIMEOUT),
         ("errors", RewardStatus.ERROR),
@@ -55,11 +55,9 @@ def reward_metrics(groups: Sequence[Group]) -> Row:
     ):
         row[f"rewards/{name}"] = int(np.count_nonzero(statuses == status))
     for column, name in enumerate(groups[0].reward_names if groups else ()):
-        values = _concatenate(
-            [g.reward_values[g.reward_statuses[:, column] == RewardStatus.OK, column] for g in groups]
-        )
-        row[f"rewards/{name}/mean"] = mean(values)
-        row[f"rewards/{name}/std"] = float(values.std(ddof=1)) if values.size >= 2 else math.nan
+        called = values[statuses[:, column] == RewardStatus.OK, column]
+        row[f"rewards/{name}/mean"] = mean(called)
+        row[f"rewards/{name}/std"] = float(called.std(ddof=1)) if called.size >= 2 else math.nan
     judged = [group for group in groups if group.step_rewards is not None]
     if judged:
         steps = _concatenate([step_rewards(group) for group in judged])
@@ -92,15 +90,14 @@ def staleness_metrics(batch: Batch) -> Row:
 
     `staleness/hist` counts tokens at staleness 0, 1, ..., `staleness/max`.
     """
-    spans = [token_staleness(train.group, batch.step - 1) for train in batch.groups]
-    staleness_K = _concatenate([staleness for staleness, _ in spans])
-    tokens_K = _concatenate([tokens for _, tokens in spans])
-    samples = _concatenate([completion_staleness(train.group, batch.step - 1) for train in batch.groups])
-    oldest = max(batch.staleness, default=0)
+    groups, policy_version, ages = [train.group for train in batch.groups], batch.step - 1, batch.staleness
+    staleness_K, tokens_K = token_staleness(groups, policy_version)
+    samples = completion_staleness(groups, policy_version)
+    oldest = max(ages, default=0)
     num_tokens = int(tokens_K.sum())
     return {
         "staleness/token_mean": float(staleness_K @ tokens_K) / num_tokens if num_tokens else math.nan,
-        "staleness/group_mean": mean(batch.staleness),
+        "staleness/group_mean": mean(ages),
         "staleness/max": oldest,
         "staleness/hist": np.bincount(staleness_K, tokens_K, oldest + 1).astype(int).tolist(),
         "sample/staleness_mean": mean(samples),
@@ -108,29 +105,29 @@ def staleness_metrics(batch: Batch) -> Row:
     }
 
 
-def token_staleness(group: Group, policy_version: int) -> tuple[Int64, Int64]:
-    """Return the staleness of each version span and how many of its tokens can train, both [K].
+def token_staleness(groups: Sequence[Group], policy_version: int) -> tuple[Int64, Int64]:
+    """Return the staleness of each version span of the groups and how many of its tokens can train, both [K].
 
     By span, not by token: a batch of millions of tokens is reduced on the event loop in a few milliseconds (I9).
     """
-    staleness_K = policy_version - group.span_versions[:, 1].astype(np.int64)
-    tokens_K = group.span_lengths.astype(np.int64)
-    if group.loss_mask is not None:
+    staleness_K, counts_N = _span_staleness(groups, policy_version)
+    tokens_K = _concatenate([group.span_lengths for group in groups]).astype(np.int64)
+    if any(group.loss_mask is not None for group in groups):
         ends_K = np.cumsum(tokens_K)
-        masked_T = np.concatenate([[0], np.cumsum(group.loss_mask != 0)])
+        masked_T = np.concatenate([[0], np.cumsum(_concatenate([_mask(group) for group in groups]))])
         tokens_K = masked_T[ends_K] - masked_T[ends_K - tokens_K]
-    return staleness_K, tokens_K * np.repeat(_trains(group), group.span_counts)
+    return staleness_K, tokens_K * np.repeat(_trains(groups), counts_N)
 
 
-def completion_staleness(group: Group, policy_version: int) -> Int64:
+def completion_staleness(groups: Sequence[Group], policy_version: int) -> Int64:
     """Return the staleness of the oldest token of every completion that can train and is not empty, [<= N]."""
-    filled = group.span_counts > 0
-    if not filled.any():
+    staleness_K, counts_N = _span_staleness(groups, policy_version)
+    filled_N = counts_N > 0
+    if not filled_N.any():
         return np.zeros(0, np.int64)
-    counts = group.span_counts[filled]
-    staleness_K = policy_version - group.span_versions[:, 1].astype(np.int64)
+    counts = counts_N[filled_N]
     oldest: Int64 = np.maximum.reduceat(staleness_K, np.cumsum(counts) - counts)
-    return oldest[_trains(group)[filled]]
+    return oldest[_trains(groups)[filled_N]]
 
 
 def mean(values: Numbers | Sequence[float]) -> float:
@@ -138,9 +135,38 @@ def mean(values: Numbers | Sequence[float]) -> float:
     return float(np.mean(values, dtype=np.float64)) if len(values) else math.nan
 
 
-def _trains(group: Group) -> Bools:
+def _spread(groups: Sequence[Group]) -> tuple[Numbers, Numbers, Numbers]:
+    """Return all scored rewards; and of each group that has two or more of them their deviation and their range."""
+    rewards = _concatenate([group.rewards[group.scored != 0] for group in groups]).astype(np.float64)
+    counts = np.array([np.count_nonzero(group.scored) for group in groups], np.int64)
+    comparable = np.repeat(counts >= 2, counts)
+    counts = counts[counts >= 2]
+    if not counts.size:
+        return rewards, np.zeros(0), np.zeros(0)
+    compared, begins = rewards[comparable], np.cumsum(counts) - counts
+    deviations = compared - np.repeat(np.add.reduceat(compared, begins) / counts, counts)
+    stds = np.sqrt(np.add.reduceat(deviations**2, begins) / (counts - 1))
+    ranges = np.maximum.reduceat(compared, begins) - np.minimum.reduceat(compared, begins)
+    return rewards, stds, ranges
+
+
+def _span_staleness(groups: Sequence[Group], policy_version: int) -> tuple[Int64, Int64]:
+    """Return the staleness of each version span, [K], and how many of them each completion has, [N]."""
+    versions_K = [group.span_versions[:, 1] for group in groups]
+    counts_N = [group.span_counts for group in groups]
+    return policy_version - _concatenate(versions_K).astype(np.int64), _concatenate(counts_N).astype(np.int64)
+
+
+def _mask(group: Group) -> Bools:
+    """Tell which tokens have a place in the loss, [T]."""
+    ones: Bools = np.ones(group.completion_tokens.size, bool)
+    return ones if group.loss_mask is None else group.loss_mask != 0
+
+
+def _trains(groups: Sequence[Group]) -> Bools:
     """Tell which completions, [N], can train: those scored and not aborted."""
-    trains: Bools = (group.scored != 0) & (group.finish_reasons != FinishReason.ABORT)
+    scored_N = _concatenate([group.scored for group in groups]) != 0
+    trains: Bools = scored_N & (_concatenate([group.finish_reasons for group in groups]) != FinishReason.ABORT)
     return trains
 
 

@@ -66,9 +66,9 @@ def loop_over_completions(train: TrainGroup) -> list[int]:
 @settings(max_examples=60, deadline=None)
 @given(train_groups())
 def test_staleness_of_tokens_and_completions(train):
-    staleness, tokens = token_staleness(train.group, STEP - 1)
+    staleness, tokens = token_staleness([train.group], STEP - 1)
     assert np.repeat(staleness, tokens).tolist() == loop_over_tokens(train)
-    assert completion_staleness(train.group, STEP - 1).tolist() == loop_over_completions(train)
+    assert completion_staleness([train.group], STEP - 1).tolist() == loop_over_completions(train)
 
 
 @settings(max_examples=60, deadline=None)

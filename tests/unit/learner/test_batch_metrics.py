@@ -23,7 +23,7 @@ def v(policy_version: int) -> Version:
 
 def tokens_at(group: Group, policy_version: int) -> list[int]:
     """Staleness of every token that can train, one by one."""
-    return np.repeat(*token_staleness(group, policy_version)).tolist()
+    return np.repeat(*token_staleness([group], policy_version)).tolist()
 
 
 def test_reward_statistics_of_two_groups():
@@ -134,7 +134,7 @@ def test_tokens_that_cannot_train_have_no_staleness_but_bound_the_group():
         finish_reasons=[FinishReason.STOP, FinishReason.STOP, FinishReason.ABORT],
     )
     assert tokens_at(group, 3) == [0, 0]
-    assert completion_staleness(group, 3).tolist() == [0]
+    assert completion_staleness([group], 3).tolist() == [0]
     row = staleness_metrics(make_batch(step=4, groups=[make_train_group(group=group)]))
     assert row["staleness/hist"] == [2, 0, 0, 0]
     assert row["staleness/max"] == 3
@@ -155,10 +155,10 @@ def test_empty_completions_have_no_oldest_token():
         spans=[[], [(v(1), 1), (v(2), 1)], []],
         finish_reasons=[FinishReason.LENGTH] * 3,
     )
-    assert completion_staleness(group, 2).tolist() == [1]
+    assert completion_staleness([group], 2).tolist() == [1]
     assert tokens_at(group, 2) == [1, 0]
     nothing = make_group(rewards=[1, 0], spans=[[], []], finish_reasons=[FinishReason.LENGTH] * 2)
-    assert completion_staleness(nothing, 2).size == 0
+    assert completion_staleness([nothing], 2).size == 0
 
 
 def test_a_retry_of_the_whole_group_may_mix_incarnations():
