@@ -258,6 +258,7 @@ class Learner:
                 coordinator.tokens.restored(group)
             coordinator.tokens.trained(groups, mask_truncated_completions=config.mask_truncated_completions)
             recorder.step(batch, result, StepTimer(coordinator.clock), learning_rate=learning_rate)
+        recorder.write_rows()
         monitor = Monitor(coordinator, recorder, buffer, self.waits, self.lag, self.compute, address=channel.address)
         recorder.step_done = lambda row: self.screen.print_step(monitor.view())
         beginning = IncarnationRecord(

@@ -114,7 +114,7 @@ def token_staleness(groups: Sequence[Group], policy_version: int) -> tuple[Int64
     tokens_K = _concatenate([group.span_lengths for group in groups]).astype(np.int64)
     if any(group.loss_mask is not None for group in groups):
         ends_K = np.cumsum(tokens_K)
-        masked_T = np.concatenate([[0], np.cumsum(_concatenate([_mask(group) for group in groups]))])
+        masked_T = np.concatenate([[0], np.cumsum(_concatenate([_mask(group) for group in groups]) != 0)])
         tokens_K = masked_T[ends_K] - masked_T[ends_K - tokens_K]
     return staleness_K, tokens_K * np.repeat(_trains(groups), counts_N)
 
@@ -157,10 +157,9 @@ def _span_staleness(groups: Sequence[Group], policy_version: int) -> tuple[Int64
     return policy_version - _concatenate(versions_K).astype(np.int64), _concatenate(counts_N).astype(np.int64)
 
 
-def _mask(group: Group) -> Bools:
-    """Tell which tokens have a place in the loss, [T]."""
-    ones: Bools = np.ones(group.completion_tokens.size, bool)
-    return ones if group.loss_mask is None else group.loss_mask != 0
+def _mask(group: Group) -> Numbers:
+    """Return 1 for each token that has a place in the loss and 0 for the others, [T]."""
+    return np.ones(group.completion_tokens.size, np.uint8) if group.loss_mask is None else group.loss_mask
 
 
 def _trains(groups: Sequence[Group]) -> Bools:

@@ -323,7 +323,7 @@ async def apply_step(
     recorder: Recorder,
     timer: StepTimer,
 ) -> None:
-    """Journal the step, change the weights, count the groups as trained, publish, record: together or not at all."""
+    """Journal the step, change the weights, count the groups as trained, publish, note it: together or not at all."""
     incarnation = coordinator.identity.incarnation
     async with coordinator.step_boundary:  # no knob is turned between what is journaled and what is applied
         learning_rate = trainer.learning_rate
@@ -347,7 +347,6 @@ async def apply_step(
         with timer.measure("canaries_s"):
             canaries = await measure_canaries(coordinator, trainer, compute)
         publisher.start(Version(incarnation, policy_version), canaries)
-        await asyncio.sleep(0)  # the snapshot begins now, beside the recording, and not after it
     recorder.step(batch, result, timer, learning_rate=learning_rate)
     event(log, "trained", step=policy_version, staleness=max(batch.staleness), tokens=result.loss_tokens)
 

@@ -1,6 +1,9 @@
 """What a run leaves behind: metrics, samples, evaluation results, checkpoints, summary. Called by train_loop.
 
-Everything on disk here can be read while the run goes on and after it; nothing here decides anything.
+    train_loop --step--> notes --record_loop, save--> metrics.jsonl, samples/, screen, depth controller
+
+Everything on disk here can be read while the run goes on and after it; nothing here decides anything. What a step was
+like is noted when it is made; it is worked out and written down once its weights are live, for servers wait for those.
 """
 
 from __future__ import annotations
@@ -21,6 +24,7 @@ from learner.compute import Compute
 from learner.coordinator import Coordinator
 from learner.evaluation import Evaluation
 from learner.fleet import Server
+from learner.idle_watch import IdleSeconds
 from learner.journal_records import IncarnationRecord
 from learner.ledger import LedgerSnapshot
 from learner.rundir import RunDirectory
@@ -30,6 +34,7 @@ from learner.token_ledger import TokenEnd, costs
 from learner.trackers import JsonlTracker, SampleWriter
 from protocol.logs import event
 from protocol.loop_lag import LoopLag
+from protocol.waits import Waits, WaitTimeout
 
 log = logging.getLogger(__name__)
 
@@ -61,6 +66,33 @@ class StepTimer:
     def elapsed_s(self) -> float:
         """Since the iteration began."""
         return self._clock() - self._started_s
+
+
+RECORD_S = 1.0
+"""A row waits no longer for the weights of its step to be live."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepNote:
+    """A step, with what only its own moment knew."""
+
+    batch: Batch
+    result: StepResult
+    policy_version: int
+    """After it."""
+    learning_rate: float
+    timer: StepTimer
+    step_time_s: float
+    wall_s: float
+    idle: IdleSeconds
+    servers: list[ServerView]
+    counts: Mapping[str, int]
+    trained: int
+    """Tokens so far."""
+    generated: int
+    """Tokens so far."""
+    others: Row
+    """Columns of the token ledger and of the knobs."""
 
 
 class Saver(Protocol):
@@ -113,24 +145,28 @@ class Recorder:
     """The beginnings of the lineage's learners, this one's last."""
     last_row: Row | None = None
     _saved: deque[LedgerSnapshot] = field(default_factory=deque)
+    _notes: deque[StepNote] = field(default_factory=deque)
+    """Of steps that have no row yet."""
+    _noted: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
         """What servers did before the first lease is not this run's."""
         self.coordinator.begun = lambda: self.stats.begin(self.server_views())
 
     def step(self, batch: Batch, result: StepResult, timer: StepTimer, *, learning_rate: float) -> None:
-        """Record one step, trained or skipped."""
+        """Note one step, trained or skipped: `write_rows` makes a row of it."""
         coordinator = self.coordinator
         ledger, now_s = coordinator.ledger, coordinator.clock()
         first_s = coordinator.first_lease_s if coordinator.first_lease_s is not None else now_s
-        row = self.stats.record_step(
-            batch,
-            result,
+        note = StepNote(
+            batch=batch,
+            result=result,
             policy_version=ledger.policy_version,
             learning_rate=learning_rate,
-            timings=timer.timings,
-            idle=coordinator.idle.take(),
+            timer=timer,
             step_time_s=timer.elapsed_s,
+            wall_s=now_s - first_s,
+            idle=coordinator.idle.take(),
             servers=self.server_views(),
             counts={
                 **ledger.counts(),
@@ -139,21 +175,67 @@ class Recorder:
                 "slots_total": ledger.bounds.slots_total,
                 **coordinator.counters,
             },
-            wall_s=now_s - first_s,
+            trained=coordinator.tokens.ends[TokenEnd.TRAINED],
+            generated=coordinator.tokens.generated,
+            others={**coordinator.tokens.metrics(), **coordinator.knobs.metrics()},
         )
-        for stage, begun_s, ended_s in timer.stages:
+        self._notes.append(note)
+        self._noted.set()
+
+    async def record_loop(self, waits: Waits) -> None:
+        """Write down each step once its weights are live.
+
+        consumes: notes             waits for: a step; its weights, RECORD_S at most
+        produces: rows, samples     unblocked by: train_loop; the first server that is live
+        """
+        try:
+            while True:
+                await waits.wait(self._noted.wait(), name="step", owner="train_loop", deadline_s=None)
+                with contextlib.suppress(WaitTimeout):
+                    live = self._live(self.trainer.policy_version)
+                    await waits.wait(live, name="weights live", owner="rollout servers", deadline_s=RECORD_S)
+                self.write_rows()
+        finally:
+            self.write_rows()
+
+    async def _live(self, policy_version: int) -> None:
+        while policy_version in self.coordinator.weights.made_s:
+            await self.coordinator.changed.wait()
+
+    def write_rows(self) -> None:
+        """Write down every step noted so far.
+
+        Raises:
+            OSError: the disk refused.
+        """
+        self._noted.clear()
+        while self._notes:
+            self._write(self._notes.popleft())
+
+    def _write(self, note: StepNote) -> None:
+        coordinator, batch = self.coordinator, note.batch
+        row = self.stats.record_step(
+            batch,
+            note.result,
+            policy_version=note.policy_version,
+            learning_rate=note.learning_rate,
+            timings=note.timer.timings,
+            idle=note.idle,
+            step_time_s=note.step_time_s,
+            servers=note.servers,
+            counts=note.counts,
+            wall_s=note.wall_s,
+        )
+        for stage, begun_s, ended_s in note.timer.stages:
             lane = "waits" if stage.startswith("wait") else "steps"
             coordinator.spans.add("learner", lane, stage.removesuffix("_s"), begun_s, ended_s, f"step {batch.step}")
-        row |= coordinator.weights.metrics() | coordinator.knobs.metrics()
-        row |= coordinator.tokens.metrics()
-        totals, tokens = self.stats.totals(), coordinator.tokens
-        row |= costs(
-            tokens.ends[TokenEnd.TRAINED], tokens.generated, learner_s=totals.wall_s, servers_s=totals.servers_s
-        )
+        row |= coordinator.weights.metrics() | note.others
+        totals = self.stats.totals()
+        row |= costs(note.trained, note.generated, learner_s=totals.wall_s, servers_s=totals.servers_s)
         row["loop_lag_ms"] = self.lag.p99_ms()
         self.tracker.log(row)
-        if result.finite:
-            self.samples.write(batch, advantages=result.advantages or None)
+        if note.result.finite:
+            self.samples.write(batch, advantages=note.result.advantages or None)
         self.last_row = row
         self.step_done(row)
         if self.steered is not None and not self.steered.full():
@@ -161,6 +243,7 @@ class Recorder:
 
     async def save(self, compute: Compute) -> None:
         """Write a checkpoint of this moment; then the journal may forget what none of the kept ones needs."""
+        self.write_rows()  # a run that goes on from here has a row of every step before
         config, ledger = self.coordinator.config, self.coordinator.ledger
         snapshot = ledger.snapshot()
         state = CheckpointState(

@@ -87,6 +87,7 @@ class Run:
             "evaluate_loop": evaluate_loop(
                 self.recorder.requests, self.coordinator, self.publisher, self.recorder, self.waits
             ),
+            "record_loop": self.recorder.record_loop(self.waits),
             "screen_loop": screen_loop(self.monitor.view, self.screen),
             "loop_lag": loop_lag_gauge(self.lag),
             "spans_loop": spans_loop(
@@ -146,6 +147,7 @@ class Run:
 
     async def _pause(self) -> None:
         """Save what is trained; servers wait for the next incarnation."""
+        self.recorder.write_rows()
         if self.recorder.last_row is not None:
             await self.recorder.save(self.compute)
         self._farewell(Goodbye(reason=f"the learner was stopped by {self.interrupted}; it may come back"))

@@ -23,7 +23,7 @@ from protocol.logs import event
 from protocol.tasks import finish
 from protocol.waits import Waits
 
-ORDINARY = ("change", "arrivals", "batch place")
+ORDINARY = ("change", "arrivals", "batch place", "step")
 """Waits that are the ordinary state of a loop with nothing to do."""
 log = logging.getLogger(__name__)
 

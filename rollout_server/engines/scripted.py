@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 from types import TracebackType
 from typing import Self, TypeVar
@@ -113,7 +114,7 @@ class ScriptedEngine:
             raise EngineFailure(
                 f"group {request.group_id}: {'the engine was closed' if self._closed else 'as scripted'}"
             )
-        return [self._completion(request, index, *outcome[index]) for index in range(request.num_generations)]
+        return self._completions(request, [outcome[index] for index in range(request.num_generations)])
 
     def abort(self, group_id: str) -> None:
         """End the group's samples now."""
@@ -210,25 +211,35 @@ class ScriptedEngine:
         deviate = NormalDist().inv_cdf((self._chance(LENGTHS, seed) + 2**-25) / (1 + 2**-24))  # of inside (0, 1)
         return max(1, round(self._options.mean_length * math.exp(self._options.length_sigma * deviate)))
 
-    def _completion(self, request: GenerationRequest, index: int, spans: Spans, reason: FinishReason) -> Completion:
-        """Invent the tokens and logprobs of a sample that ended."""
-        counts, seed = [count for _, count in spans], sample_seed(request.seed, index)
-        codes_K = np.array([version.incarnation << 32 | version.policy_version for version, _ in spans], np.uint64)
-        token_keys_T, logprob_keys_T = (
-            np.repeat(hash_counters(np.array([self._key(purpose, seed)], np.uint64), codes_K), counts)
-            for purpose in (TOKENS, LOGPROBS)
-        )
-        positions_T = np.arange(token_keys_T.size)
+    def _completions(self, request: GenerationRequest, ended: Sequence[tuple[Spans, FinishReason]]) -> list[Completion]:
+        """Invent the tokens and logprobs of a group's samples, all at once: sixteen times one would hold the loop."""
         stops = request.sampling.stop_token_ids
-        tokens = self._without(stops, hash_counters(token_keys_T, positions_T.astype(np.uint64)))
-        if reason is FinishReason.STOP:
-            tokens[-1] = stops[0]
-        return Completion(
-            completion_tokens=tokens,
-            behavior_logprobs=LOWEST_LOGPROB * uniforms(logprob_keys_T, positions_T),
-            spans=spans,
-            finish_reason=reason,
+        codes_K = np.array([v.incarnation << 32 | v.policy_version for spans, _ in ended for v, _ in spans], np.uint64)
+        counts_K = np.array([count for spans, _ in ended for _, count in spans], np.int64)
+        spans_N = [len(spans) for spans, _ in ended]
+        lengths_N = [sum(count for _, count in spans) for spans, _ in ended]
+        seeds_N = [sample_seed(request.seed, index) for index in range(len(ended))]
+        token_keys_T, logprob_keys_T = (
+            np.repeat(hash_counters(np.repeat(np.array(keys_N, np.uint64), spans_N), codes_K), counts_K)
+            for keys_N in ([self._key(purpose, seed) for seed in seeds_N] for purpose in (TOKENS, LOGPROBS))
         )
+        ends_N = np.cumsum(lengths_N)
+        positions_T = np.arange(token_keys_T.size) - np.repeat(ends_N - lengths_N, lengths_N)
+        tokens_T = self._without(stops, hash_counters(token_keys_T, positions_T.astype(np.uint64)))
+        logprobs_T = LOWEST_LOGPROB * uniforms(logprob_keys_T, positions_T)
+        completions = []
+        for (spans, reason), length, end in zip(ended, lengths_N, ends_N.tolist(), strict=True):
+            if reason is FinishReason.STOP:
+                tokens_T[end - 1] = stops[0]
+            completions.append(
+                Completion(
+                    completion_tokens=tokens_T[end - length : end],
+                    behavior_logprobs=logprobs_T[end - length : end],
+                    spans=spans,
+                    finish_reason=reason,
+                )
+            )
+        return completions
 
     def _without(self, stops: tuple[int, ...], hashes: UInt64) -> Int32:
         """Map hashes to tokens of the vocabulary that are not stop tokens."""

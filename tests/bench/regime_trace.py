@@ -22,7 +22,7 @@ PROMPTS_PER_STEP, NUM_GENERATIONS = 16, 16
 SEEDS = 3
 WARM_UP_STEPS = 15
 STEPS, QUICK_STEPS = 200, 40
-STEP_S = 0.4
+STEP_S = 0.8
 """Mean seconds of training a step, and of generating it with every seat taken. The processes' own work is some 50 ms of
 CPU a step and side: they must not be what is measured."""
 NUM_GROUPS = PROMPTS_PER_STEP * (WARM_UP_STEPS + STEPS + 8)

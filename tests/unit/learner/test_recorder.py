@@ -121,6 +121,7 @@ def test_a_step_is_one_row_with_the_ledgers_counts(tmp_path):
         timer = StepTimer(o.desk.clock)
         o.desk.clock.now_s += 4.0
         o.recorder.step(make_batch(step=1), GOOD, timer, learning_rate=1e-4)
+        o.recorder.write_rows()
         (row,) = o.rows()
         assert (row["step"], row["policy_version"], row["skipped"], row["loss"]) == (1, 1, 0, 0.5)
         assert (row["learning_rate"], row["step_time"], row["wall_s"]) == (1e-4, 4.0, 4.0)
@@ -141,6 +142,7 @@ def test_a_skipped_step_has_a_row_and_no_samples(tmp_path):
     with office(tmp_path) as o:
         bad = StepResult(finite=False, reason="loss is nan")
         o.recorder.step(make_batch(step=1), bad, StepTimer(o.desk.clock), learning_rate=1e-4)
+        o.recorder.write_rows()
         (row,) = o.rows()
         assert (row["step"], row["policy_version"], row["skipped"], row["step_groups"]) == (1, 0, 1, 0)
         assert list(o.directory.samples_dir.iterdir()) == []
@@ -150,6 +152,7 @@ def test_before_the_first_lease_no_time_has_passed(tmp_path):
     with office(tmp_path) as o:
         o.desk.clock.now_s += 50.0
         o.recorder.step(make_batch(step=1), GOOD, StepTimer(o.desk.clock), learning_rate=1e-4)
+        o.recorder.write_rows()
         assert o.rows()[0]["wall_s"] == 0.0
 
 
@@ -161,6 +164,7 @@ def test_what_servers_did_before_the_first_lease_is_not_this_runs(tmp_path):
         server.status = ServerStatus(wall_s=1010.0, busy_s=905.0, tokens_generated=10_050)
         o.desk.clock.now_s += 10.0
         o.recorder.step(make_batch(step=1), GOOD, StepTimer(o.desk.clock), learning_rate=1e-4)
+        o.recorder.write_rows()
         (row,) = o.rows()
         assert (row["rollout/idle_ratio"], row["rollout/generation_tok_s"]) == (0.5, 5.0)
 
@@ -284,10 +288,12 @@ def test_rows_after_the_checkpoint_are_cut_and_the_totals_go_on(tmp_path):
         for step in (1, 2, 3):
             o.desk.ledger.policy_version = step
             o.recorder.step(make_batch(step=step), GOOD, StepTimer(o.desk.clock), learning_rate=1e-4)
+            o.recorder.write_rows()
     with office(tmp_path, policy_version=2) as o:
         assert [row["step"] for row in o.rows()] == [1, 2]
         o.desk.ledger.policy_version = 3
         o.recorder.step(make_batch(step=3), GOOD, StepTimer(o.desk.clock), learning_rate=1e-4)
+        o.recorder.write_rows()
         assert o.rows()[-1]["num_tokens"] == 3 * 24
         assert len(o.recorder.stats.rewards) == 3
 
@@ -307,6 +313,7 @@ def test_the_summary_is_of_the_whole_run(tmp_path):
     with office(tmp_path) as o:
         o.desk.ledger.policy_version = 1
         o.recorder.step(make_batch(step=1), GOOD, StepTimer(o.desk.clock), learning_rate=1e-4)
+        o.recorder.write_rows()
         o.recorder.evaluated(evaluated(0, 0.0))
         o.recorder.evaluated(evaluated(1, 1.0))
         o.save()
@@ -332,12 +339,14 @@ def test_a_row_says_what_servers_found_of_the_newest_weights(tmp_path):
     with office(tmp_path) as o:
         server = o.desk.join(live=None)
         o.recorder.step(make_batch(step=1), GOOD, StepTimer(o.desk.clock), learning_rate=1e-4)
+        o.recorder.write_rows()
         live = WeightsLive(version=Version(1, 0), pause_s=0.5, check_s=1.5, mismatch_kl=0.25, mismatch=0.125)
         o.desk.coordinator.weights.handle(server, live)
         timer = StepTimer(o.desk.clock)
         with timer.measure("canaries_s"):
             o.desk.clock.now_s += 0.25
         o.recorder.step(make_batch(step=2), GOOD, timer, learning_rate=1e-4)
+        o.recorder.write_rows()
     before, after = o.rows()
     assert not {"mismatch_kl", "mismatch_logprob", "weights/pause_s", "weights/check_s"} & before.keys()
     assert (after["mismatch_kl"], after["mismatch_logprob"]) == (0.25, 0.125)
