@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,13 +18,14 @@ from learner.checkpoint import latest_checkpoint
 from learner.evaluation import Evaluation
 from learner.fleet import Health
 from learner.journal_records import IncarnationRecord
-from learner.recorder import Recorder, StepTimer, server_view
+from learner.recorder import RECORD_S, Recorder, StepTimer, server_view
 from learner.rundir import RunDirectory
 from learner.stats import RunStats
 from learner.tuning.virtual_time import run_virtual
 from protocol.loop_lag import LoopLag
 from protocol.messages import Purpose, ServerStatus, WeightsLive
 from protocol.versions import Version
+from protocol.waits import Waits
 from tests.factories import make_batch, make_group
 from tests.learners import Clock, Desk, FakeCompute, make_config, make_desk, run
 
@@ -352,3 +353,102 @@ def test_a_row_says_what_servers_found_of_the_newest_weights(tmp_path):
     assert (after["mismatch_kl"], after["mismatch_logprob"]) == (0.25, 0.125)
     assert (after["weights/pause_s"], after["weights/check_s"]) == (0.5, 1.5)
     assert (before["perf/canaries_s"], after["perf/canaries_s"]) == (0.0, 0.25)
+
+
+def lines(o: Office) -> int:
+    return len(o.rows()) if o.directory.metrics_path.exists() else 0
+
+
+def recording(o: Office, scenario: Callable[[], Awaitable[None]]) -> float:
+    """Run a scenario beside the record loop, under virtual time; cancel that in the end. Returns the time."""
+
+    async def main() -> float:
+        loop = asyncio.get_running_loop()
+        recorder = asyncio.create_task(o.recorder.record_loop(Waits(loop.time)))
+        await scenario()
+        recorder.cancel()
+        with suppress(asyncio.CancelledError):
+            await recorder
+        return loop.time()
+
+    return run_virtual(main())
+
+
+def make_step(o: Office, step: int) -> None:
+    """The optimizer has made a version, which nobody serves yet."""
+    o.trainer.policy_version = step
+    o.desk.coordinator.weights.made(step)
+    o.recorder.step(make_batch(step=step), GOOD, StepTimer(o.desk.clock), learning_rate=1e-4)
+
+
+def test_a_row_is_written_once_the_weights_of_its_step_are_live(tmp_path):
+    with office(tmp_path) as o:
+        server = o.desk.join("north", room=100)
+
+        async def scenario() -> None:
+            make_step(o, 1)
+            await asyncio.sleep(0.25)
+            assert lines(o) == 0, "servers come first"
+            o.desk.coordinator.weights.handle(server, WeightsLive(version=Version(1, 1), pause_s=0.5))
+            await asyncio.sleep(0.01)
+            assert [row["weights/pause_s"] for row in o.rows()] == [0.5]
+
+        recording(o, scenario)
+
+
+def test_a_row_waits_a_second_at_most(tmp_path):
+    with office(tmp_path) as o:
+
+        async def scenario() -> None:
+            make_step(o, 1)
+            await asyncio.sleep(RECORD_S - 0.01)
+            assert lines(o) == 0
+            await asyncio.sleep(0.02)
+            assert lines(o) == 1
+
+        recording(o, scenario)
+
+
+def test_a_step_that_publishes_nothing_is_written_at_once(tmp_path):
+    with office(tmp_path) as o:
+
+        async def scenario() -> None:
+            bad = StepResult(finite=False, reason="loss is nan")
+            o.recorder.step(make_batch(step=1), bad, StepTimer(o.desk.clock), learning_rate=1e-4)
+            await asyncio.sleep(0.01)
+            assert lines(o) == 1
+
+        recording(o, scenario)
+
+
+def test_a_checkpoint_has_the_rows_of_all_steps_before_it(tmp_path):
+    with office(tmp_path) as o:
+        make_step(o, 1)
+        make_step(o, 2)
+        o.save()
+        assert [row["step"] for row in o.rows()] == [1, 2]
+
+
+def test_the_rows_of_a_run_that_ends_are_written(tmp_path):
+    with office(tmp_path) as o:
+
+        async def scenario() -> None:
+            make_step(o, 1)
+            await asyncio.sleep(0.01)
+
+        assert recording(o, scenario) < RECORD_S
+        assert lines(o) == 1
+
+
+def test_a_row_says_what_was_so_when_its_step_was_made(tmp_path):
+    with office(tmp_path) as o:
+        o.desk.join("north", room=100)
+        o.desk.pump()
+        o.desk.clock.now_s += 4.0
+        make_step(o, 1)
+        o.desk.clock.now_s += 3.0
+        o.desk.coordinator.counters["groups_refused"] = 2
+        o.trainer.policy_version = o.desk.ledger.policy_version = 2
+        o.recorder.write_rows()
+        (row,) = o.rows()
+        assert (row["policy_version"], row["wall_s"], row.get("groups/groups_refused", 0)) == (0, 4.0, 0)
