@@ -100,6 +100,8 @@ class Coordinator:
     knobs: Knobs = field(init=False)
     unplaced: Entry | None = None
     """The oldest group that no server could be leased, as of the last try."""
+    swap_awaited: bool = False
+    """Whether it could have been queued, but waits for a server with free seats that is about to swap."""
     tokens: TokenLedger = field(default_factory=TokenLedger)
     spans: Spans = field(default_factory=Spans)
     reminders: Reminders = field(default_factory=Reminders)

@@ -96,10 +96,12 @@ class IdleWatch:
 
     @property
     def _admissible(self) -> bool:
-        """Whether any server has the weights that the oldest group without a server needs."""
+        """Whether no server's weights are awaited for the oldest group without a server."""
         entry, servers = self._coordinator.unplaced, self._coordinator.fleet.servers.values()
         if entry is None:
             return True
+        if self._coordinator.swap_awaited:
+            return False
         newest = max((server.live.policy_version for server in servers if server.live is not None), default=-1)
         return newest >= self._coordinator.ledger.min_policy_version(entry.sequence)
 

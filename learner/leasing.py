@@ -65,16 +65,22 @@ def filter_row(coordinator: Coordinator) -> None:
 
 
 def lease_pending(coordinator: Coordinator) -> None:
-    """Lease what waits for a server, oldest first, to the admissible server with most room."""
+    """Lease what waits for a server, oldest first, to the admissible server with most room.
+
+    Nothing is queued where all seats are taken while a server with free ones is about to be admissible: whoever swaps
+    first would take all that others have seats for.
+    """
     config, ledger, fleet = coordinator.config, coordinator.ledger, coordinator.fleet
-    coordinator.unplaced = None
+    coordinator.unplaced, coordinator.swap_awaited = None, False
     for entry in ledger.pending():
         oldest = ledger.min_policy_version(entry.sequence)
         server = fleet.choose(
             min_policy_version=oldest, samples=config.num_generations, now_s=coordinator.clock(),
             most_training=coordinator.knobs.concurrency,
         )  # fmt: skip
-        if server is None or server.live is None:
+        if server is not None and server.load >= server.hello.room:
+            coordinator.swap_awaited = coordinator.weights.brings_seats(oldest)
+        if server is None or server.live is None or coordinator.swap_awaited:
             coordinator.unplaced = entry
             return  # those behind it need the same room and at least the same version
         ledger.dispatched(entry.sequence, server.name, server.live.policy_version)

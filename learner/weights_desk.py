@@ -121,6 +121,21 @@ class WeightsDesk:
             if server is not None and version is not None:  # else it left while the others were told
                 self.send(server, WeightsSwap(version=version, checksums=self.rollover.checksums))
 
+    def brings_seats(self, policy_version: int) -> bool:
+        """Whether a server with free seats is about to serve that version: it has it staged, or swaps to it now."""
+        rollover, now_s = self.rollover, self.clock()
+        coming = {peer: turn.version for peer, turn in rollover.turns.items()}
+        if rollover.version is not None:
+            coming |= dict.fromkeys(rollover.waiting, rollover.version)
+        for peer, version in coming.items():
+            server = self.fleet.servers.get(peer)
+            if server is None or version.policy_version < policy_version:
+                continue
+            stays = self.fleet.health(server, now_s) in (Health.JOINING, Health.HEALTHY)
+            if stays and server.load < server.hello.room:
+                return True
+        return False
+
     def handle(self, server: Server, message: WeightsStaged | WeightsLive | WeightsFailed | WeightsLost) -> None:
         """Act on what a server says of a version."""
         peer = server.peer

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from learner.fleet import Health, Server
+from learner.idle import NotLeased
 from learner.loops import handle
 from learner.rollover import MAX_TURN_S, TURN_S
 from protocol.messages import (
@@ -13,6 +14,7 @@ from protocol.messages import (
     Drain,
     Lease,
     Return,
+    ServerStatus,
     WeightsFailed,
     WeightsLive,
     WeightsLost,
@@ -338,3 +340,89 @@ def test_how_long_a_version_takes_to_a_server_counts_from_the_step_to_the_first(
     assert desk.coordinator.weights.metrics()["weights/live_s"] == 2.0
     say(desk, south, live(4))
     assert desk.coordinator.weights.metrics()["weights/live_s"] == 5.0
+
+
+# --- leases while servers swap
+
+
+def ordinals(desk: Desk, server: Server) -> list[int]:
+    return [lease.ordinal for lease in desk.leases(server.name)]
+
+
+def two_servers(**south: object) -> tuple[Desk, Server, Server]:
+    """North serves what all groups need and has seats for one of them; south, with as many, serves weights too old."""
+    desk = trained_desk()
+    return desk, desk.join("north", live=3, room=4), desk.join("south", **{"live": 0, "room": 4, **south})
+
+
+@pytest.mark.parametrize("before", [0, None])
+def test_nothing_is_queued_while_a_server_with_free_seats_is_about_to_swap(before):
+    desk, north, south = two_servers(live=before)
+    stage(desk, south)
+    desk.pump()
+    assert (ordinals(desk, north), ordinals(desk, south)) == ([0], [])
+    say(desk, south, live())
+    desk.pump()
+    assert (ordinals(desk, north), ordinals(desk, south)) == ([2], [1, 3]), "each its seats, and as much again to wait"
+
+
+def test_nothing_is_queued_while_it_waits_for_its_turn():
+    desk, north, south = two_servers()
+    east = desk.join("east", live=0, room=4)
+    east.status, east.samples = ServerStatus(samples_running=4), 4
+    stage(desk, east)
+    stage(desk, south)
+    assert turns(desk, south) == [], "east's comes first, which will bring no seats"
+    desk.pump()
+    assert (ordinals(desk, north), ordinals(desk, south)) == ([0], [])
+
+
+def test_a_server_that_has_nothing_staged_or_no_free_seats_or_is_silent_keeps_nobody_from_queueing():
+    desk, north, south = two_servers()
+    desk.pump()
+    assert ordinals(desk, north) == [0, 1], "who knows when it will have fetched them"
+
+    desk, north, south = two_servers()
+    south.status = ServerStatus(samples_running=4)
+    south.samples = 4
+    stage(desk, south)
+    desk.pump()
+    assert ordinals(desk, north) == [0, 1], "it would be queued there"
+
+    desk, north, south = two_servers()
+    stage(desk, south)
+    desk.clock.now_s += 0.75 * desk.fleet.liveness_s
+    desk.fleet.heard(north.peer, desk.clock())
+    assert desk.fleet.health(south, desk.clock()) is Health.SUSPECT
+    desk.pump()
+    assert ordinals(desk, north) == [0, 1]
+
+
+def test_a_version_that_is_too_old_for_the_groups_brings_no_seats():
+    desk, north, south = two_servers()
+    desk.coordinator.weights.rollover.begin(Version(1, 0))
+    south.live = None
+    stage(desk, south, 0)
+    desk.pump()
+    assert ordinals(desk, north) == [0, 1]
+
+
+def test_a_turn_that_is_over_keeps_nobody_from_queueing():
+    desk, north, south = two_servers()
+    stage(desk, south)
+    desk.pump()
+    desk.clock.now_s += TURN_S
+    for server in (north, south):
+        desk.fleet.heard(server.peer, desk.clock())
+    desk.coordinator.weights.tick()
+    desk.pump()
+    assert ordinals(desk, north) == [0, 1]
+
+
+def test_seats_that_are_empty_until_a_server_has_swapped_wait_for_weights():
+    desk, _, south = two_servers()
+    stage(desk, south)
+    desk.pump()
+    desk.coordinator.idle.observe()
+    desk.clock.now_s += 2.0
+    assert desk.coordinator.idle.take().leasing == {NotLeased.WEIGHTS: 2.0}
