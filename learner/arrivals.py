@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import logging
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -27,6 +28,7 @@ from protocol.logs import event
 from protocol.messages import Ack, AckStatus, Cancel, Group, Purpose
 from protocol.parts import PartAssembler
 from protocol.validation import validate_group
+from protocol.versions import Version
 
 log = logging.getLogger(__name__)
 
@@ -178,7 +180,8 @@ class Arrivals:
                 vocab_size=coordinator.identity.vocab_size,
                 reward_functions=coordinator.reward_functions,
             )
-            self._check_identity(group)
+            versions = group_versions(group)
+            self._check_identity(group, versions)
         except InvalidGroup as error:
             self._end(arrival, TokenEnd.REFUSED)
             self._refuse(peer, group, error)
@@ -187,7 +190,7 @@ class Arrivals:
             self._end(arrival, TokenEnd.EVAL)
             self._evaluated(peer, group)
             return False
-        orphaned = [version for version in group_versions(group) if version not in coordinator.lineage]
+        orphaned = [version for version in versions if version not in coordinator.lineage]
         verdict = coordinator.ledger.judge(group.ordinal, _oldest(group))
         if verdict in (Verdict.DUPLICATE, Verdict.UNKNOWN):
             coordinator.counters["groups_duplicate"] += 1
@@ -205,7 +208,7 @@ class Arrivals:
             return False
         return True
 
-    def _check_identity(self, group: Group) -> None:
+    def _check_identity(self, group: Group, versions: Iterable[Version]) -> None:
         """Check what only this run can know: the id, the temperature leased, the versions.
 
         Raises:
@@ -219,7 +222,7 @@ class Arrivals:
         leased = (config.eval_temperature or 1.0) if evaluation else config.temperature  # greedy logprobs have T = 1
         if group.temperature != leased:
             raise InvalidGroup(f"group {group.ordinal}: temperature {group.temperature:g}, leased at {leased:g}")
-        for version in group_versions(group):
+        for version in versions:
             if coordinator.is_unborn(version):
                 raise InvalidGroup(f"group {group.ordinal}: sampled by version {version}, which was never trained")
 
@@ -316,4 +319,4 @@ class Arrivals:
 
 def _oldest(group: Group) -> int:
     """policy_version of the group's oldest token."""
-    return min((version.policy_version for version in group_versions(group)), default=0)
+    return int(group.span_versions[:, 1].min()) if group.span_versions.size else 0

@@ -156,19 +156,21 @@ class Fleet:
         best: Server | None = None
         most = 0
         for server in self.servers.values():
-            if server.live is None or self.health(server, now_s) is not Health.HEALTHY:
+            live = server.live
+            if live is None or live.policy_version < min_policy_version:
                 continue
-            live = server.live.policy_version
-            if live < min_policy_version or (exact and live != min_policy_version):
+            if exact and live.policy_version != min_policy_version:
                 continue
             load, room = server.load, server.hello.room
+            if best is not None and room - load <= most:
+                continue
             if reserve:
                 has_room = len(server.eval_outstanding) * samples < max(samples, room // EVAL_SHARE)
             else:
                 has_room = load < room + max(room, samples)
             if most_training and server.training_samples + samples > most_training:
                 has_room = False
-            if has_room and (best is None or room - load > most):
+            if has_room and self.health(server, now_s) is Health.HEALTHY:
                 best, most = server, room - load
         return best
 

@@ -14,6 +14,7 @@ of one batch. train_loop is the only finite one: its return ends the run. Clock,
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import logging
 from collections.abc import Sequence
@@ -159,20 +160,22 @@ def refuse(coordinator: Coordinator, peer: bytes, error: ProtocolError) -> None:
 async def lease_loop(coordinator: Coordinator, waits: Waits, *, tick_s: float) -> None:
     """Give out what may be leased; declare silent servers dead; say when nothing moves.
 
-    consumes: free slots, room      waits for: a change, at most tick_s      unblocked by: coordinator.changed
+    consumes: free slots, room      waits for: a change, or the next tick      unblocked by: coordinator.changed
     produces: leases
 
     Raises:
         RunStopped: no server for server_wait_s seconds.
     """
+    tick_at_s = coordinator.clock()
     while True:
-        coordinator.tick(waits.current())
+        if coordinator.clock() >= tick_at_s:
+            coordinator.tick(waits.current())
+            tick_at_s = coordinator.clock() + tick_s
         pump(coordinator)
         coordinator.idle.observe()
-        try:
-            await waits.wait(coordinator.changed.wait(), name="change", owner="lease_loop", deadline_s=tick_s)
-        except WaitTimeout:
-            continue
+        left_s = max(0.0, tick_at_s - coordinator.clock())
+        with contextlib.suppress(WaitTimeout):
+            await waits.wait(coordinator.changed.wait(), name="change", owner="lease_loop", deadline_s=left_s)
 
 
 async def stock_loop(coordinator: Coordinator, waits: Waits) -> None:
@@ -214,6 +217,9 @@ async def batch_loop(coordinator: Coordinator, buffer: Buffer, batches: asyncio.
     """
     ledger = coordinator.ledger
     while True:
+        if len(buffer) < ledger.bounds.prompts_per_step and not ledger.refill_exhausted:
+            await waits.wait(coordinator.changed.wait(), name="groups", owner="rollout servers", deadline_s=None)
+            continue
         selected = ledger.select()
         full = len(selected) == ledger.bounds.prompts_per_step
         short = ledger.refill_exhausted and (not selected or ledger.may_train_short(selected))

@@ -127,16 +127,17 @@ class Rollover:
         self.turns.pop(server, None)
         self._late.pop(server, None)
 
-    def grant(self, live: Mapping[bytes, Version | None], now_s: float) -> list[bytes]:
+    def grant(self, live: Mapping[bytes, Version | None], servers: int, now_s: float) -> list[bytes]:
         """Give out the turns that are free; return who may swap to `version` now.
 
         Args:
-            live: what every connected server serves; None for one without weights.
+            live: what every server that waits serves; None for one without weights.
+            servers: how many are connected.
             now_s: monotonic seconds.
         """
         if self.version is None or not self.waiting:
             return []
-        free = max(1, len(live) // SERVERS_AT_ONCE) - sum(turn.pauses for turn in self.turns.values())
+        free = max(1, servers // SERVERS_AT_ONCE) - sum(turn.pauses for turn in self.turns.values())
         if free <= 0 and all(live[server] is not None for server in self.waiting):
             return []
         granted = []

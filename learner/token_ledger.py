@@ -180,15 +180,17 @@ class TokenLedger:
 
     def trained(self, groups: Sequence[Group], *, mask_truncated_completions: bool) -> None:
         """The groups of a step that was applied end, each completion by what it was to the step."""
-        for group in groups:
-            tokens = _tokens_per_completion(group)
-            trains = completions_that_train(group, mask_truncated_completions=mask_truncated_completions)
-            masked = completions_that_train(group, mask_truncated_completions=False) & ~trains
-            aborted = group.finish_reasons == FinishReason.ABORT
-            self._ends[TokenEnd.TRAINED] += int(tokens[trains].sum())
-            self._ends[TokenEnd.TRUNCATED] += int(tokens[masked].sum())
-            self._ends[TokenEnd.ABORTED] += int(tokens[aborted].sum())
-            self._ends[TokenEnd.FILTERED] += int(tokens[~(trains | masked | aborted)].sum())
+        if not groups:
+            return
+        tokens = np.concatenate([_tokens_per_completion(group) for group in groups])
+        reasons = np.concatenate([group.finish_reasons for group in groups])
+        could = np.concatenate([completions_that_train(group, mask_truncated_completions=False) for group in groups])
+        masked = could & (reasons == FinishReason.LENGTH) if mask_truncated_completions else np.zeros_like(could)
+        aborted = reasons == FinishReason.ABORT
+        self._ends[TokenEnd.TRAINED] += int(tokens[could & ~masked].sum())
+        self._ends[TokenEnd.TRUNCATED] += int(tokens[masked].sum())
+        self._ends[TokenEnd.ABORTED] += int(tokens[aborted].sum())
+        self._ends[TokenEnd.FILTERED] += int(tokens[~(could | aborted)].sum())
 
     @property
     def ends(self) -> dict[TokenEnd, int]:

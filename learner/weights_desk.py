@@ -96,9 +96,10 @@ class WeightsDesk:
             self._tell([server])
 
     def left(self, server: Server) -> None:
-        """Forget a server; its turn is free, with the next tick. How fast it was is remembered: it may come back."""
+        """Forget a server; its turn is free. How fast it was is remembered: it may come back."""
         self.links.left(server.name)
         self.rollover.left(server.peer)
+        self.give_turns()
 
     def tick(self) -> None:
         """Take back turns that are not answered, and give them to the next."""
@@ -114,8 +115,9 @@ class WeightsDesk:
         """Let the servers swap whose turn it is."""
         if not self.rollover.waiting:
             return
-        live = {peer: server.live for peer, server in self.fleet.servers.items()}
-        granted, version = self.rollover.grant(live, self.clock()), self.rollover.version
+        live = {peer: self.fleet.servers[peer].live for peer in self.rollover.waiting}
+        granted = self.rollover.grant(live, len(self.fleet.servers), self.clock())
+        version = self.rollover.version
         for peer in granted:
             server = self.fleet.servers.get(peer)
             if server is not None and version is not None:  # else it left while the others were told

@@ -64,8 +64,10 @@ class Lineage:
         raise ValueError(f"policy_version {policy_version} is before {self.forks[0]}")
 
     def __contains__(self, version: Version) -> bool:
-        starts = [first for incarnation, first in self.forks if incarnation > version.incarnation]
-        own = [first for incarnation, first in self.forks if incarnation == version.incarnation]
-        if not own or version.policy_version < own[0]:
-            return False
-        return version.policy_version <= min(starts, default=version.policy_version)
+        began = False
+        for incarnation, first in self.forks:
+            if incarnation == version.incarnation:
+                began = version.policy_version >= first
+            elif incarnation > version.incarnation and version.policy_version > first:
+                return False
+        return began

@@ -8,6 +8,7 @@ that a simulation spends its time on.
 from __future__ import annotations
 
 import asyncio
+import functools
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -242,41 +243,49 @@ class PlayedServer:
 
 def make_group(lease: Lease, spans: list[Spans]) -> Group:
     """Answer a lease with one token for each version span, [K] in all."""
-    num_completions = len(spans)
     if all(each is spans[0] for each in spans):
-        counts_G = np.full(num_completions, len(spans[0]), np.int32)
-        versions_K = np.tile(
-            np.array([(INCARNATION, version) for version, _ in spans[0]], np.int32), (num_completions, 1)
-        )
+        arrays = _alike(tuple(version for version, _ in spans[0]), len(spans))
     else:
         counts_G = np.array([len(each) for each in spans], np.int32)
-        versions_K = np.array([(INCARNATION, version) for each in spans for version, _ in each], np.int32)
-    num_spans = len(versions_K)
-    ones = np.ones(max(num_spans, num_completions), np.int32)
-    zeros_GF = np.zeros((num_completions, 1), np.float32)
+        arrays = _arrays(counts_G, np.array([version for each in spans for version, _ in each], np.int32))
     return Group(
         group_id=lease.group_id,
         ordinal=lease.ordinal,
         sequence=lease.sequence,
         attempt=lease.attempt,
         purpose=lease.purpose,
-        num_generations=num_completions,
+        num_generations=len(spans),
         temperature=lease.sampling.temperature,
         reward_names=REWARDS,
-        completion_index=np.arange(num_completions, dtype=np.int32),
-        completion_lengths=counts_G,
-        completion_tokens=ones[:num_spans],
-        behavior_logprobs=np.zeros(num_spans, np.float32),
-        finish_reasons=np.full(num_completions, FinishReason.STOP, np.uint8),
-        span_counts=counts_G,
-        span_lengths=ones[:num_spans],
-        span_versions=versions_K,
-        rewards=np.zeros(num_completions, np.float32),
-        scored=np.ones(num_completions, np.uint8),
-        reward_values=zeros_GF,
-        reward_statuses=np.full((num_completions, 1), RewardStatus.OK, np.uint8),
-        reward_seconds=zeros_GF,
+        **arrays,
     )
+
+
+@functools.lru_cache(maxsize=1024)
+def _alike(versions: tuple[int, ...], num_completions: int) -> dict[str, Any]:
+    """Arrays of completions that all have these spans: few groups of a step differ in them."""
+    counts_G = np.full(num_completions, len(versions), np.int32)
+    return _arrays(counts_G, np.tile(np.array(versions, np.int32), num_completions))
+
+
+def _arrays(counts_G: Int32, versions_K: Int32) -> dict[str, Any]:
+    num_completions, num_spans = counts_G.size, versions_K.size
+    ones_K, zeros_GF = np.ones(num_spans, np.int32), np.zeros((num_completions, 1), np.float32)
+    return {
+        "completion_index": np.arange(num_completions, dtype=np.int32),
+        "completion_lengths": counts_G,
+        "completion_tokens": ones_K,
+        "behavior_logprobs": np.zeros(num_spans, np.float32),
+        "finish_reasons": np.full(num_completions, FinishReason.STOP, np.uint8),
+        "span_counts": counts_G,
+        "span_lengths": ones_K,
+        "span_versions": np.stack([np.full(num_spans, INCARNATION, np.int32), versions_K], axis=1),
+        "rewards": np.zeros(num_completions, np.float32),
+        "scored": np.ones(num_completions, np.uint8),
+        "reward_values": zeros_GF,
+        "reward_statuses": np.full((num_completions, 1), RewardStatus.OK, np.uint8),
+        "reward_seconds": zeros_GF,
+    }
 
 
 class PlayedTrainer:

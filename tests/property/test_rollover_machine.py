@@ -112,7 +112,7 @@ class RolloverMachine(RuleBasedStateMachine):
     @rule()
     def grant(self):
         allowed = max(1, len(self.live) // 8)
-        granted = self.rollover.grant(self.live, self.now_s)
+        granted = self.rollover.grant(self.live, len(self.live), self.now_s)
         ages = [(self.last_turn.get(name, 0), self.live[name] or Version(-1, -1)) for name in granted]
         assert ages == sorted(ages), "who waits longest first"
         serving = [(self.last_turn.get(name, 0), self.live[name]) for name in granted if self.live[name] is not None]
@@ -182,7 +182,7 @@ def test_nobody_starves_however_often_the_version_is_superseded(servers, announc
         for index, name in enumerate(live):
             if live[name] < version and now_s % announced_every >= fetches[index]:
                 rollover.staged(name, version)
-        turns = dict.fromkeys(rollover.grant(live, now_s), version)
+        turns = dict.fromkeys(rollover.grant(live, len(live), now_s), version)
         for name, last_s in moved_s.items():
             assert now_s - last_s <= (servers + 2) * announced_every, f"{name} starves"
         now_s += 1

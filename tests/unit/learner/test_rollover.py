@@ -26,12 +26,12 @@ def test_an_eighth_of_the_fleet_swaps_at_once_and_one_at_least(servers: int, at_
     rollover, live = rolling(), fleet(servers)
     for server in live:
         assert rollover.staged(server, V2)
-    assert rollover.grant(live, 0.0) == list(live)[:at_once]
-    assert rollover.grant(live, 0.0) == []
+    assert rollover.grant(live, len(live), 0.0) == list(live)[:at_once]
+    assert rollover.grant(live, len(live), 0.0) == []
     for index, server in enumerate(list(live)[: servers - at_once]):
         rollover.swapped(server, V2, 0.0)
         live[server] = V2
-        assert rollover.grant(live, 0.0) == [list(live)[index + at_once]]
+        assert rollover.grant(live, len(live), 0.0) == [list(live)[index + at_once]]
 
 
 def test_whoever_serves_the_oldest_weights_goes_first() -> None:
@@ -40,7 +40,7 @@ def test_whoever_serves_the_oldest_weights_goes_first() -> None:
         rollover.staged(server, V3)
     live = {NORTH: V2, SOUTH: V1, EAST: V2}
     order = []
-    while granted := rollover.grant(live, 0.0):
+    while granted := rollover.grant(live, len(live), 0.0):
         order += granted
         rollover.swapped(granted[0], V3, 0.0)
     assert order == [SOUTH, NORTH, EAST], "and of equals whoever waits longest"
@@ -53,7 +53,7 @@ def test_a_server_that_fails_at_the_version_lets_the_others_go_before_it_tries_a
         rollover.staged(server, V3)
     order = []
     while len(order) < 4:
-        (server,) = rollover.grant(live, 0.0)
+        (server,) = rollover.grant(live, len(live), 0.0)
         order.append(server)
         rollover.swapped(server, V3, 0.0)
         if server == NORTH:
@@ -62,30 +62,30 @@ def test_a_server_that_fails_at_the_version_lets_the_others_go_before_it_tries_a
     rollover.begin(Version(1, 4))
     for server in live:
         rollover.staged(server, Version(1, 4))
-    assert rollover.grant(live, 0.0) == [SOUTH], "with the next version, too, although it is the oldest"
+    assert rollover.grant(live, len(live), 0.0) == [SOUTH], "with the next version, too, although it is the oldest"
 
 
 def test_a_server_without_weights_pauses_nobody_and_waits_for_nobody() -> None:
     rollover = rolling()
     rollover.staged(NORTH, V2)
     live = {NORTH: V1, SOUTH: None, EAST: None}
-    assert rollover.grant(live, 0.0) == [NORTH]
+    assert rollover.grant(live, len(live), 0.0) == [NORTH]
     for server in (SOUTH, EAST):
         rollover.staged(server, V2)
-    assert rollover.grant(live, 0.0) == [SOUTH, EAST]
+    assert rollover.grant(live, len(live), 0.0) == [SOUTH, EAST]
     rollover.swapped(NORTH, V2, 0.0)
     rollover.staged(b"west", V2)
-    assert rollover.grant({**live, b"west": V1}, 0.0) == [b"west"], "their turns are not counted"
+    assert rollover.grant({**live, b"west": V1}, len(live) + 1, 0.0) == [b"west"], "their turns are not counted"
 
 
 def test_only_the_version_that_rolls_may_be_staged() -> None:
     rollover = Rollover()
     assert not rollover.staged(NORTH, V1)
-    assert rollover.grant({NORTH: None}, 0.0) == []
+    assert rollover.grant({NORTH: None}, 1, 0.0) == []
     rollover.begin(V2)
     for version in (V1, V3, Version(2, 2)):
         assert not rollover.staged(NORTH, version)
-    assert rollover.grant({NORTH: V1}, 0.0) == []
+    assert rollover.grant({NORTH: V1}, 1, 0.0) == []
 
 
 def test_a_newer_version_sends_the_line_home_and_leaves_the_turns() -> None:
@@ -93,15 +93,15 @@ def test_a_newer_version_sends_the_line_home_and_leaves_the_turns() -> None:
     rollover.staged(NORTH, V2)
     rollover.staged(SOUTH, V2)
     live = {NORTH: V1, SOUTH: V1}
-    assert rollover.grant(live, 0.0) == [NORTH]
+    assert rollover.grant(live, len(live), 0.0) == [NORTH]
     rollover.begin(V3)
     rollover.begin(V3)
-    assert rollover.grant(live, 0.0) == []
+    assert rollover.grant(live, len(live), 0.0) == []
     rollover.staged(SOUTH, V3)
-    assert rollover.grant(live, 0.0) == [], "north still swaps"
+    assert rollover.grant(live, len(live), 0.0) == [], "north still swaps"
     rollover.begin(V3)
     rollover.swapped(NORTH, V2, 0.0)
-    assert rollover.grant(live, 0.0) == [SOUTH], "announcing the same again changes nothing"
+    assert rollover.grant(live, len(live), 0.0) == [SOUTH], "announcing the same again changes nothing"
 
 
 @pytest.mark.parametrize("how", ["live", "a newer one live", "lost", "staged again", "left", "too late"])
@@ -110,7 +110,7 @@ def test_what_ends_a_turn(how: str) -> None:
     live = {NORTH: V1, SOUTH: V1}
     rollover.staged(NORTH, V2)
     rollover.staged(SOUTH, V2)
-    assert rollover.grant(live, 100.0) == [NORTH]
+    assert rollover.grant(live, len(live), 100.0) == [NORTH]
     match how:
         case "live":
             rollover.swapped(NORTH, V2, 0.0)
@@ -124,9 +124,9 @@ def test_what_ends_a_turn(how: str) -> None:
             rollover.left(NORTH)
         case "too late":
             assert rollover.expire(100.0 + TURN_S - 0.1) == []
-            assert rollover.grant(live, 100.0) == []
+            assert rollover.grant(live, len(live), 100.0) == []
             assert rollover.expire(100.0 + TURN_S) == [NORTH]
-    granted = rollover.grant(live, 100.0)
+    granted = rollover.grant(live, len(live), 100.0)
     assert granted == [SOUTH]
 
 
@@ -135,11 +135,11 @@ def test_what_does_not_end_a_turn() -> None:
     rollover.staged(NORTH, V2)
     rollover.staged(SOUTH, V2)
     live = {NORTH: V1, SOUTH: V1}
-    rollover.grant(live, 0.0)
+    rollover.grant(live, len(live), 0.0)
     rollover.swapped(NORTH, V1, 0.0)  # it says again what it serves meanwhile
     rollover.swapped(SOUTH, V2, 0.0)
     rollover.left(EAST)
-    assert rollover.grant(live, 0.0) == []
+    assert rollover.grant(live, len(live), 0.0) == []
 
 
 def test_who_left_is_not_in_the_line() -> None:
@@ -147,14 +147,14 @@ def test_who_left_is_not_in_the_line() -> None:
     rollover.staged(NORTH, V2)
     rollover.staged(SOUTH, V2)
     rollover.left(NORTH)
-    assert rollover.grant({SOUTH: V1}, 0.0) == [SOUTH]
+    assert rollover.grant({SOUTH: V1}, 2, 0.0) == [SOUTH]
 
 
 def swap_in(rollover: Rollover, server: bytes, version: Version, swap_s: float, live: Version | None = V1) -> None:
     """A server of its own stages a version, gets its turn, and is live after so many seconds."""
     rollover.begin(version)
     rollover.staged(server, version)
-    assert rollover.grant({server: live}, 0.0) == [server]
+    assert rollover.grant({server: live}, 2, 0.0) == [server]
     rollover.expire(swap_s)
     rollover.swapped(server, version, swap_s)
 
@@ -183,7 +183,7 @@ def test_one_that_hung_once_does_not_make_turns_longer() -> None:
 def test_what_says_nothing_of_how_long_a_swap_takes(how: str) -> None:
     rollover = rolling()
     rollover.staged(NORTH, V2)
-    rollover.grant({NORTH: None if how == "served nothing" else V1}, 0.0)
+    rollover.grant({NORTH: None if how == "served nothing" else V1}, 2, 0.0)
     match how:
         case "failed":
             rollover.failed(NORTH, V2)
