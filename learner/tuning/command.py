@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -61,6 +62,10 @@ class SimulateCommand(Section):
     """For which a prompt holds up its server's decoding, once for its group."""
     reward_s: float = Field(0.0, ge=0)
     """From a group's last token to its rewards."""
+    heartbeat_s: float = Field(1.0, gt=0)
+    """Of the servers."""
+    filtered_share: float = Field(0.0, ge=0, lt=1)
+    """Of the groups, whose rewards are all equal and which filter_zero_std therefore leaves out."""
     pause_s: float = Field(0.0, ge=0)
     """For which a server stands still when it takes new weights."""
     publish_s: float = Field(0.0, ge=0)
@@ -171,6 +176,7 @@ def read_command(kind: type[C], argv: Sequence[str], *, prog: str) -> tuple[C, W
     Raises:
         ConfigError: A wrong flag, a dial that cannot progress, a run directory with too little in it.
     """
+    logging.getLogger("learner").setLevel(logging.ERROR)  # its notices are of the simulated run
     run_dir, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
     command = load_settings(kind, flags, prog=f"{prog} [RUN_DIR]")
     recording = recorded(Path(run_dir)) if run_dir else None
@@ -178,10 +184,12 @@ def read_command(kind: type[C], argv: Sequence[str], *, prog: str) -> tuple[C, W
         given = {key: getattr(command, key) for key in command.model_fields_set}
         command = kind.model_validate(recording.words | given)
     lengths = command.lengths() if recording is None or command.trace is not None else recording.lengths
-    logging.getLogger("learner").setLevel(logging.ERROR)  # its notices are of the simulated run
+    if recording is not None and recording.notice:
+        print(recording.notice, file=sys.stderr)
     return command, Workload(
         trace=lengths, costs=command.costs, servers=command.servers, room=command.room,
-        group_events=command.events == "group",
+        group_events=command.events == "group", filtered_share=command.filtered_share,
+        heartbeat_s=command.heartbeat_s,
     )  # fmt: skip
 
 

@@ -63,6 +63,13 @@ class EngineModel:
         self.seat_s = 0.0
         """Integral over time of the seats taken."""
         self.paused_s = 0.0
+        self.paused_seat_s = 0.0
+        """Part of seat_s."""
+        self.decode_steps = 0.0
+        self.drawn = 0.0
+        """Tokens: the sum over decode steps of the samples in each."""
+        self.drawn_squared = 0.0
+        """The sum of their squares."""
         self._now = now
         self._progress = 0.0
         """Decode steps since the start."""
@@ -127,11 +134,16 @@ class EngineModel:
         self.seat_s += elapsed * self._taken
         if self._swap is not None:
             self.paused_s += elapsed
+            self.paused_seat_s += elapsed * self._taken
             return
         stalled = min(self._stall_s, elapsed)
         self._stall_s -= stalled
         if self._ends:
-            self._progress += (elapsed - stalled) / self._step_s()
+            steps = (elapsed - stalled) / self._step_s()
+            self._progress += steps
+            self.decode_steps += steps
+            self.drawn += steps * self._taken
+            self.drawn_squared += steps * self._taken**2
 
     def _end_samples(self) -> list[Job]:
         """End every sample that is due now, and fill the seats."""

@@ -12,6 +12,7 @@ import functools
 from collections import Counter, deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any, ParamSpec, Self, TypeVar
 
 import numpy as np
@@ -44,7 +45,6 @@ from protocol.waits import Waits
 
 P = ParamSpec("P")
 T = TypeVar("T")
-HEARTBEAT_S = 1.0
 INCARNATION, VOCAB_SIZE, REWARDS = 1, 2, ("played",)
 
 
@@ -178,7 +178,9 @@ class PlayedServer:
                 self._loop.call_later(self._book.costs.reward_s, self._deliver, group)
             else:
                 self._deliver(group)
-        if self._loop.time() >= self._pinged_s + HEARTBEAT_S:  # heartbeats in between would say nothing new
+        if (
+            self._loop.time() >= self._pinged_s + self._book.workload.heartbeat_s
+        ):  # heartbeats in between would say nothing new
             self._ping()
         if version is not None:
             self._say(WeightsLive(version=Version(INCARNATION, version), pause_s=self._book.costs.pause_s))
@@ -238,16 +240,18 @@ class PlayedServer:
             drawn = Counter({version: round(tokens * job.seats) for version, tokens in drawn.items()})
         self._book.outcomes[job.lease.ordinal] = Outcome(drawn.total(), drawn, self.name)
         each = job.spans if len(job.spans) == job.lease.num_generations else job.spans * job.lease.num_generations
-        return make_group(job.lease, each)
+        share = self._book.workload.filtered_share
+        return make_group(job.lease, each, equal=share > 0 and Random(job.lease.ordinal).random() < share)
 
 
-def make_group(lease: Lease, spans: list[Spans]) -> Group:
-    """Answer a lease with one token for each version span, [K] in all."""
+def make_group(lease: Lease, spans: list[Spans], *, equal: bool) -> Group:
+    """Answer a lease with one token for each version span, [K] in all. `equal`: all its rewards are."""
     if all(each is spans[0] for each in spans):
         arrays = _alike(tuple(version for version, _ in spans[0]), len(spans))
     else:
         counts_G = np.array([len(each) for each in spans], np.int32)
         arrays = _arrays(counts_G, np.array([version for each in spans for version, _ in each], np.int32))
+    first_alone = (np.arange(len(spans)) == 0).astype(np.float32)
     return Group(
         group_id=lease.group_id,
         ordinal=lease.ordinal,
@@ -257,6 +261,7 @@ def make_group(lease: Lease, spans: list[Spans]) -> Group:
         num_generations=len(spans),
         temperature=lease.sampling.temperature,
         reward_names=REWARDS,
+        rewards=np.zeros(len(spans), np.float32) if equal else first_alone,
         **arrays,
     )
 
@@ -280,7 +285,6 @@ def _arrays(counts_G: Int32, versions_K: Int32) -> dict[str, Any]:
         "span_counts": counts_G,
         "span_lengths": ones_K,
         "span_versions": np.stack([np.full(num_spans, INCARNATION, np.int32), versions_K], axis=1),
-        "rewards": np.zeros(num_completions, np.float32),
         "scored": np.ones(num_completions, np.uint8),
         "reward_values": zeros_GF,
         "reward_statuses": np.full((num_completions, 1), RewardStatus.OK, np.uint8),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -14,12 +14,21 @@ from learner.journal_records import GroupRecord
 from learner.journal_segments import read_journal
 from learner.rundir import CONFIG_FILE
 from learner.trackers import JsonlTracker
+from learner.tuning.fitting import Decoded, Fullness, fit_decoding
+from learner.tuning.simulator import fullness
+from learner.tuning.workload import Costs, Dial, Workload
 from protocol.errors import ConfigError
 from protocol.length_trace import LengthTrace
-from protocol.messages import Purpose
+from protocol.messages import Group, Purpose
 
 LEAST_STEPS = 5
 """With fewer steps, costs per token cannot be told from costs per step."""
+MOST_SAMPLES = 20_000
+"""Of the recorded run that is simulated to see how full its seats were."""
+ALWAYS_FULL = (
+    "the run's seats were always equally full, so nothing tells what a decode step of fewer samples takes: it is taken"
+    " to be as long. Some steps at another max_staleness would tell; or give --decode-token-s and --occupancy-cost"
+)
 DIAL = ("prompts_per_step", "num_generations", "max_staleness", "reorder_window", "weight_sync_steps")
 
 
@@ -30,6 +39,8 @@ class Recording:
     lengths: LengthTrace
     words: dict[str, Any]
     """Of SimulateCommand: those that follow from the run."""
+    notice: str = ""
+    """What could not be told from it."""
 
 
 def recorded(run_dir: Path) -> Recording:
@@ -50,27 +61,49 @@ def recorded(run_dir: Path) -> Recording:
             f"{run_dir}: its metrics do not say how many seats the servers have (rollout/room): an older headway"
             " recorded it; record some steps with this one"
         )
-    return Recording(_lengths(run_dir, config), _costs(rows) | {key: config[key] for key in DIAL})
+    lengths, reward_s = _journaled(run_dir, config)
+    words: dict[str, Any] = {key: config[key] for key in (*DIAL, "heartbeat_s")} | _costs(rows) | {"reward_s": reward_s}
+    decoded, notice = _decoding(rows, lengths, words)
+    return Recording(lengths, words | decoded, notice)
 
 
-def _lengths(run_dir: Path, config: dict[str, Any]) -> LengthTrace:
-    """The journal's groups in order of their ordinals."""
-    groups = {
-        record.group.ordinal: record.group.completion_lengths
+def _journaled(run_dir: Path, config: dict[str, Any]) -> tuple[LengthTrace, float]:
+    """Lengths of the journal's groups in order of their ordinals, and the usual seconds of their rewards."""
+    groups: dict[int, Group] = {
+        record.group.ordinal: record.group
         for record in read_journal(run_dir / "journal")
         if isinstance(record, GroupRecord) and record.group.purpose is Purpose.TRAIN
     }
     if not groups:
         raise ConfigError(f"{run_dir}/journal has no group left: give the lengths, --trace FILE")
-    lengths = np.maximum(1, np.stack([groups[ordinal] for ordinal in sorted(groups)])).astype(np.int32)
-    return LengthTrace(config["seed"], lengths, {"recorded_groups": float(len(groups))})
+    lengths = [groups[ordinal].completion_lengths for ordinal in sorted(groups)]
+    trace = LengthTrace(
+        config["seed"], np.maximum(1, np.stack(lengths)).astype(np.int32), {"recorded_groups": float(len(groups))}
+    )
+    return trace, median(group.reward_s for group in groups.values())
 
 
 def _costs(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Fit training and decoding; medians of the rest."""
+    """Fit training; medians of the rest."""
     tokens = np.array([row["step_tokens"] for row in rows], np.float64)
-    seconds = np.array([row["perf/fwd_bwd_s"] + row["perf/optimizer_s"] for row in rows], np.float64)
-    token_s, step_s = fit_line(tokens, seconds)
+    seconds = [row["step_time"] - row["perf/rollout_wait_s"] - row["perf/weight_sync_s"] for row in rows]
+    token_s, step_s = fit_line(tokens, np.array(seconds, np.float64))
+    pauses = [row["weights/pause_s"] for row in rows if "weights/pause_s" in row]
+    pause_s = median(pauses) if pauses else 0.0
+    lives = [row["weights/live_s"] - row["perf/canaries_s"] for row in rows if "weights/live_s" in row]
+    trained, filtered = sum(row["step_groups"] for row in rows), rows[-1]["groups/filtered"]
+    filtered -= rows[-1].get("groups/rows_too_long", 0)  # which were never leased
+    return {
+        "train_token_s": token_s,
+        "train_step_s": step_s,
+        "pause_s": pause_s,
+        "publish_s": max(0.0, median(lives) - pause_s) if lives else 0.0,
+        "filtered_share": filtered / (trained + filtered),
+    }
+
+
+def _decoding(rows: list[dict[str, Any]], lengths: LengthTrace, words: dict[str, Any]) -> tuple[dict[str, Any], str]:
+    """Servers, their room and what a decode step costs there; what could not be told."""
     seen = [
         row for row in rows if row["rollout/observed_s"] and row["rollout/generation_tok_s"] and row["rollout/room"]
     ]
@@ -80,23 +113,38 @@ def _costs(rows: list[dict[str, Any]]) -> dict[str, Any]:
         )
     servers = max(row["rollout/servers"] for row in seen)
     room = round(median(row["rollout/room"] / row["rollout/servers"] for row in seen))
-    share = np.array([row["rollout/occupancy"] for row in seen], np.float64)
-    busy = np.array([1 - row["rollout/idle_ratio"] - row["rollout/paused_ratio"] for row in seen], np.float64)
-    rate = np.array([row["rollout/generation_tok_s"] for row in seen], np.float64) / servers
-    # A server draws b tokens in t(b): t = b / rate, while it is busy.
-    slope, base = fit_line(share, share * room * np.maximum(busy, 1e-9) / rate)
-    if base == 0.0:  # occupancy hardly varied: nothing tells how a step depends on it
-        base, slope = slope * float(share.mean()), 0.0
-    pauses = [row["weights/pause_s"] for row in rows if "weights/pause_s" in row]
+    decoded = _decoded(seen, room=room)
+    costs = Costs(
+        decode_token_s=0.0, occupancy_cost=0.0, train_token_s=words["train_token_s"],
+        train_step_s=words["train_step_s"], reward_s=words["reward_s"], pause_s=words["pause_s"],
+        publish_s=words["publish_s"],
+    )  # fmt: skip
+    dial = Dial(**{key: words[key] for key in DIAL})
+    steps = max(1, min(len(rows), MOST_SAMPLES // (dial.prompts_per_step * dial.num_generations)))
+
+    def simulated(base_s: float, occupancy_cost: float) -> Fullness:
+        workload = Workload(
+            trace=lengths, costs=replace(costs, decode_token_s=base_s, occupancy_cost=occupancy_cost),
+            servers=servers, room=room, filtered_share=words["filtered_share"],
+            heartbeat_s=words["heartbeat_s"],
+        )  # fmt: skip
+        return fullness(workload, dial, steps=steps)
+
+    base_s, occupancy_cost, told = fit_decoding(decoded, room=room, simulated=simulated)
     return {
-        "servers": servers,
-        "room": room,
-        "decode_token_s": base,
-        "occupancy_cost": slope / base,
-        "train_token_s": token_s,
-        "train_step_s": step_s,
-        "pause_s": median(pauses) if pauses else 0.0,
-    }
+        "servers": servers, "room": room, "decode_token_s": base_s, "occupancy_cost": occupancy_cost,
+    }, "" if told else ALWAYS_FULL  # fmt: skip
+
+
+def _decoded(rows: list[dict[str, Any]], *, room: int) -> Decoded:
+    """Add up what the servers' engines did."""
+    busy_s = seat_s = tokens = 0.0
+    for row in rows:
+        observed_s = row["rollout/observed_s"]
+        busy_s += (1.0 - row["rollout/idle_ratio"] - row["rollout/paused_ratio"]) * observed_s
+        seat_s += row["rollout/occupancy"] * room * observed_s
+        tokens += row["rollout/generation_tok_s"] * observed_s / row["rollout/servers"]
+    return Decoded(busy_s=busy_s, seat_s=seat_s, tokens=tokens)
 
 
 def fit_line(x: np.ndarray[Any, Any], y: np.ndarray[Any, Any]) -> tuple[float, float]:

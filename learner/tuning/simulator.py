@@ -25,6 +25,7 @@ from learner.leases import RunIdentity
 from learner.ledger import Ledger
 from learner.loops import accept_loop, batch_loop, lease_loop, receive_loop, train_loop
 from learner.recorder import StepTimer
+from learner.tuning.fitting import Fullness
 from learner.tuning.forecast import Forecast, Step, reduce_steps
 from learner.tuning.played import (
     INCARNATION,
@@ -54,6 +55,8 @@ if TYPE_CHECKING:
 
 FOREVER_S = 1e12
 """Of patience: nobody sends heartbeats, and nobody dies."""
+MOST_SKIPPED = 1000
+"""In a row, since all groups were filtered."""
 WARMUP_STEPS = 15
 """Until a run is as far ahead as it may be."""
 
@@ -85,6 +88,25 @@ def simulate(
         StalenessViolation: the bound was broken.
     """
     return Simulation(workload, dial, steps=steps, warmup_steps=warmup_steps, each_step=each_step).run()
+
+
+def fullness(workload: Workload, dial: Dial, *, steps: int) -> Fullness:
+    """Simulate the first steps of a run, and say how full the seats were in them.
+
+    Raises:
+        ConfigError: the dial cannot progress.
+        SimulationStuck: the scheduler deadlocked.
+    """
+    simulation = Simulation(workload, dial, steps=steps, warmup_steps=0, each_step=None)
+    simulation.run()
+    engines = [server.engine for server in simulation.servers]
+    drawn = sum(engine.drawn for engine in engines)
+    seat_s = sum(engine.seat_s for engine in engines)
+    return Fullness(
+        decoding_share=1 - sum(engine.paused_seat_s for engine in engines) / seat_s,
+        steps_per_token=sum(engine.decode_steps for engine in engines) / drawn,
+        mean_batch=sum(engine.drawn_squared for engine in engines) / drawn,
+    )
 
 
 @dataclass(slots=True)
@@ -120,6 +142,8 @@ class Simulation:
         self._groups_by_server: Counter[str] = Counter()
         self._trained_tokens = 0
         self._full_seats_s = 0.0
+        self._skipped_s = 0.0
+        """Waits since the last step that trained."""
         self._mark = _Mark()
 
     def run(self) -> Forecast:
@@ -206,13 +230,19 @@ class Simulation:
             prompts_per_step=dial.prompts_per_step, max_staleness=dial.max_staleness,
             reorder_window=dial.reorder_window, weight_sync_steps=dial.weight_sync_steps,
             max_steps=self._warmup_steps + self._num_steps, save_steps=self._warmup_steps + self._num_steps,
-            filter_zero_std=False, buffer_bytes=1 << 62, heartbeat_s=FOREVER_S / 2, liveness_s=FOREVER_S,
+            filter_zero_std=self.workload.filtered_share > 0, max_skipped_steps=MOST_SKIPPED,
+            buffer_bytes=1 << 62, heartbeat_s=FOREVER_S / 2, liveness_s=FOREVER_S,
         )  # fmt: skip
 
     # What the train loop asks of its recorder, and arrivals of their statistics.
 
     def step(self, batch: Batch, result: StepResult, timer: StepTimer, *, learning_rate: float) -> None:
         """Note a step; let the costs be those of its version."""
+        waited_s = timer.timings["wait_s"] + timer.timings["wait_publish_s"] + self._skipped_s
+        if not result.finite:  # every group was filtered
+            self._skipped_s = waited_s
+            return
+        self._skipped_s = 0.0
         book, version, now_s = self._book, self.coordinator.ledger.policy_version, self.coordinator.clock()
         by_staleness: Counter[int] = Counter()
         for group in batch.groups:
@@ -224,7 +254,7 @@ class Simulation:
         step = Step(
             policy_version=version,
             ended_s=now_s,
-            waited_s=timer.timings["wait_s"] + timer.timings["wait_publish_s"],
+            waited_s=waited_s,
             trained_s=timer.timings["forward_backward_s"],
             tokens=result.loss_tokens,
             staleness=tuple(batch.staleness),
@@ -254,7 +284,8 @@ class Simulation:
         """Nothing is evaluated."""
 
     def record_filtered(self, group: Group) -> None:
-        """Nothing is filtered."""
+        """Forget a group that will not train."""
+        del self._book.outcomes[group.ordinal]
 
     def _costs(self, policy_version: int) -> Costs:
         costs_at = self.workload.costs_at

@@ -49,6 +49,10 @@ class Workload:
     group_events: bool = False
     """Model a group as one event instead of one for each sample: it takes sum / longest seats for as long as its
     longest sample decodes. Seat-seconds and the straggler are exact then; that samples begin one by one is not."""
+    heartbeat_s: float = 1.0
+    """A server that has something new to say waits no longer."""
+    filtered_share: float = 0.0
+    """Of the groups, whose rewards are all equal: they are filtered, and others leased in their place."""
     costs_at: Callable[[int], Costs] | None = None
     """Costs while a policy_version is the newest, for regimes that change in mid-run; None: `costs` all along."""
 

@@ -113,21 +113,15 @@ def learner_config(address: str, directory: Path, trace: LengthTrace, max_stalen
 
 
 def predict_step_s(regime: Regime, seed: int, max_staleness: int, *, live_s: float, quick: bool) -> float:
-    """What `headway-learner simulate` says of a mean step.
-
-    The simulator's servers send a heartbeat a second: it is asked for a run that is slower by as much as ours here come
-    sooner.
-    """
-    trace, slower = regime.trace(seed), 1.0 / HEARTBEAT_S
+    """What `headway-learner simulate` says of a mean step."""
+    trace = regime.trace(seed)
     speeds = Speeds.of(regime, trace)
     costs = Costs(
-        decode_token_s=slower * speeds.token_s, occupancy_cost=1.0, train_token_s=slower * speeds.train_token_s,
-        publish_s=slower * live_s,
-    )  # fmt: skip
+        decode_token_s=speeds.token_s, occupancy_cost=1.0, train_token_s=speeds.train_token_s, publish_s=live_s
+    )
     dial = Dial(prompts_per_step=PROMPTS_PER_STEP, num_generations=NUM_GENERATIONS, max_staleness=max_staleness)
-    workload = Workload(trace=trace, costs=costs, room=regime.seats)
-    forecast = simulate(workload, dial, steps=num_steps(quick), warmup_steps=WARM_UP_STEPS)
-    return forecast.step_s / slower
+    workload = Workload(trace=trace, costs=costs, room=regime.seats, heartbeat_s=HEARTBEAT_S)
+    return simulate(workload, dial, steps=num_steps(quick), warmup_steps=WARM_UP_STEPS).step_s
 
 
 def num_steps(quick: bool) -> int:

@@ -3,42 +3,80 @@
 from __future__ import annotations
 
 import json
+import sys
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from learner.__main__ import dispatch
+from learner.tuning.forecast import Step
 from learner.tuning.recorded import DIAL, recorded
+from learner.tuning.simulator import Simulation, simulate
+from learner.tuning.trace import lognormal_trace
+from learner.tuning.workload import Costs, Dial, Workload
 from protocol.errors import ConfigError
 from tests.journals import group_record, use
 
-ROOM = 10
-CONFIG = {
-    "prompts_per_step": 2, "num_generations": 4, "max_staleness": 1, "reorder_window": None, "weight_sync_steps": 1,
-    "seed": 3,
-}  # fmt: skip
+WORDS = {
+    "prompts_per_step": 2,
+    "num_generations": 4,
+    "max_staleness": 0,
+    "reorder_window": None,
+    "weight_sync_steps": 1,
+}
+CONFIG = WORDS | {"seed": 3, "heartbeat_s": 0.5}
+COSTS = Costs(
+    decode_token_s=0.02, occupancy_cost=1.0, train_token_s=0.01, train_step_s=1.0, pause_s=0.05, publish_s=0.2,
+    reward_s=0.3,
+)  # fmt: skip
+WORKLOAD = Workload(
+    trace=lognormal_trace(
+        num_groups=40, num_generations=4, median=20, p99_over_p50=5, max_completion_length=90, seed=3
+    ),
+    costs=COSTS, servers=2, room=10, heartbeat_s=0.5,
+)  # fmt: skip
 
 
-def record_run(path: Path, *, steps: int = 8) -> None:
-    """A run of two servers whose decode step takes 0.02 s (1 + b / 10), trained in 1 s and 0.01 s a token."""
-    rows = []
-    for step in range(steps):
-        seats = 4 + step % 5
+def record_run(path: Path, *, steps: int = 8, workload: Workload = WORKLOAD, **dial: int) -> None:
+    """A run as a learner would have recorded it, played by the simulator."""
+    rows: list[dict[str, float]] = []
+    before = [0.0] * 6
+
+    def note(simulation: Simulation, step: Step) -> None:
+        """What the metrics say of a step, from what the engines have done so far."""
+        nonlocal before
+        for server in simulation.servers:
+            server.advance()
+        engines, base_s, now_s = [s.engine for s in simulation.servers], COSTS.decode_token_s, step.ended_s
+        each_s = base_s * COSTS.occupancy_cost / workload.room
+        decode_s = sum(base_s * e.decode_steps + each_s * e.drawn for e in engines)
+        now = [
+            now_s, decode_s, sum(e.paused_s for e in engines), sum(e.seat_s for e in engines),
+            sum(e.drawn for e in engines), simulation.coordinator.ledger.ends["filtered"],
+        ]  # fmt: skip
+        seconds, busy_s, paused_s, seat_s, drawn = [new - old for new, old in zip(now[:5], before[:5], strict=True)]
+        before, observed_s = now, 2 * seconds
         rows.append({
-            "skipped": 0, "step_tokens": 100 + 20 * step, "perf/fwd_bwd_s": 0.9 + 0.01 * (100 + 20 * step),
-            "perf/optimizer_s": 0.1, "rollout/servers": 2, "rollout/room": 2 * ROOM,
-            "rollout/observed_s": 2.0, "rollout/idle_ratio": 0.0,
-            "rollout/paused_ratio": 0.0, "rollout/occupancy": seats / ROOM,
-            "rollout/generation_tok_s": 2 * seats / (0.02 * (1 + seats / ROOM)), "weights/pause_s": 0.05,
+            "skipped": 0, "step_tokens": step.tokens, "step_groups": 2, "step_time": step.waited_s + step.trained_s,
+            "perf/rollout_wait_s": step.waited_s, "perf/weight_sync_s": 0.0, "perf/canaries_s": 0.1,
+            "rollout/servers": 2, "rollout/room": 2 * workload.room, "rollout/observed_s": observed_s,
+            "rollout/idle_ratio": 1 - (busy_s + paused_s) / observed_s, "rollout/paused_ratio": paused_s / observed_s,
+            "rollout/occupancy": seat_s / workload.room / observed_s, "rollout/generation_tok_s": drawn / seconds,
+            "weights/pause_s": 0.05, "weights/live_s": 0.35, "groups/filtered": now[5],
         })  # fmt: skip
+
+    words = WORDS | dial
+    simulate(workload, Dial(**words), steps=steps, warmup_steps=0, each_step=note)
     (path / "journal").mkdir()
-    (path / "config.json").write_text(json.dumps(CONFIG))
+    (path / "config.json").write_text(json.dumps(CONFIG | words))
     (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
     async def write(journal):
-        for ordinal in (1, 0):
-            await journal.append(group_record(ordinal))
+        for ordinal in reversed(range(len(workload.trace.lengths))):
+            lengths = workload.trace.lengths[ordinal].tolist()
+            await journal.append(group_record(ordinal, lengths=lengths, reward_s=0.3))
 
     use(path / "journal", write)
 
@@ -46,16 +84,47 @@ def record_run(path: Path, *, steps: int = 8) -> None:
 def test_costs_lengths_and_dial_are_those_of_the_run(tmp_path: Path):
     record_run(tmp_path)
     recording = recorded(tmp_path)
-    assert {key: recording.words[key] for key in DIAL} == {key: CONFIG[key] for key in DIAL}
+    assert {key: recording.words[key] for key in DIAL} == WORDS
     costs = {key: recording.words[key] for key in recording.words if key not in DIAL}
     assert costs == pytest.approx(
         {
-            "servers": 2, "room": ROOM, "decode_token_s": 0.02, "occupancy_cost": 1.0, "train_token_s": 0.01,
-            "train_step_s": 1.0, "pause_s": 0.05,
-        }
+            "servers": 2, "room": 10, "decode_token_s": 0.02, "occupancy_cost": 1.0, "train_token_s": 0.01,
+            "train_step_s": 1.0, "pause_s": 0.05, "publish_s": 0.2, "reward_s": 0.3, "filtered_share": 0.0,
+            "heartbeat_s": 0.5,
+        },
+        rel=0.01,
     )  # fmt: skip
-    expected = [group_record(ordinal).group.completion_lengths for ordinal in (0, 1)]
-    assert np.array_equal(recording.lengths.lengths, expected)
+    assert np.array_equal(recording.lengths.lengths, WORKLOAD.trace.lengths)
+    assert recording.notice == ""
+
+
+@pytest.mark.parametrize("occupancy_cost", [0.0, 3.0])
+def test_what_a_decode_step_costs_is_found_from_how_full_the_seats_were(tmp_path, monkeypatch, occupancy_cost):
+    """At max_staleness 2 some seats are empty, too; but nothing says how many in which step."""
+    monkeypatch.setattr(sys.modules[__name__], "COSTS", replace(COSTS, occupancy_cost=occupancy_cost))
+    record_run(tmp_path, workload=replace(WORKLOAD, costs=COSTS), max_staleness=2)
+    words = recorded(tmp_path).words
+    assert words["decode_token_s"] == pytest.approx(0.02, rel=0.02)
+    assert words["occupancy_cost"] == pytest.approx(occupancy_cost, abs=0.05)
+
+
+def test_with_seats_that_are_always_full_it_says_what_nothing_tells(tmp_path, capsys):
+    equal = np.full((40, 4), 30, np.int32)
+    full = replace(WORKLOAD, trace=replace(WORKLOAD.trace, lengths=equal), room=2, costs=replace(COSTS, pause_s=0.0))
+    record_run(tmp_path, workload=full, max_staleness=4)
+    recording = recorded(tmp_path)
+    step_s = 0.02 * 2
+    assert recording.words["decode_token_s"] == pytest.approx(step_s, rel=0.05)
+    assert recording.words["occupancy_cost"] == 0.0
+    assert dispatch(["simulate", str(tmp_path), "--steps", "2", "--warmup-steps", "1"]) == 0
+    assert "always equally full" in capsys.readouterr().err
+
+
+def test_groups_that_are_filtered_are_leased_anew_as_they_were(tmp_path):
+    record_run(tmp_path, workload=replace(WORKLOAD, filtered_share=0.4), max_staleness=2, steps=12)
+    share = recorded(tmp_path).words["filtered_share"]
+    assert 0.2 < share < 0.6
+    assert recorded(tmp_path).words["decode_token_s"] == pytest.approx(0.02, rel=0.03)
 
 
 def test_a_run_is_simulated_and_flags_take_the_place_of_what_it_was_like(tmp_path, capsys):

@@ -136,6 +136,20 @@ def test_a_synchronous_step_is_generation_and_training_one_after_the_other():
     assert forecast.staleness_hist == (forecast.steps * 400,)
 
 
+@pytest.mark.parametrize("max_staleness", [0, 2])
+def test_filtered_groups_are_leased_anew_and_the_bound_holds(max_staleness: int):
+    none = ask(small(), steps=40, max_staleness=max_staleness)
+    half = ask(small(filtered_share=0.5), steps=40, max_staleness=max_staleness)
+    assert (half.violations, half.unaccounted) == (0, 0)
+    assert half.step_s > 1.2 * none.step_s, "twice as much is sampled for a step"
+
+
+def test_steps_of_which_every_group_was_filtered_are_waited_through():
+    forecast = ask(small(filtered_share=0.9), steps=10, warmup_steps=1, max_staleness=1)
+    assert forecast.learner_idle > 0.5
+    assert forecast.violations == 0
+
+
 def test_costs_may_change_in_mid_run_and_each_step_is_told():
     told: list[Step] = []
     slow = replace(small().costs, train_step_s=50.0)
