@@ -39,9 +39,7 @@ def load_decoder(model: Path | str) -> TextDecoder:
     tokenizer = load_tokenizer(Path(model))
 
     def decode(tokens: Sequence[int]) -> str:
-        text: str = tokenizer.decode(
-            [int(token) for token in tokens], skip_special_tokens=True, clean_up_tokenization_spaces=False
-        )
+        text: str = tokenizer.decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
         return text
 
     return decode

@@ -75,6 +75,7 @@ def test_no_callback_holds_the_event_loop(spans, prompts_per_step, callbacks_ms,
                 lease_loop(desk.coordinator, waits, tick_s=1.0),
                 accept_loop(desk.arrivals, waits),
                 batch_loop(desk.coordinator, desk.buffer, batches, waits),
+                recorder.record_loop(waits),
             )
         ]
         desk.pump()
@@ -96,5 +97,6 @@ def test_no_callback_holds_the_event_loop(spans, prompts_per_step, callbacks_ms,
     finally:
         directory.close()
     assert desk.ledger.policy_version == 1
+    assert directory.metrics_path.exists()
     slowest_ms, what = max(callbacks_ms)
     assert slowest_ms < LIMIT_MS, what

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import threading
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import cast
@@ -22,23 +24,25 @@ from rollout_server.weights import WeightsReceiver
 from tests.factories import INITIAL, RUN_ID, make_group, make_lease
 
 
-async def _answers_to(lease: Lease, *again: object) -> list[Group]:
+async def _answers_to(
+    lease: Lease, *again: object, token_s: float = 1.0, decode: Callable[[Sequence[int]], str] = lambda tokens: ""
+) -> list[Group]:
     """Let a server work on a lease for a while, then hear `again` in one burst; return the groups it sends."""
     network = MemoryNetwork()
     learner, dialer = network.listener(), network.dialer("server")
     weights = SimpleNamespace(welcomed=lambda: None)
     groups: list[Group] = []
-    async with ScriptedEngine(ScriptedOptions(token_s=1.0, length_sigma=0.0, mean_length=5), room=4) as engine:
+    async with ScriptedEngine(ScriptedOptions(token_s=token_s, length_sigma=0.0, mean_length=5), room=4) as engine:
         await engine.load_weights(StagedWeights(version=INITIAL, path=Path()))
         async with asyncio.TaskGroup() as tasks:
             parts = Parts(
                 name="server", address="memory", dialer=dialer, engine=engine, scorer=ScriptedScorer(),
-                reward_weights=(1.0,), decode=lambda tokens: "", weights=cast("WeightsReceiver", weights),
+                reward_weights=(1.0,), decode=decode, weights=cast("WeightsReceiver", weights),
                 tasks=tasks, waits=Waits(), lag=LoopLag(),
             )  # fmt: skip
             parts.welcome = Welcome(session="1", run_id=RUN_ID, incarnation=1)
             handle(parts, lease)
-            await asyncio.sleep(2.5)
+            await asyncio.sleep(2.5 * token_s)
             for message in again:
                 welcomed(parts, message) if isinstance(message, Welcome) else handle(parts, message)
     for _ in range(network.witness.sent):
@@ -57,6 +61,19 @@ def test_what_an_abort_leaves_does_not_answer_the_lease_that_follows_it() -> Non
 
     assert (group.finish_reasons != FinishReason.ABORT).all()
     assert group.scored.all()
+
+
+def test_tokens_become_text_on_a_thread_of_their_own() -> None:
+    threads: list[int] = []
+
+    def decode(tokens: Sequence[int]) -> str:
+        threads.append(threading.get_ident())
+        return ""
+
+    asyncio.run(_answers_to(make_lease(), token_s=0.001, decode=decode))
+
+    assert threads
+    assert threading.get_ident() not in threads, "64 long completions would hold the loop (I9)"
 
 
 def test_a_late_ack_does_not_end_work_that_is_under_way() -> None:
