@@ -173,7 +173,7 @@ def latest_checkpoint(checkpoints_dir: Path) -> Checkpoint | None:
     refused: list[str] = []
     for path in _newest_first(checkpoints_dir, unreadable_first=True):
         try:
-            state = _verify(path)
+            state = verify_checkpoint(path)
         except UNREADABLE as error:
             refused.append(f"{path.name}: {error}")
             log.warning("checkpoint %s passed over: %s", path, error)
@@ -214,6 +214,22 @@ def read_state(path: Path) -> CheckpointState:
         msgspec.DecodeError, UnicodeDecodeError: MANIFEST.json is no manifest.
     """
     _verify_file(path, STATE, read_manifest(path).files[STATE])
+    return msgspec.json.decode((path / STATE).read_bytes(), type=CheckpointState)
+
+
+def verify_checkpoint(path: Path) -> CheckpointState:
+    """Check every byte of a checkpoint.
+
+    Raises:
+        OSError: a file cannot be read; as CheckpointError: is missing, has changed, or bears the wrong name.
+        msgspec.DecodeError, UnicodeDecodeError: MANIFEST.json is no manifest.
+    """
+    manifest = read_manifest(path)
+    for name, entry in manifest.files.items():
+        _verify_file(path, name, entry)
+    named = int(path.name.removesuffix(".old").removeprefix("step-"))
+    if named != manifest.policy_version:
+        raise CheckpointError(f"holds policy_version {manifest.policy_version}, its name says {named}")
     return msgspec.json.decode((path / STATE).read_bytes(), type=CheckpointState)
 
 
@@ -318,22 +334,6 @@ def _size_bytes(path: Path) -> int:
         return sum(entry.bytes for entry in read_manifest(path).files.values())
     except UNREADABLE:
         return 0
-
-
-def _verify(path: Path) -> CheckpointState:
-    """Check every byte of a checkpoint.
-
-    Raises:
-        OSError: a file cannot be read; as CheckpointError: is missing, has changed, or bears the wrong name.
-        msgspec.DecodeError, UnicodeDecodeError: MANIFEST.json is no manifest.
-    """
-    manifest = read_manifest(path)
-    for name, entry in manifest.files.items():
-        _verify_file(path, name, entry)
-    named = int(path.name.removesuffix(".old").removeprefix("step-"))
-    if named != manifest.policy_version:
-        raise CheckpointError(f"holds policy_version {manifest.policy_version}, its name says {named}")
-    return msgspec.json.decode((path / STATE).read_bytes(), type=CheckpointState)
 
 
 def _verify_file(checkpoint: Path, name: str, entry: FileEntry) -> None:

@@ -46,7 +46,7 @@ def replay(argv: Sequence[str], *, prog: str) -> int:
     if options.output and Path(options.output).exists():
         raise ConfigError(f"output {options.output} exists: name a directory that does not")
     run = RecordedRun(Path(argv[0]))
-    for damage in (*run.refused, *run.index.damages):
+    for damage in run.index.damages:
         print(damage)
     return _bisect(run, options) if options.against else _replay(run, options)
 
@@ -56,6 +56,8 @@ def _bisect(run: RecordedRun, options: ReplayCommand) -> int:
 
     if options.output or options.start is not None:
         raise ConfigError("against compares two runs: it writes no output and chooses its own start")
+    for refused in run.refused:
+        print(refused)
     found, last = first_difference(run, RecordedRun(Path(options.against)), to=options.to, tell=print)
     print(f"the first difference is in {found}" if found else f"no difference up to step {last}")
     return int(found is not None)
@@ -64,6 +66,8 @@ def _bisect(run: RecordedRun, options: ReplayCommand) -> int:
 def _replay(run: RecordedRun, options: ReplayCommand) -> int:
     target = options.to or run.last
     start = run.start_for(target, options.start)
+    for refused in run.refused:
+        print(refused)
     from learner.replay.compare import difference
     from learner.replay.trained_again import Replay, weights_digest
 

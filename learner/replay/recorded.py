@@ -9,7 +9,15 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from learner.checkpoint import STATE, UNREADABLE, CheckpointState, Manifest, read_manifest, read_state
+from learner.checkpoint import (
+    STATE,
+    UNREADABLE,
+    CheckpointState,
+    Manifest,
+    read_manifest,
+    read_state,
+    verify_checkpoint,
+)
 from learner.config import LearnerConfig
 from learner.journal_records import Numerics
 from learner.replay.compare import Outcome
@@ -117,13 +125,23 @@ class RecordedRun:
         """Choose where to begin: the newest checkpoint before the target, or the initial weights, or what was asked.
 
         Raises:
-            ConfigError: from there the journal has not every step up to the target. Names the steps that would do.
+            ConfigError: from there the journal has not every step up to the target (names the steps that would do), or
+                the checkpoint that was asked for is damaged. Others that are go to `refused`.
         """
         if start is not None and start != 0 and start not in self.checkpoints:
             raise ConfigError(f"start {start}: there is no checkpoint of that step; {self.reach()}")
         starts = [start] if start is not None else sorted({0, *self.checkpoints}, reverse=True)
         for candidate in starts:
-            if candidate < target <= self.index.last_after(candidate):
+            if not candidate < target <= self.index.last_after(candidate):
+                continue
+            try:
+                if candidate:
+                    verify_checkpoint(self.checkpoints[candidate].path)
+            except UNREADABLE as error:
+                if start is not None:
+                    raise ConfigError(f"start {start}: {self.checkpoints[start].path.name}: {error}") from error
+                self.refused.append(f"checkpoint {self.checkpoints[candidate].path.name} passed over: {error}")
+            else:
                 return candidate
         raise ConfigError(f"{self.path}: step {target} cannot be trained again; {self.reach()}")
 
@@ -149,7 +167,7 @@ class RecordedRun:
         )
 
     def _readable(self) -> list[Saved]:
-        """Every checkpoint in place; whether its tensors are right shows when it is loaded, or compared."""
+        """Every checkpoint in place; whether its tensors are right is looked at where a replay begins."""
         found = []
         for path in sorted((self.path / "checkpoints").glob("step-*")):
             if not re.fullmatch(r"step-\d{6,}", path.name):

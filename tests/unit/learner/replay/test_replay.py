@@ -233,7 +233,26 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
     "no manifest": lambda path: (path / MANIFEST).unlink(),
     "a state that is none": lambda path: (path / STATE).write_text('{"forks": '),
     "a state that says something else": lambda path: _alter(path / STATE, forks=[[7, 0]]),
+    "a tensor of other bytes": lambda path: _flip_last_byte(path / "model.safetensors"),
 }
+
+
+def _flip_last_byte(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_no_start_that_was_asked_for(make):
+    run = make()
+    run.begin()
+    run.train(1)
+    _flip_last_byte(run.save() / "model.safetensors")
+    run.train(2)
+    with pytest.raises(
+        ConfigError, match=r"start 1: step-000001: model\.safetensors does not hash to what was written"
+    ):
+        run_replay(run, "--start", "1")
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
