@@ -245,6 +245,7 @@ class Learner:
         )
         stats, buffer = RunStats(), Buffer()
         arrivals = Arrivals(coordinator, buffer, journal, stats)
+        coordinator.tokens.journaled(start.digests)
         arrivals.restore(start.restored)
         archive = WeightsArchive(directory.weights_dir, config.keep_versions)
         coordinator.weights.live_reported = lambda server, live: live_reported(coordinator, archive, server, live)
@@ -258,7 +259,6 @@ class Learner:
                 coordinator.tokens.restored(group)
             coordinator.tokens.trained(groups, mask_truncated_completions=config.mask_truncated_completions)
             recorder.step(batch, result, StepTimer(coordinator.clock), learning_rate=learning_rate)
-        recorder.write_rows()
         monitor = Monitor(coordinator, recorder, buffer, self.waits, self.lag, self.compute, address=channel.address)
         recorder.step_done = lambda row: self.screen.print_step(monitor.view())
         beginning = IncarnationRecord(

@@ -129,8 +129,6 @@ class Arrivals:
     def restore(self, restored: dict[int, TrainGroup]) -> None:
         """Take over what an earlier incarnation journaled: now, or when the prompt is granted again."""
         self.restored = restored
-        for group in restored.values():
-            self._coordinator.tokens.journaled(group.group)
         self._coordinator.granted = self.granted
         for entry in list(self._coordinator.ledger.entries.values()):
             self.granted(entry)

@@ -21,6 +21,7 @@ from learner.journal_segments import JournalReport, read_journal
 from learner.knobs.core import joined_history
 from learner.ledger import Ledger, LedgerSnapshot
 from learner.replay.resume import Replayed, tell_ledger
+from learner.token_ledger import group_digest
 from protocol.completions import group_versions
 from protocol.logs import event
 from protocol.versions import Lineage
@@ -39,6 +40,8 @@ class Start:
     """Every change of a live knob so far: what a knob was set to stays, whichever weights are gone."""
     incarnations: tuple[IncarnationRecord, ...]
     """The beginnings of the learners before this one, of those that the lineage still has."""
+    digests: dict[str, bytes]
+    """Of every journaled group of the lineage, by id: a server that has not heard so may send it again."""
 
 
 def begin(
@@ -71,6 +74,7 @@ def begin(
     lineage = Lineage([*forks, (incarnation, first)])
     report = JournalReport()
     restored: dict[int, TrainGroup] = {}
+    digests: dict[str, bytes] = {}
     journaled: list[KnobRecord] = []
     begun = {record.incarnation: record for record in (checkpoint.state.incarnations if checkpoint else ())}
     orphaned = 0
@@ -85,12 +89,13 @@ def begin(
         if not isinstance(record, GroupRecord):
             continue
         ordinal = record.group.ordinal
-        if ordinal < ledger.cursor and ledger.find(ordinal) is None:
-            continue  # it has ended in this lineage
+        ended = ordinal < ledger.cursor and ledger.find(ordinal) is None  # in this lineage
         if all(version in lineage for version in group_versions(record.group)):
-            restored[ordinal] = record.train_group()
+            digests[record.group.group_id] = group_digest(record.group)
+            if not ended:
+                restored[ordinal] = record.train_group()
         else:
-            orphaned += 1
+            orphaned += not ended
     for damage in report.damages:
         event(log, "journal_damage", level=logging.WARNING, text=damage)
     event(
@@ -102,6 +107,7 @@ def begin(
         restored=restored,
         knobs=joined_history(checkpoint.state.knobs if checkpoint else (), journaled),
         incarnations=tuple(begun[number] for number, _ in forks if number in begun),
+        digests=digests,
     )
 
 

@@ -134,7 +134,7 @@ class TokenLedger:
 
     def arrived(self, process: str, group: Group) -> bool:
         """A whole group came. False when it is the very same as one before: its tokens are counted there."""
-        server, digest, key = self._servers[process], _digest(group), (process, group.group_id)
+        server, digest, key = self._servers[process], group_digest(group), (process, group.group_id)
         again = digest in (self._seen.get(key), self._journaled.get(group.group_id))
         self._seen[key] = digest
         self._seen.move_to_end(key)
@@ -154,9 +154,9 @@ class TokenLedger:
             server.held = max(0, server.held - tokens)
         return True
 
-    def journaled(self, group: Group) -> None:
-        """An earlier incarnation has this group on disk: its server, which may not know, may send it again."""
-        self._journaled[group.group_id] = _digest(group)
+    def journaled(self, digests: Mapping[str, bytes]) -> None:
+        """Earlier incarnations have these groups on disk, by id: servers that do not know may send them again."""
+        self._journaled.update(digests)
 
     def restored(self, group: Group) -> None:
         """Such a group is under way again: its prompt has been granted again."""
@@ -257,7 +257,8 @@ def sampled_tokens(group: Group) -> int:
     return int(group.completion_tokens.size if group.loss_mask is None else np.count_nonzero(group.loss_mask))
 
 
-def _digest(group: Group) -> bytes:
+def group_digest(group: Group) -> bytes:
+    """Tell two answers to one lease apart."""
     return xxhash.xxh3_64_digest(group.completion_tokens.tobytes())
 
 

@@ -208,6 +208,7 @@ class Simulation:
             rollover.expire = functools.partial(self.count_expired, rollover.expire)  # type: ignore[method-assign]
             stats, buffer, lag = RunStats(), Buffer(), LoopLag()
             arrivals = Arrivals(coordinator, buffer, journal, stats)
+            coordinator.tokens.journaled(start.digests)
             arrivals.restore(start.restored)
             self.witness["groups restored"] += coordinator.counters["groups_restored"]
             recorder = make_recorder(directory, trainer, coordinator, journal, stats, lag, checkpoint)  # type: ignore[arg-type]

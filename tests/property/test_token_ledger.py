@@ -11,7 +11,7 @@ import numpy as np
 from hypothesis import settings
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from learner.token_ledger import TokenEnd, TokenLedger, costs, sampled_tokens
+from learner.token_ledger import TokenEnd, TokenLedger, costs, group_digest, sampled_tokens
 from protocol.messages import FinishReason, Group
 from tests.factories import make_group
 
@@ -283,7 +283,7 @@ def test_a_continued_run_goes_on_with_the_last_row():
 
 def test_a_restored_group_whose_ack_was_lost_with_the_learner_counts_once():
     ledger, group = TokenLedger(), make_group(lengths=[3, 4], rewards=[1.0, 0.0])
-    ledger.journaled(group)
+    ledger.journaled({group.group_id: group_digest(group)})
     ledger.joined("p", fresh=False)
     assert not ledger.arrived("p", group), "also while its prompt is not granted again"
     assert ledger.generated == 0

@@ -92,6 +92,7 @@ def test_groups_that_the_checkpoint_has_not_trained_go_back_to_the_buffer(tmp_pa
     write(tmp_path, *(group_record(ordinal) for ordinal in range(6)), end(5))
     _, start = resume(tmp_path, make_checkpoint(1))
     assert sorted(start.restored) == [2, 3, 4, 5], "0 and 1 are trained; 5 ended after the checkpoint: once more"
+    assert len(start.digests) == 6, "whichever their servers send again counts once"
     assert start.restored[3].ordinal == 3
     assert start.restored[3].prompt == "2 + 3 ="
 
