@@ -33,7 +33,8 @@ class RollCall:
 
     It says no names, and counts late: a request on its way in, or an answer on its way out, is in neither count. So
     only requests count here that were unanswered at every look of `patience_s`, against the most that the engine had at
-    any of them. Requests that come meanwhile hide a loss, but not for ever: what is lost keeps its seat.
+    any of them. Requests that come meanwhile hide a loss, but not for ever: what is lost keeps its seat. The count
+    is the least that it can be: who was still on the way in at the last look before a loss may be among the lost.
 
     Args:
         patience_s: a loss must show for so long.
@@ -47,7 +48,7 @@ class RollCall:
         self._most_held = 0
 
     def note(self, unanswered: Iterable[str], *, held: int, now_s: float) -> int:
-        """Note a look; return how many requests are lost.
+        """Note a look; return how many requests are lost at least.
 
         Args:
             unanswered: requests that wait for an answer, just after the engine said how many it has.

@@ -72,8 +72,8 @@ class Watch:
         if missing := roll.note(life.asked, held=held, now_s=self._clock()):
             life.condemn(
                 EngineFailure(
-                    f"SGLang has lost {missing} of {len(life.asked)} requests: for {self._probe_s:g} s it has neither"
-                    " had nor answered them"
+                    f"SGLang has lost at least {missing} of {len(life.asked)} requests: for {self._probe_s:g} s it has"
+                    " neither had nor answered them"
                 )
             )
 

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -226,24 +227,85 @@ def test_a_swap_that_takes_longer_than_a_probe_is_no_hang(tiny_model_dir: Path, 
     run(case())
 
 
+class Clock:
+    """The engine's; deadlines of its calls are in real time."""
+
+    now_s = 0.0
+
+    def __call__(self) -> float:
+        return self.now_s
+
+
+async def looked(fake: Fake, times: int = 1) -> None:
+    """Until the watch has read the fake's state so often, each from the question to what it makes of the answer."""
+    before = (await fake.tell())["calls"].get("/v1/loads", 0)
+    await fake.until(lambda told: told["calls"].get("/v1/loads", 0) > before + times)
+
+
 @pytest.mark.parametrize("lost", [1, 4])
-def test_requests_that_sglang_has_no_more_are_missed(tiny_model_dir: Path, weights: MakeWeights, lost: int) -> None:
+def test_requests_that_sglang_has_no_more_are_missed(
+    tiny_model_dir: Path, weights: MakeWeights, monkeypatch: pytest.MonkeyPatch, lost: int
+) -> None:
     """It answers, and gives every token that it is asked for; the others of the group are under way."""
+    monkeypatch.setattr(watch, "STALL_S", 20.0)
 
     async def case() -> None:
-        port = free_port(0)
+        port, clock = free_port(0), Clock()
+        fake = Fake(port)
         with running_fake(tiny_model_dir, port) as process:
-            engine = url_engine(tiny_model_dir, port, engine_probe_s=1.0)
+            engine = url_engine(tiny_model_dir, port, clock, engine_probe_s=60.0)
             await engine.__aenter__()
             await engine.load_weights(weights(V0))
-            group = await stopped_group(engine, Fake(port))
-            await Fake(port).tell(lose=lost)
-            with pytest.raises(EngineFailure, match=rf"SGLang has lost {lost} of 4 requests: for 1 s it has neither"):
+            group = await stopped_group(engine, fake)
+            await looked(fake)  # it has been seen to have all four
+            before = (await fake.tell(lose=lost))["calls"]["/generate"]
+            await fake.until(lambda told: told["lengths"] == [5] * (4 - lost))
+            await looked(fake, times=2)
+            clock.now_s += 59.0
+            await fake.until(lambda told: told["calls"]["/generate"] >= before + 2)  # a probe was answered
+            await looked(fake)
+            assert not group.done()
+            clock.now_s += 1.0
+            with pytest.raises(EngineFailure, match=rf"has lost at least {lost} of 4 requests: for 60 s it has"):
                 await group
             assert process.poll() is None
-            await Fake(port).tell(stop_at=0)
+            await fake.tell(stop_at=0)
             await serves(engine, weights(V0))
             assert engine.status().restarts == 1
+            await engine.__aexit__(None, None, None)
+
+    run(case())
+
+
+def test_a_loss_among_requests_that_were_never_all_seen_is_told_as_the_least_it_can_be(
+    tiny_model_dir: Path, weights: MakeWeights, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two of four were on their way in at the last look before all four were lost."""
+    monkeypatch.setattr(watch, "STALL_S", 100.0)
+
+    async def case() -> None:
+        port, clock = free_port(0), Clock()
+        fake = Fake(port)
+        with running_fake(tiny_model_dir, port):
+            engine = url_engine(tiny_model_dir, port, clock, engine_probe_s=60.0)
+            await engine.__aenter__()
+            await engine.load_weights(weights(V0))
+            groups = [await stopped_group(engine, fake, generations=2)]
+            await fake.tell(hold=["/generate"])
+            groups.append(asyncio.create_task(engine.generate(request("coming", generations=2, length=LONG))))
+            await fake.until(lambda told: told["held"]["/generate"] == 2)
+            await looked(fake)
+            await fake.tell(hold=["/generate", "/v1/loads"])
+            await fake.tell(hold=["/v1/loads"])
+            await fake.until(lambda told: told["lengths"] == [5] * 4)
+            await fake.tell(lose=4)
+            await fake.until(lambda told: told["lengths"] == [])
+            await fake.tell(hold=[])
+            await looked(fake)
+            clock.now_s += 60.0
+            for group in groups:
+                with pytest.raises(EngineFailure, match="has lost at least 2 of 4 requests"):
+                    await group
             await engine.__aexit__(None, None, None)
 
     run(case())
@@ -389,11 +451,11 @@ def test_a_port_that_somebody_else_took_is_waited_for(
     run(case())
 
 
-def url_engine(model: Path, port: int, **changes: Any) -> SGLangEngine:
+def url_engine(model: Path, port: int, clock: Callable[[], float] = time.monotonic, **changes: Any) -> SGLangEngine:
     config = make_config(
         model, engine_url=f"http://127.0.0.1:{port}", engine_api_key=API_KEY, engine_admin_key=ADMIN_KEY, **changes
     )
-    return SGLangEngine(config, Waits())
+    return SGLangEngine(config, Waits(), clock)
 
 
 def test_an_engine_that_somebody_restarts_between_groups_is_found_out(

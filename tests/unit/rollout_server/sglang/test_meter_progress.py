@@ -97,6 +97,18 @@ def test_what_is_lost_is_missed_in_time(others: int, lost: int, steps: list[floa
         assert missing in (0, lost)
 
 
+@given(asked=st.integers(1, 6), seen=st.integers(0, 6), lost=st.integers(0, 6))
+def test_of_requests_never_all_seen_no_more_are_missed_than_are_lost(asked: int, seen: int, lost: int) -> None:
+    """The last look before the loss found only `seen` of them: the others were on their way in."""
+    seen, lost = min(seen, asked), min(lost, asked)
+    roll, names = RollCall(PATIENCE_S), [f"r{i}" for i in range(asked)]
+    roll.note(names, held=seen, now_s=0.0)
+    assert roll.note(names, held=asked - lost, now_s=1.0) == 0
+    found = [roll.note(names, held=asked - lost, now_s=now_s) for now_s in (9.0, 10.0, 11.0)]
+    assert max(found) <= lost
+    assert (found[-1] > 0) == (lost > 0), "at all it is found"
+
+
 def test_newcomers_hide_a_loss_until_they_have_been_answered() -> None:
     roll = RollCall(PATIENCE_S)
     roll.note({"lost", "a"}, held=1, now_s=0.0)
