@@ -38,7 +38,8 @@ def reward_metrics(groups: Sequence[Group]) -> Row:
     its steps'; `step_reward` is the mean of those, and `completions/mean_steps` how many a scored completion has.
 
     Args:
-        groups: whole groups that name the same reward functions (made sure of when a server says Hello).
+        groups: whole groups. Those of this learner name the same reward functions (made sure of when a server says
+            Hello); of restored ones that name others, the values under the first group's names are reduced.
     """
     rewards, stds, ranges = _spread(groups)
     row: Row = {
@@ -46,8 +47,7 @@ def reward_metrics(groups: Sequence[Group]) -> Row:
         "reward_std": mean(stds),
         "frac_reward_zero_std": mean(ranges == 0),
     }
-    statuses = _concatenate([group.reward_statuses for group in groups])
-    values = _concatenate([group.reward_values for group in groups])
+    statuses = _concatenate([group.reward_statuses.ravel() for group in groups])
     for name, status in (
         ("timeouts", RewardStatus.TIMEOUT),
         ("errors", RewardStatus.ERROR),
@@ -55,7 +55,9 @@ def reward_metrics(groups: Sequence[Group]) -> Row:
     ):
         row[f"rewards/{name}"] = int(np.count_nonzero(statuses == status))
     for column, name in enumerate(groups[0].reward_names if groups else ()):
-        called = values[statuses[:, column] == RewardStatus.OK, column]
+        having = [group for group in groups if group.reward_names[column : column + 1] == (name,)]
+        statuses = _concatenate([group.reward_statuses[:, column] for group in having])
+        called = _concatenate([group.reward_values[:, column] for group in having])[statuses == RewardStatus.OK]
         row[f"rewards/{name}/mean"] = mean(called)
         row[f"rewards/{name}/std"] = float(called.std(ddof=1)) if called.size >= 2 else math.nan
     judged = [group for group in groups if group.step_rewards is not None]

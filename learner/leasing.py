@@ -67,7 +67,7 @@ def filter_row(coordinator: Coordinator) -> None:
 def lease_pending(coordinator: Coordinator) -> None:
     """Lease what waits for a server, oldest first, to the admissible server with most room.
 
-    Nothing is queued where all seats are taken while a server with free ones is about to be admissible: whoever swaps
+    Nothing is queued where all seats are taken while a server with free ones will be admissible soon: whoever swaps
     first would take all that others have seats for.
     """
     config, ledger, fleet = coordinator.config, coordinator.ledger, coordinator.fleet

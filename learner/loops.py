@@ -135,8 +135,10 @@ def handle(coordinator: Coordinator, server: Server, message: AnyMessage) -> Non
             refuse(coordinator, server.peer, ProtocolError(f"live at {message.version}, which was never published"))
         case WeightsStaged() | WeightsLive() | WeightsFailed() | WeightsLost():
             coordinator.weights.handle(server, message)
+            coordinator.changed.notify()  # its seats may have been waited for
         case Drain():
             server.draining = True
+            coordinator.changed.notify()
         case Goodbye():
             coordinator.drop_server(server, message.reason, fault=False)
         case Fault():

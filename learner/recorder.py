@@ -34,6 +34,7 @@ from learner.token_ledger import TokenEnd, costs
 from learner.trackers import JsonlTracker, SampleWriter
 from protocol.logs import event
 from protocol.loop_lag import LoopLag
+from protocol.messages import Group
 from protocol.waits import Waits, WaitTimeout
 
 log = logging.getLogger(__name__)
@@ -78,6 +79,8 @@ class StepNote:
 
     batch: Batch
     result: StepResult
+    filtered: Sequence[Group]
+    """Since the step before."""
     policy_version: int
     """After it."""
     learning_rate: float
@@ -148,6 +151,7 @@ class Recorder:
     _notes: deque[StepNote] = field(default_factory=deque)
     """Of steps that have no row yet."""
     _noted: asyncio.Event = field(default_factory=asyncio.Event)
+    _refused: OSError | None = None
 
     def __post_init__(self) -> None:
         """What servers did before the first lease is not this run's."""
@@ -161,6 +165,7 @@ class Recorder:
         note = StepNote(
             batch=batch,
             result=result,
+            filtered=self.stats.take_filtered(),
             policy_version=ledger.policy_version,
             learning_rate=learning_rate,
             timer=timer,
@@ -195,8 +200,9 @@ class Recorder:
                     live = self._live(self.trainer.policy_version)
                     await waits.wait(live, name="weights live", owner="rollout servers", deadline_s=RECORD_S)
                 self.write_rows()
-        finally:
+        except asyncio.CancelledError:
             self.write_rows()
+            raise
 
     async def _live(self, policy_version: int) -> None:
         while policy_version in self.coordinator.weights.made_s:
@@ -206,17 +212,24 @@ class Recorder:
         """Write down every step noted so far.
 
         Raises:
-            OSError: the disk refused.
+            OSError: the disk refused, now or before: behind a gap, or a torn line, nothing is written any more.
         """
+        if self._refused is not None:
+            raise self._refused
         self._noted.clear()
-        while self._notes:
-            self._write(self._notes.popleft())
+        try:
+            while self._notes:
+                self._write(self._notes.popleft())
+        except OSError as error:
+            self._refused = error
+            raise
 
     def _write(self, note: StepNote) -> None:
         coordinator, batch = self.coordinator, note.batch
         row = self.stats.record_step(
             batch,
             note.result,
+            filtered=note.filtered,
             policy_version=note.policy_version,
             learning_rate=note.learning_rate,
             timings=note.timer.timings,

@@ -18,8 +18,9 @@ gives a load up after 20 minutes, and says so.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import islice
 from statistics import median
 
 from protocol.versions import Version
@@ -33,6 +34,8 @@ load; half of the server's own limit."""
 USUAL_SWAPS = 3.0
 """A turn lasts so many times the median of the last swaps: one that hung once does not make the next hang longer."""
 SWAPS_REMEMBERED = 16
+SOON_S = 1.0
+"""As late as news of free seats may be anyway, with the usual heartbeat."""
 SERVERS_AT_ONCE = 8
 """One server in so many swaps at a time."""
 OLDEST = Version(-1, -1)
@@ -72,8 +75,30 @@ class Rollover:
     @property
     def turn_s(self) -> float:
         """How long a turn that is given now may last."""
-        usual_s = median(self._swaps_s) if self._swaps_s else 0.0
-        return min(MAX_TURN_S, max(TURN_S, USUAL_SWAPS * usual_s))
+        return min(MAX_TURN_S, max(TURN_S, USUAL_SWAPS * self.usual_s))
+
+    @property
+    def usual_s(self) -> float:
+        """How long swaps take; 0 while none has been seen."""
+        return median(self._swaps_s) if self._swaps_s else 0.0
+
+    def soon(self, policy_version: int, servers: int, now_s: float) -> Iterator[bytes]:
+        """Yield who will serve that version, or a newer one, within SOON_S if its swap takes as long as usual.
+
+        Args:
+            policy_version: the oldest that would do.
+            servers: how many are connected.
+            now_s: monotonic seconds.
+        """
+        usual_s = self.usual_s
+        for server, turn in self.turns.items():
+            if turn.version.policy_version >= policy_version and abs(usual_s - (now_s - turn.begun_s)) <= SOON_S:
+                yield server  # not one that has been at it for much longer than usual
+        if self.version is None or self.version.policy_version < policy_version:
+            return
+        at_once = max(1, servers // SERVERS_AT_ONCE)
+        turns_left = int(SOON_S / usual_s) if usual_s else len(self.waiting)
+        yield from islice(self.waiting, at_once * turns_left)
 
     @property
     def checksums(self) -> tuple[str, ...]:

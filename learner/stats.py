@@ -131,7 +131,7 @@ class ServerMeter:
         """
         observed_s = idle_s = paused_s = occupancy_s = tokens_per_s = 0.0
         empty_s = dict.fromkeys(SEAT_COLUMNS, 0.0)
-        prompt_tokens = cached_tokens = restarts = 0
+        tokens = prompt_tokens = cached_tokens = restarts = 0
         usages = [server.status.kv_usage for server in servers if server.status is not None]
         kv_usages = [usage for usage in usages if usage > 0]  # 0 is an engine that does not know
         for server in servers:
@@ -153,6 +153,7 @@ class ServerMeter:
             occupancy_s += now.occupancy_s - before.occupancy_s
             for column, counter in SEAT_COLUMNS.items():
                 empty_s[column] += counter(now) - counter(before)
+            tokens += now.tokens_generated - before.tokens_generated
             tokens_per_s += (now.tokens_generated - before.tokens_generated) / wall_s
             prompt_tokens += now.prompt_tokens - before.prompt_tokens
             cached_tokens += now.cached_prompt_tokens - before.cached_prompt_tokens
@@ -165,6 +166,7 @@ class ServerMeter:
             "rollout/paused_ratio": _ratio(paused_s, observed_s),
             "rollout/occupancy": _ratio(occupancy_s, observed_s),
             "rollout/generation_tok_s": tokens_per_s if observed_s else math.nan,
+            "rollout/tokens": tokens,
             "rollout/cached_prompt_ratio": _ratio(cached_tokens, prompt_tokens),
             "rollout/kv_usage": max(kv_usages, default=math.nan),
             "rollout/engine_restarts": restarts,
@@ -211,11 +213,17 @@ class RunStats:
         """
         self._filtered.append(group)
 
+    def take_filtered(self) -> Sequence[Group]:
+        """Hand over those counted since the last call."""
+        taken, self._filtered = self._filtered, []
+        return taken
+
     def record_step(
         self,
         batch: Batch,
         result: StepResult,
         *,
+        filtered: Sequence[Group] = (),
         policy_version: int,
         learning_rate: float,
         timings: Mapping[str, float],
@@ -228,8 +236,9 @@ class RunStats:
         """Return the row of a step, trained or (`result` not finite) skipped, and add it to the totals.
 
         Args:
-            batch: what trained. Rewards and lengths are of its groups and of those filtered since the last row.
+            batch: what trained.
             result: its metrics go into the row under their own names.
+            filtered: since the last step. Rewards and lengths are of these, too.
             policy_version: of the weights after the step.
             learning_rate: that of the step.
             timings: seconds by the keys of TIMINGS.
@@ -244,8 +253,7 @@ class RunStats:
         loss_tokens = result.loss_tokens if result.finite else 0
         meter = self._meter.read(servers, interval_s)
         leased_not_s = split(_number(meter, "rollout/empty_lease_s"), idle.leasing)
-        groups = [train.group for train in batch.groups] + self._filtered
-        self._filtered = []
+        groups = [*(train.group for train in batch.groups), *filtered]
         row: Row = {
             "step": batch.step,
             "policy_version": policy_version,

@@ -124,17 +124,13 @@ class WeightsDesk:
                 self.send(server, WeightsSwap(version=version, checksums=self.rollover.checksums))
 
     def brings_seats(self, policy_version: int) -> bool:
-        """Whether a server with free seats is about to serve that version: it has it staged, or swaps to it now."""
-        rollover, now_s = self.rollover, self.clock()
-        coming = {peer: turn.version for peer, turn in rollover.turns.items()}
-        if rollover.version is not None:
-            coming |= dict.fromkeys(rollover.waiting, rollover.version)
-        for peer, version in coming.items():
-            server = self.fleet.servers.get(peer)
-            if server is None or version.policy_version < policy_version:
+        """Whether a server with free seats will serve that version soon."""
+        servers, now_s = self.fleet.servers, self.clock()
+        for peer in self.rollover.soon(policy_version, len(servers), now_s):
+            server = servers.get(peer)
+            if server is None or server.load >= server.hello.room:
                 continue
-            stays = self.fleet.health(server, now_s) in (Health.JOINING, Health.HEALTHY)
-            if stays and server.load < server.hello.room:
+            if self.fleet.health(server, now_s) in (Health.JOINING, Health.HEALTHY):
                 return True
         return False
 

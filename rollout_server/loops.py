@@ -333,7 +333,8 @@ async def score(parts: Parts, lease: Lease, completions: Sequence[Completion]) -
     settle_seats(parts)
     try:
         # On a thread: turning the tokens of 64 long completions into text would hold the loop for 200 ms (I9).
-        call = await asyncio.to_thread(reward_call, lease, completions, parts.decode)
+        made = asyncio.to_thread(reward_call, lease, completions, parts.decode)
+        call = await parts.waits.wait(made, name="text", owner="tokenizer", deadline_s=None)
         scored = parts.scorer.score(call)
         return await parts.waits.wait(scored, name="rewards", owner="reward workers", deadline_s=None)
     finally:

@@ -70,7 +70,7 @@ class SimulateCommand(Section):
     """For which a server stands still when it takes new weights."""
     publish_s: float = Field(0.0, ge=0)
     """From an optimizer step to its weights lying at the servers."""
-    train_token_s: float | None = Field(None, gt=0)
+    train_token_s: float | None = Field(None, ge=0)
     """Training seconds per completion token. Default: what all servers need for one with all seats taken (balanced)."""
     train_step_s: float = Field(0.0, ge=0)
     """Training seconds per step, on top."""
@@ -180,11 +180,11 @@ def read_command(kind: type[C], argv: Sequence[str], *, prog: str) -> tuple[C, W
     run_dir, flags = (argv[0], argv[1:]) if argv and not argv[0].startswith("-") else ("", argv)
     command = load_settings(kind, flags, prog=f"{prog} [RUN_DIR]")
     recording = recorded(Path(run_dir)) if run_dir else None
+    given = {key: getattr(command, key) for key in command.model_fields_set}
     if recording is not None:
-        given = {key: getattr(command, key) for key in command.model_fields_set}
         command = kind.model_validate(recording.words | given)
     lengths = command.lengths() if recording is None or command.trace is not None else recording.lengths
-    if recording is not None and recording.notice:
+    if recording is not None and recording.notice and "occupancy_cost" not in given:
         print(recording.notice, file=sys.stderr)
     return command, Workload(
         trace=lengths, costs=command.costs, servers=command.servers, room=command.room,

@@ -23,8 +23,8 @@ from protocol.messages import Group, Purpose
 
 LEAST_STEPS = 5
 """With fewer steps, costs per token cannot be told from costs per step."""
-MOST_SAMPLES = 20_000
-"""Of the recorded run that is simulated to see how full its seats were."""
+MOST_SAMPLES = 30_000
+"""Of a run's beginning that is simulated to see how full its seats were, and compared with what was recorded of it."""
 ALWAYS_FULL = (
     "the run's seats were always equally full, so nothing tells what a decode step of fewer samples takes: it is taken"
     " to be as long. Some steps at another max_staleness would tell; or give --decode-token-s and --occupancy-cost"
@@ -53,13 +53,17 @@ def recorded(run_dir: Path) -> Recording:
         config = msgspec.json.decode((run_dir / CONFIG_FILE).read_bytes(), type=dict[str, Any])
     except OSError as error:
         raise ConfigError(f"{run_dir}: {error.strerror}: name a directory with config.json in it") from error
-    rows: list[dict[str, Any]] = [row for row in JsonlTracker(run_dir / "metrics.jsonl").rows() if not row["skipped"]]
+    rows: list[dict[str, Any]] = [
+        row
+        for row in JsonlTracker(run_dir / "metrics.jsonl").rows()
+        if not row["skipped"] and row["perf/fwd_bwd_s"]  # of a step that was replayed there are no seconds
+    ]
     if len(rows) < LEAST_STEPS:
         raise ConfigError(f"{run_dir} has {len(rows)} trained steps: costs need at least {LEAST_STEPS}; train on")
-    if "rollout/room" not in rows[-1]:
+    if missing := [column for column in ("rollout/room", "rollout/tokens") if column not in rows[-1]]:
         raise ConfigError(
-            f"{run_dir}: its metrics do not say how many seats the servers have (rollout/room): an older headway"
-            " recorded it; record some steps with this one"
+            f"{run_dir}: its metrics have no {missing[0]}: an older headway recorded it; record some steps with this"
+            " one"
         )
     lengths, reward_s = _journaled(run_dir, config)
     words: dict[str, Any] = {key: config[key] for key in (*DIAL, "heartbeat_s")} | _costs(rows) | {"reward_s": reward_s}
@@ -92,7 +96,7 @@ def _costs(rows: list[dict[str, Any]]) -> dict[str, Any]:
     pause_s = median(pauses) if pauses else 0.0
     lives = [row["weights/live_s"] - row["perf/canaries_s"] for row in rows if "weights/live_s" in row]
     trained, filtered = sum(row["step_groups"] for row in rows), rows[-1]["groups/filtered"]
-    filtered -= rows[-1].get("groups/rows_too_long", 0)  # which were never leased
+    filtered = max(0, filtered - rows[-1].get("groups/rows_too_long", 0))  # those were never leased
     return {
         "train_token_s": token_s,
         "train_step_s": step_s,
@@ -104,23 +108,23 @@ def _costs(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def _decoding(rows: list[dict[str, Any]], lengths: LengthTrace, words: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Servers, their room and what a decode step costs there; what could not be told."""
-    seen = [
-        row for row in rows if row["rollout/observed_s"] and row["rollout/generation_tok_s"] and row["rollout/room"]
-    ]
-    if not seen:
+    seen = [number for number, row in enumerate(rows, 1) if row["rollout/observed_s"] and row["rollout/room"]]
+    dial = Dial(**{key: words[key] for key in DIAL})
+    most = max(LEAST_STEPS, MOST_SAMPLES // (dial.prompts_per_step * dial.num_generations))
+    if not seen or seen[0] >= min(most, len(rows)):
         raise ConfigError(
             "no server's heartbeat fell into a step: record a run with longer steps, or a shorter heartbeat_s"
         )
-    servers = max(row["rollout/servers"] for row in seen)
-    room = round(median(row["rollout/room"] / row["rollout/servers"] for row in seen))
-    decoded = _decoded(seen, room=room)
+    first, last = seen[0] - 1, min(most, len(rows))  # before it, servers' counters had no beginning
+    window = [row for row in rows[first:last] if row["rollout/observed_s"]]
+    servers = round(median(row["rollout/servers"] for row in window))
+    room = round(median(row["rollout/room"] / row["rollout/servers"] for row in window))
+    decoded = _decoded(window, room=room)
     costs = Costs(
         decode_token_s=0.0, occupancy_cost=0.0, train_token_s=words["train_token_s"],
         train_step_s=words["train_step_s"], reward_s=words["reward_s"], pause_s=words["pause_s"],
         publish_s=words["publish_s"],
     )  # fmt: skip
-    dial = Dial(**{key: words[key] for key in DIAL})
-    steps = max(1, min(len(rows), MOST_SAMPLES // (dial.prompts_per_step * dial.num_generations)))
 
     def simulated(base_s: float, occupancy_cost: float) -> Fullness:
         workload = Workload(
@@ -128,7 +132,7 @@ def _decoding(rows: list[dict[str, Any]], lengths: LengthTrace, words: dict[str,
             servers=servers, room=room, filtered_share=words["filtered_share"],
             heartbeat_s=words["heartbeat_s"],
         )  # fmt: skip
-        return fullness(workload, dial, steps=steps)
+        return fullness(workload, dial, first=first, last=last)
 
     base_s, occupancy_cost, told = fit_decoding(decoded, room=room, simulated=simulated)
     return {
@@ -143,7 +147,12 @@ def _decoded(rows: list[dict[str, Any]], *, room: int) -> Decoded:
         observed_s = row["rollout/observed_s"]
         busy_s += (1.0 - row["rollout/idle_ratio"] - row["rollout/paused_ratio"]) * observed_s
         seat_s += row["rollout/occupancy"] * room * observed_s
-        tokens += row["rollout/generation_tok_s"] * observed_s / row["rollout/servers"]
+        tokens += row["rollout/tokens"]
+    if not (busy_s > 0 and seat_s > 0 and tokens > 0):
+        raise ConfigError(
+            f"the servers say that they decoded {tokens:.0f} tokens in {busy_s:.3g} s, in {seat_s:.3g} seat-seconds:"
+            " nothing can be fitted to that; give --decode-token-s and --occupancy-cost, and no RUN_DIR"
+        )
     return Decoded(busy_s=busy_s, seat_s=seat_s, tokens=tokens)
 
 

@@ -15,6 +15,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
+import numpy as np
+
 from learner.arrivals import Arrivals
 from learner.batch import Batch, StepResult
 from learner.buffer import Buffer
@@ -90,22 +92,28 @@ def simulate(
     return Simulation(workload, dial, steps=steps, warmup_steps=warmup_steps, each_step=each_step).run()
 
 
-def fullness(workload: Workload, dial: Dial, *, steps: int) -> Fullness:
-    """Simulate the first steps of a run, and say how full the seats were in them.
+def fullness(workload: Workload, dial: Dial, *, first: int, last: int) -> Fullness:
+    """Simulate a run's first steps, and say how full the seats were from the end of step `first` to that of `last`.
 
     Raises:
         ConfigError: the dial cannot progress.
         SimulationStuck: the scheduler deadlocked.
     """
-    simulation = Simulation(workload, dial, steps=steps, warmup_steps=0, each_step=None)
-    simulation.run()
-    engines = [server.engine for server in simulation.servers]
-    drawn = sum(engine.drawn for engine in engines)
-    seat_s = sum(engine.seat_s for engine in engines)
+    sums = np.zeros(5)
+
+    def note(simulation: Simulation, step: Step) -> None:
+        nonlocal sums
+        if step.policy_version in (first, last):
+            engines = [server.engine for server in simulation.advanced()]
+            whole = [(e.decode_steps, e.drawn, e.drawn_squared, e.seat_s, e.paused_seat_s) for e in engines]
+            sums = np.sum(whole, axis=0) - sums
+
+    Simulation(workload, dial, steps=last, warmup_steps=0, each_step=note).run()
+    decode_steps, drawn, drawn_squared, seat_s, paused_seat_s = sums.tolist()
     return Fullness(
-        decoding_share=1 - sum(engine.paused_seat_s for engine in engines) / seat_s,
-        steps_per_token=sum(engine.decode_steps for engine in engines) / drawn,
-        mean_batch=sum(engine.drawn_squared for engine in engines) / drawn,
+        decoding_share=1 - paused_seat_s / seat_s,
+        steps_per_token=decode_steps / drawn,
+        mean_batch=drawn_squared / drawn,
     )
 
 
@@ -266,10 +274,10 @@ class Simulation:
             busy_s = result.loss_tokens * costs.full_seat_token_s(room) + len(batch.groups) * costs.prefill_s
             self._full_seats_s += busy_s / self.workload.servers
         elif version == self._warmup_steps:
-            self._advance_servers()
+            self.advanced()
             self._mark = _Mark(now_s, self._seat_s(), self._paused_s())
         if version == self._warmup_steps + self._num_steps:
-            self._advance_servers()
+            self.advanced()
         if (changed := self._costs(version)) != costs:
             book.costs = changed
             for server in self.servers:
@@ -291,9 +299,11 @@ class Simulation:
         costs_at = self.workload.costs_at
         return self.workload.costs if costs_at is None else costs_at(policy_version)
 
-    def _advance_servers(self) -> None:
+    def advanced(self) -> list[PlayedServer]:
+        """The servers, brought to the present."""
         for server in self.servers:
             server.advance()
+        return self.servers
 
     def _seat_s(self) -> float:
         return sum(server.engine.seat_s for server in self.servers)

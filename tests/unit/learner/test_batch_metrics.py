@@ -26,6 +26,17 @@ def tokens_at(group: Group, policy_version: int) -> list[int]:
     return np.repeat(*token_staleness([group], policy_version)).tolist()
 
 
+def test_restored_groups_that_other_functions_judged_are_reduced_as_far_as_they_agree():
+    one = make_group(functions={"math": [1.0, 0.0, 1.0, 0.0]})
+    two = make_group(ordinal=1, functions={"math": [1.0, 1.0, 1.0, 1.0], "style": [0.5, 0.5, 0.5, 0.5]})
+    for groups, names in (([one, two], ["math"]), ([two, one], ["math", "style"])):
+        row = reward_metrics(groups)
+        assert row["rewards/math/mean"] == 0.75
+        assert [key for key in row if key.startswith("rewards/") and key.endswith("/mean")] == [
+            f"rewards/{name}/mean" for name in names
+        ]
+
+
 def test_reward_statistics_of_two_groups():
     row = reward_metrics([make_group(rewards=[1, 0, 1, 0]), make_group(ordinal=1, rewards=[1, 1, 1, 1])])
     assert row["reward"] == pytest.approx(0.75)

@@ -452,3 +452,33 @@ def test_a_row_says_what_was_so_when_its_step_was_made(tmp_path):
         o.recorder.write_rows()
         (row,) = o.rows()
         assert (row["policy_version"], row["wall_s"], row.get("groups/groups_refused", 0)) == (0, 4.0, 0)
+
+
+def test_after_a_disk_has_refused_a_row_none_follows_and_no_checkpoint(tmp_path):
+    with office(tmp_path) as o:
+        make_step(o, 1)
+        log = o.recorder.tracker.log
+
+        def refuse(row: object) -> None:
+            raise OSError("no space left")
+
+        o.recorder.tracker.log = refuse  # type: ignore[method-assign]
+        with pytest.raises(OSError, match="no space left"):
+            o.recorder.write_rows()
+        o.recorder.tracker.log = log  # type: ignore[method-assign]  # there is space again
+        make_step(o, 2)
+        with pytest.raises(OSError, match="no space left"):
+            o.save()
+        assert lines(o) == 0
+        assert o.recorder.checkpoint is None
+
+
+def test_groups_that_are_filtered_after_a_step_are_of_the_next_row(tmp_path):
+    with office(tmp_path) as o:
+        make_step(o, 1)
+        o.recorder.stats.record_filtered(make_group(ordinal=7, rewards=[0.0, 0.0, 0.0, 0.0]))
+        make_step(o, 2)
+        o.recorder.write_rows()
+        first, second = (row["reward"] for row in o.rows())
+        assert first == 0.5
+        assert second < 0.5

@@ -211,3 +211,23 @@ def test_the_first_checksum_of_a_kind_is_what_others_are_compared_with() -> None
     assert rollover.checksums == ("tp1:bb:cc", "tp2:aa")
     rollover.begin(V3)
     assert rollover.checksums == ()
+
+
+def test_who_will_serve_a_version_soon() -> None:
+    """At first nobody knows how long a swap takes: all of the line may be soon."""
+    rollover = rolling()
+    servers = [str(number).encode() for number in range(20)]
+    for server in servers:
+        rollover.staged(server, V2)
+    assert rollover.grant(dict.fromkeys(servers, V1), 20, 0.0) == servers[:2]
+    assert set(rollover.soon(2, 20, 0.0)) == set(servers)
+    assert list(rollover.soon(3, 20, 0.0)) == [], "it is too old"
+    rollover.swapped(servers[0], V2, 0.4)
+    assert list(rollover.soon(2, 20, 0.4)) == [servers[1], *servers[2:6]], "of the line, who swaps within a second"
+    assert list(rollover.soon(2, 20, 1.5)) == servers[2:6], "who takes so much longer than usual may hang"
+    rollover.swapped(servers[1], V2, 10.0)
+    assert rollover.usual_s > 5.0
+    assert list(rollover.soon(2, 20, 10.0)) == []
+    rollover.grant(dict.fromkeys(servers, V1), 20, 10.0)
+    assert list(rollover.soon(2, 20, 10.0)) == [], "its swap has only begun"
+    assert list(rollover.soon(2, 20, 10.0 + rollover.usual_s)) == servers[2:4]

@@ -196,10 +196,10 @@ def test_filtered_groups_count_in_the_next_row_only():
     """A filter that hides what is solved must not hide that it is solved."""
     stats = RunStats()
     stats.record_filtered(make_group(ordinal=7, rewards=[1.0, 1.0, 1.0, 1.0]))
-    row = record(stats, 1, wall_s=1.0)
+    row = record(stats, 1, wall_s=1.0, filtered=stats.take_filtered())
     assert row["reward"] == pytest.approx((4 * 0.1 + 4 * 1.0) / 8)
     assert row["step_groups"] == 2
-    assert record(stats, 2, wall_s=2.0)["reward"] == pytest.approx(0.2)
+    assert record(stats, 2, wall_s=2.0, filtered=stats.take_filtered())["reward"] == pytest.approx(0.2)
 
 
 def test_eta_is_the_median_interval_times_the_remaining_steps():

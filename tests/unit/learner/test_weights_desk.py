@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+
 import numpy as np
 import pytest
 
@@ -24,7 +26,7 @@ from protocol.messages import (
 )
 from protocol.versions import Lineage, Version
 from rollout_server.weights import SWAP_S as SERVER_SWAP_S
-from tests.learners import Desk, make_desk
+from tests.learners import Desk, make_desk, run
 
 
 def announce(desk: Desk, policy_version: int, incarnation: int = 1) -> None:
@@ -397,6 +399,26 @@ def test_a_server_that_has_nothing_staged_or_no_free_seats_or_is_silent_keeps_no
     assert desk.fleet.health(south, desk.clock()) is Health.SUSPECT
     desk.pump()
     assert ordinals(desk, north) == [0, 1]
+
+
+@pytest.mark.parametrize(
+    "message", [WeightsFailed(version=Version(1, 3), reason="no memory"), WeightsLost(reason="died"), Drain(reason="")]
+)
+def test_a_server_that_will_not_swap_after_all_is_waited_for_no_longer(message):
+    desk, north, south = two_servers()
+    stage(desk, south)
+    desk.pump()
+    assert ordinals(desk, north) == [0]
+
+    async def told() -> None:
+        waiting = asyncio.create_task(desk.coordinator.changed.wait())
+        await asyncio.sleep(0)
+        say(desk, south, message)
+        await asyncio.wait_for(waiting, 1.0)
+
+    run(told())
+    desk.pump()
+    assert ordinals(desk, north) == [1]
 
 
 def test_a_version_that_is_too_old_for_the_groups_brings_no_seats():

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -60,10 +61,11 @@ def record_run(path: Path, *, steps: int = 8, workload: Workload = WORKLOAD, **d
         before, observed_s = now, 2 * seconds
         rows.append({
             "skipped": 0, "step_tokens": step.tokens, "step_groups": 2, "step_time": step.waited_s + step.trained_s,
-            "perf/rollout_wait_s": step.waited_s, "perf/weight_sync_s": 0.0, "perf/canaries_s": 0.1,
+            "perf/fwd_bwd_s": step.trained_s, "perf/rollout_wait_s": step.waited_s, "perf/weight_sync_s": 0.0,
+            "perf/canaries_s": 0.1,
             "rollout/servers": 2, "rollout/room": 2 * workload.room, "rollout/observed_s": observed_s,
             "rollout/idle_ratio": 1 - (busy_s + paused_s) / observed_s, "rollout/paused_ratio": paused_s / observed_s,
-            "rollout/occupancy": seat_s / workload.room / observed_s, "rollout/generation_tok_s": drawn / seconds,
+            "rollout/occupancy": seat_s / workload.room / observed_s, "rollout/tokens": drawn,
             "weights/pause_s": 0.05, "weights/live_s": 0.35, "groups/filtered": now[5],
         })  # fmt: skip
 
@@ -120,6 +122,64 @@ def test_with_seats_that_are_always_full_it_says_what_nothing_tells(tmp_path, ca
     assert "always equally full" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("first_seen", [1, 4])
+def test_only_the_beginning_of_a_long_run_is_compared_with_the_simulated_one(tmp_path, monkeypatch, first_seen):
+    """Of 30 steps eight are simulated; servers' counters have no beginning before they have reported once."""
+    monkeypatch.setattr("learner.tuning.recorded.MOST_SAMPLES", 8 * 8)
+    record_run(tmp_path, steps=30, max_staleness=4)
+    metrics = tmp_path / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for row in rows[: first_seen - 1]:
+        row |= {"rollout/observed_s": 0.0, "rollout/idle_ratio": None, "rollout/occupancy": None, "rollout/tokens": 0}
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = recorded(tmp_path).words
+    assert words["decode_token_s"] == pytest.approx(0.02, rel=0.02)
+    assert words["occupancy_cost"] == pytest.approx(1.0, abs=0.05)
+
+
+def change_rows(path: Path, changed: Sequence[int], **values: float) -> None:
+    metrics = path / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    for number in changed:
+        rows[number] |= {key.replace("__", "/"): value for key, value in values.items()}
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_a_server_that_was_there_for_a_step_is_not_counted(tmp_path):
+    record_run(tmp_path, steps=12)
+    change_rows(tmp_path, [5], rollout__servers=3, rollout__room=30)
+    assert recorded(tmp_path).words["servers"] == 2
+
+
+def test_steps_that_were_replayed_have_no_seconds(tmp_path):
+    record_run(tmp_path, steps=12)
+    before = recorded(tmp_path).words
+    change_rows(tmp_path, [10, 11], step_time=0.001, perf__rollout_wait_s=0.0, perf__fwd_bwd_s=0.0)
+    words = recorded(tmp_path).words
+    assert words["train_token_s"] == pytest.approx(before["train_token_s"], rel=0.05)
+    assert words["train_step_s"] == pytest.approx(before["train_step_s"], rel=0.05)
+
+
+def test_rows_too_long_for_an_evaluation_are_no_filtered_groups(tmp_path):
+    record_run(tmp_path)
+    change_rows(tmp_path, range(8), groups__rows_too_long=5)
+    assert recorded(tmp_path).words["filtered_share"] == 0.0
+
+
+def test_an_engine_that_says_nothing_of_its_work_is_refused(tmp_path):
+    record_run(tmp_path)
+    change_rows(tmp_path, range(8), rollout__occupancy=0.0)
+    with pytest.raises(ConfigError, match=r"in 0 seat-seconds: nothing can be fitted to that; give --decode-token-s"):
+        recorded(tmp_path)
+
+
+def test_training_that_takes_equally_long_for_any_tokens_can_be_simulated(tmp_path, capsys):
+    record_run(tmp_path)
+    for number in range(8):
+        change_rows(tmp_path, [number], step_time=20.0 - number, perf__rollout_wait_s=0.0)
+    assert dispatch(["simulate", str(tmp_path), "--steps", "2", "--warmup-steps", "1"]) == 0
+
+
 def test_groups_that_are_filtered_are_leased_anew_as_they_were(tmp_path):
     record_run(tmp_path, workload=replace(WORKLOAD, filtered_share=0.4), max_staleness=2, steps=12)
     share = recorded(tmp_path).words["filtered_share"]
@@ -155,5 +215,5 @@ def test_a_run_of_an_older_headway_which_did_not_record_its_seats_is_refused(tmp
     record_run(tmp_path)
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"rollout/room"', '"room"'))
-    with pytest.raises(ConfigError, match=r"do not say how many seats the servers have \(rollout/room\)"):
+    with pytest.raises(ConfigError, match="its metrics have no rollout/room: an older headway recorded it"):
         recorded(tmp_path)
