@@ -86,6 +86,8 @@ class Row:
     """Fewer for figures that hardly vary (memory), and for sides that take minutes. A contest takes the most of its
     rows'."""
     quick_rounds: int = QUICK_ROUNDS
+    timeout_s: float = SIDE_TIMEOUT_S
+    """Of a side."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,11 +210,9 @@ def _run_side(row: Row, side: str, *, quick: bool, number: int) -> Answer:
     command = [sys.executable, "-m", "tests.bench.side", module, row.name, side, *(["--quick"] if quick else [])]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", ROUND_VARIABLE: str(number)}
     try:
-        done = subprocess.run(
-            command, capture_output=True, text=True, timeout=SIDE_TIMEOUT_S, env=environment, cwd=ROOT
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=row.timeout_s, env=environment, cwd=ROOT)
     except subprocess.TimeoutExpired:
-        return {"failed": f"{side} took longer than {SIDE_TIMEOUT_S:.0f} s"}
+        return {"failed": f"{side} took longer than {row.timeout_s:.0f} s"}
     if done.returncode != 0:
         lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
         return {"failed": f"{side}: {lines[-1]}"}

@@ -29,7 +29,7 @@ from tests.bench.regime_trace import (
 
 HEARTBEAT_S = 0.02
 """As a second is to a step of half a minute."""
-LIMIT_S = 400.0
+LIMIT_S = 850.0
 MOST_LIVE = 0.02
 """Of a step, until weights are live."""
 MOST_UNBALANCED = 0.02

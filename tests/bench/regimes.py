@@ -27,6 +27,8 @@ from tests.bench.regime_trace import SEEDS, A, B, C, Regime
 
 MOST_OFF = 0.05
 """Of a measured step from the simulated one."""
+LIMIT_S = 900.0
+"""Of a run: a synchronous one takes some 500 s."""
 LIVE = 0.02
 """Of a step, until weights are live in a simulated run: the most that a measured one may take."""
 
@@ -99,6 +101,7 @@ def speed_row(regime: Regime, depth: int, target: float) -> Row:
         contest=f"regime_{regime.name}",
         rounds=SEEDS,
         quick_rounds=1,
+        timeout_s=LIMIT_S,
     )
 
 
@@ -116,6 +119,7 @@ def prediction_row(regime: Regime, depth: int) -> Row:
         contest=f"regime_{regime.name}",
         rounds=SEEDS,
         quick_rounds=1,
+        timeout_s=LIMIT_S,
     )
 
 
@@ -134,6 +138,7 @@ def roofline_row(regime: Regime, target: float, *, slowdown: bool) -> Row:
         contest=f"regime_{regime.name}",
         rounds=SEEDS,
         quick_rounds=1,
+        timeout_s=LIMIT_S,
     )
 
 
@@ -151,6 +156,7 @@ def idle_row(regime: Regime, target: float) -> Row:
         contest=f"regime_{regime.name}",
         rounds=SEEDS,
         quick_rounds=1,
+        timeout_s=LIMIT_S,
     )
 
 
