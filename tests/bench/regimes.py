@@ -21,6 +21,7 @@ times synchronous and 0.955 of the roofline, idle 0.12 %; B idle 0.12 %.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from tests.bench.harness import Figures, Row, round_number
 from tests.bench.regime_trace import SEEDS, A, B, C, Regime
@@ -88,76 +89,42 @@ MODES = {(regime, depth): Measured(regime, depth) for regime in (A, B, C) for de
 ROOFLINES = {regime: Roofline(regime) for regime in (A, B, C)}
 
 
-def speed_row(regime: Regime, depth: int, target: float) -> Row:
+def row(regime: Regime, what: str, depth: int, **fields: Any) -> Row:
+    """Fill in what all rows of a regime have in common."""
+    words = {"figure": "step_s", "unit": "s a step", "ours": MODES[regime, depth]} | fields
     return Row(
-        name=f"regime_{regime.name}_speed_{depth}",
-        control="max_staleness 0, same lengths",
-        ours=MODES[regime, depth],
-        baseline=MODES[regime, 0],
-        ratio="baseline/ours",
-        target=target,
-        unit="s a step",
-        figure="step_s",
-        contest=f"regime_{regime.name}",
-        rounds=SEEDS,
-        quick_rounds=1,
-        timeout_s=LIMIT_S,
-    )
+        name=f"regime_{regime.name}_{what}", contest=f"regime_{regime.name}", rounds=SEEDS, quick_rounds=1,
+        timeout_s=LIMIT_S, **words,
+    )  # fmt: skip
+
+
+def speed_row(regime: Regime, depth: int, target: float) -> Row:
+    return row(
+        regime, f"speed_{depth}", depth, control="max_staleness 0, same lengths", baseline=MODES[regime, 0],
+        ratio="baseline/ours", target=target,
+    )  # fmt: skip
 
 
 def prediction_row(regime: Regime, depth: int) -> Row:
-    return Row(
-        name=f"regime_{regime.name}_prediction_{depth}",
-        control="headway-learner simulate",
-        ours=MODES[regime, depth],
-        baseline=Predicted(regime, depth),
-        ratio="ours/baseline",
-        target=MOST_OFF,
-        sense="near",
-        unit="s a step",
-        figure="step_s",
-        contest=f"regime_{regime.name}",
-        rounds=SEEDS,
-        quick_rounds=1,
-        timeout_s=LIMIT_S,
-    )
+    return row(
+        regime, f"prediction_{depth}", depth, control="headway-learner simulate", baseline=Predicted(regime, depth),
+        ratio="ours/baseline", target=MOST_OFF, sense="near",
+    )  # fmt: skip
 
 
 def roofline_row(regime: Regime, target: float, *, slowdown: bool) -> Row:
     """Compare with the roofline: as a share of its speed, or as a multiple of its time."""
-    return Row(
-        name=f"regime_{regime.name}_roofline",
-        control="max(generation, training)",
-        ours=MODES[regime, 4],
-        baseline=ROOFLINES[regime],
-        ratio="ours/baseline" if slowdown else "baseline/ours",
-        target=target,
-        sense="lower" if slowdown else "higher",
-        unit="s a step",
-        figure="step_s",
-        contest=f"regime_{regime.name}",
-        rounds=SEEDS,
-        quick_rounds=1,
-        timeout_s=LIMIT_S,
-    )
+    return row(
+        regime, "roofline", 4, control="max(generation, training)", baseline=ROOFLINES[regime], target=target,
+        ratio="ours/baseline" if slowdown else "baseline/ours", sense="lower" if slowdown else "higher",
+    )  # fmt: skip
 
 
 def idle_row(regime: Regime, target: float) -> Row:
-    return Row(
-        name=f"regime_{regime.name}_idle",
-        control="all of the time, max_staleness 4",
-        ours=MODES[regime, 4],
-        baseline=ROOFLINES[regime],
-        ratio="ours/baseline",
-        target=target,
-        sense="lower",
-        unit="of the time",
-        figure="idle",
-        contest=f"regime_{regime.name}",
-        rounds=SEEDS,
-        quick_rounds=1,
-        timeout_s=LIMIT_S,
-    )
+    return row(
+        regime, "idle", 4, control="all of the time, max_staleness 4", baseline=ROOFLINES[regime], target=target,
+        ratio="ours/baseline", sense="lower", unit="of the time", figure="idle",
+    )  # fmt: skip
 
 
 ROWS = [
