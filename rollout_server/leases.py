@@ -72,3 +72,20 @@ class LeaseBook:
         for group_id in [*unwanted, *(g for g in self.unacked if g not in kept)]:
             self.drop(group_id)
         return unwanted
+
+
+def why_cut(lease: Lease, max_length: int) -> str:
+    """Say why an engine may cut a lease's completions sooner than it asks for; empty where it need not.
+
+    Args:
+        lease: a prompt, and how long its completions may be.
+        max_length: tokens of both together that the engine takes; 0: any.
+    """
+    prompt, completion = len(lease.prompt_tokens), lease.sampling.max_completion_length
+    if not 0 < max_length < prompt + completion:
+        return ""
+    return (
+        f"a prompt of {prompt} tokens with completions of {completion} (max_completion_length) was leased, and this"
+        f" engine takes {max_length} in all: longer completions are cut, and count as such. Raise the server's"
+        " max_model_length, as far as the model goes, or lower the learner's max_completion_length"
+    )

@@ -47,7 +47,7 @@ from protocol.parts import split_group
 from protocol.waits import Reminders, Waits, WaitTimeout
 from rollout_server.engines.base import Engine, EngineFailure, GenerationRequest, SamplesWithheld
 from rollout_server.groups import build_group, reward_call
-from rollout_server.leases import LeaseBook
+from rollout_server.leases import LeaseBook, why_cut
 from rollout_server.reporting import going_on, make_status, settle_seats
 from rollout_server.rewards.base import Scores
 from rollout_server.scorers import Scorer
@@ -87,6 +87,8 @@ class Parts:
     """Tokens of groups that are sampled and not scored yet, by the lease that the work began with."""
     reminders: Reminders = field(default_factory=Reminders)
     connections: int = 0
+    told_of_cuts: bool = False
+    """Whether this learner knows that completions are cut here."""
     token: str = field(default_factory=lambda: secrets.token_hex(4))
     """Names this process, whatever it is called."""
 
@@ -207,7 +209,7 @@ def welcomed(parts: Parts, welcome: Welcome) -> None:
     """Take up the connection."""
     if parts.welcome.run_id not in ("", welcome.run_id):
         parts.weights.new_run()
-    parts.welcome = welcome
+    parts.welcome, parts.told_of_cuts = welcome, False
     for group_id in parts.book.keep(welcome.keep):
         parts.engine.abort(group_id)
     for group in list(parts.book.unacked.values()):
@@ -280,8 +282,18 @@ def accept_lease(parts: Parts, lease: Lease) -> None:
         task = parts.tasks.create_task(group_task(parts, lease), name=f"group {lease.group_id}")
         task.add_done_callback(lambda _: settle_seats(parts))
         settle_seats(parts)
+        tell_of_cuts(parts, lease)
     elif lease.group_id in parts.book.unacked:
         send_group(parts, parts.book.unacked[lease.group_id])
+
+
+def tell_of_cuts(parts: Parts, lease: Lease) -> None:
+    """Say, once a connection, that completions may be shorter here than the learner allows them to be."""
+    reason = "" if parts.told_of_cuts else why_cut(lease, parts.engine.info.max_length)
+    if reason:
+        parts.told_of_cuts = True
+        event(log, "completions_cut", level=logging.WARNING, reason=reason)
+        parts.dialer.send(Fault(code="max_model_length", reason=reason))
 
 
 async def group_task(parts: Parts, lease: Lease) -> None:

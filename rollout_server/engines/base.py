@@ -58,6 +58,8 @@ class EngineInfo:
     """Whether `load_weights` takes all weights of the model."""
     max_lora_rank: int = 0
     """Rank of the adapters that it takes, at most; 0: none."""
+    max_length: int = 0
+    """Tokens of a prompt and its completion together, at most; 0: any."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -256,6 +256,7 @@ class TransformersEngine:
             model_digest=digest_of(self._tensors),
             tokenizer_digest=tokenizer_digest(load_tokenizer(self._path).get_vocab()),
             max_lora_rank=MAX_RANK,
+            max_length=self._max_length,
         )
 
     def _serve(self, decoder: Decoder) -> None:

@@ -258,6 +258,7 @@ class SGLangEngine:
             canaries=True,
             full_weights=not self._config.max_lora_rank,
             max_lora_rank=self._config.max_lora_rank,
+            max_length=self._max_length,
         )
         capacity = sum(load.max_total_num_tokens for load in loads)
         event(log, "engine_up", url=client.url, version=info.version, kv_tokens=capacity, room=self._config.room)

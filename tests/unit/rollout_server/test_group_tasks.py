@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +12,7 @@ from typing import cast
 
 from learner.tuning.virtual_time import run_virtual
 from protocol.loop_lag import LoopLag
-from protocol.messages import Ack, AckStatus, FinishReason, Group, Lease, Ping, Welcome
+from protocol.messages import Ack, AckStatus, Fault, FinishReason, Group, Lease, Ping, Sampling, Welcome
 from protocol.testing import MemoryNetwork
 from protocol.waits import Waits
 from rollout_server.config import ScriptedOptions
@@ -105,3 +106,29 @@ def test_work_that_was_dropped_has_nothing_to_finish() -> None:
     assert book.finish(first, make_group()) is None
     assert book.wants(second)
     assert book.in_flight == {second.group_id: second}
+
+
+def test_an_engine_that_cuts_completions_says_so_once_a_connection() -> None:
+    async def scenario() -> list[Fault]:
+        network = MemoryNetwork()
+        learner, dialer = network.listener(), network.dialer("server")
+        weights = SimpleNamespace(welcomed=lambda: None)
+        async with ScriptedEngine(ScriptedOptions(token_s=0.1, mean_length=2), room=8) as engine:
+            engine._info = dataclasses.replace(engine.info, max_length=10)
+            await engine.load_weights(StagedWeights(version=INITIAL, path=Path()))
+            async with asyncio.TaskGroup() as tasks:
+                parts = Parts(
+                    name="server", address="memory", dialer=dialer, engine=engine, scorer=ScriptedScorer(),
+                    reward_weights=(1.0,), decode=lambda tokens: "", weights=cast("WeightsReceiver", weights),
+                    tasks=tasks, waits=Waits(), lag=LoopLag(),
+                )  # fmt: skip
+                welcomed(parts, Welcome(session="1", run_id=RUN_ID, incarnation=1))
+                sampling = Sampling(max_completion_length=8, stop_token_ids=(2,))
+                for ordinal, prompt in enumerate(([3, 4], [3, 4, 5], [3, 4, 5])):
+                    handle(parts, make_lease(ordinal=ordinal, prompt_tokens=prompt, sampling=sampling))
+        heard = [await learner.recv() for _ in range(network.witness.sent)]
+        return [message for _, message in heard if isinstance(message, Fault)]
+
+    (fault,) = run_virtual(scenario())
+    assert fault.code == "max_model_length"
+    assert "a prompt of 3 tokens with completions of 8 (max_completion_length) was leased" in fault.reason
