@@ -34,6 +34,8 @@ class Plan:
 
     name: str
     bounds: Bounds
+    """Of which a restart may choose one of `others` in the place."""
+    others: tuple[Bounds, ...] = ()
     servers: int = 1
     room: int = 1 << 20
     """Groups that a server decodes at once."""
@@ -104,6 +106,9 @@ class Machine:
     def __init__(self, plan: Plan, seed: int) -> None:
         self.plan = plan
         self.dice = random.Random(seed)
+        self.bounds = plan.bounds
+        self.most_slots = plan.bounds.slots_total
+        """That may be in use: more than slots_total until a run that goes on with a lower bound has drained."""
         self.tally = Tally()
         self.incarnation = 1
         self.lineage = Lineage([(1, 0)])
@@ -163,8 +168,9 @@ class Machine:
             self.tally.counts["depths"] += 1
         if plan.restart and dice.random() < plan.restart:
             self._restart()
-        if self.ledger.slots_in_use > self.ledger.bounds.slots_total:
-            raise Broken(f"I1: {self.ledger.slots_in_use} slots in use of {self.ledger.bounds.slots_total}")
+        if self.ledger.slots_in_use > self.most_slots:
+            raise Broken(f"I1: {self.ledger.slots_in_use} slots in use of {self.most_slots}")
+        self.most_slots = max(self.bounds.slots_total, self.ledger.slots_in_use)
         if self.ledger.unaccounted or len(self.under_way) != len(self.ledger.entries):
             raise Broken(f"I3: {self.ledger.unaccounted} unaccounted, {self.ledger.counts()}")
 
@@ -188,7 +194,7 @@ class Machine:
             self.moved = True
 
     def _finish(self, mood: Mood) -> None:
-        dice, plan, ledger, bound = self.dice, self.plan, self.ledger, self.plan.bounds.max_staleness
+        dice, plan, ledger, bound = self.dice, self.plan, self.ledger, self.bounds.max_staleness
         for sequence, entry in list(self.out.items()):
             if dice.random() >= mood.finish:
                 continue
@@ -272,13 +278,13 @@ class Machine:
             return
         for entry in entries:
             staleness = ledger.policy_version - self.oldest[entry.sequence]
-            if not 0 <= staleness <= self.plan.bounds.max_staleness:
-                raise Broken(f"I4: staleness {staleness}, the bound is {self.plan.bounds.max_staleness}: {entry}")
+            if not 0 <= staleness <= self.bounds.max_staleness:
+                raise Broken(f"I4: staleness {staleness}, the bound is {self.bounds.max_staleness}: {entry}")
             self.tally.staleness[staleness] += 1
             self._ended(entry, End.TRAINED)
         ledger.trained(batch, ledger.policy_version + 1)
         self.tally.counts["steps"] += 1
-        if ledger.policy_version % self.plan.bounds.weight_sync_steps == 0:
+        if ledger.policy_version % self.bounds.weight_sync_steps == 0:
             self.published = Version(self.incarnation, ledger.policy_version)
             if self.plan.restart and self.dice.random() < 0.2:
                 self.checkpoint = (ledger.snapshot(), set(self.under_way))
@@ -320,8 +326,10 @@ class Machine:
         snapshot, under_way = self.checkpoint
         self.tally.counts["restarts"] += 1
         self.incarnation += 1
+        self.bounds = self.dice.choice((self.plan.bounds, *self.plan.others))
         self.ledger = self._new_ledger()
         self.ledger.restore(snapshot)
+        self.most_slots = max(self.bounds.slots_total, self.ledger.slots_in_use)
         self.lineage = Lineage([(1, 0), (self.incarnation, self.ledger.policy_version)])
         self.fleet = Fleet(self.lineage, liveness_s=LIVENESS_S)
         for number in range(self.plan.servers):
@@ -336,4 +344,4 @@ class Machine:
         self.moved = True
 
     def _new_ledger(self) -> Ledger:
-        return self.plan.ledger(self.plan.bounds, max_refill_ratio=self.plan.max_refill_ratio)
+        return self.plan.ledger(self.bounds, max_refill_ratio=self.plan.max_refill_ratio)

@@ -32,6 +32,13 @@ PLANS = [
     Plan(name="every 2nd, window", bounds=B(4, 3, 5, 2), servers=3, **TROUBLE),
     Plan(name="short steps", bounds=B(4, 3, 5), servers=2, max_refill_ratio=1, **{**TROUBLE, "filter": 0.75}),
     Plan(name="little room", bounds=B(8, 4), servers=3, room=2, **TROUBLE),
+    Plan(
+        name="other bounds after restarts",
+        bounds=B(4, 6),
+        others=(B(4, 0), B(4, 1), B(4, 3, 5)),
+        servers=2,
+        **{**TROUBLE, "depth": 0.0, "restart": 0.02},
+    ),
     Plan(name="drop", bounds=B(8, 4), servers=3, ledger=DroppingLedger, **TROUBLE),
     Plan(name="drop, one step ahead", bounds=B(8, 1), ledger=DroppingLedger, **{**TROUBLE, "depth": 0.0}),
 ]
