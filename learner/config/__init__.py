@@ -129,10 +129,10 @@ class AsynchronyOptions(Section):
     staleness_policy: Literal["wait", "drop"] = "wait"
     """wait: a step waits for the groups whose turn it is; nothing is dropped, so long completions train as often as
     they were leased. drop: a step takes whatever has finished, and what has become older than max_staleness ends
-    `stale`, counted: fewer long completions train (README.md has figures). max_staleness is hard with both."""
+    `stale`, counted: fewer long completions train (tuning/README.md has figures). max_staleness is hard with both."""
     staleness_control: Literal["off", "auto"] = "off"
     """auto: move how many steps rollouts run ahead, inside the bound, by what both sides wait for and how good the data
-    is (learner/README.md). off: as far as max_staleness allows."""
+    is (learner/tuning/README.md). off: as far as max_staleness allows."""
     weight_sync_steps: int = Field(1, ge=1)
     """Publish every k-th version."""
     max_attempts: int = Field(3, ge=1)
