@@ -21,14 +21,14 @@ from learner.tuning.workload import Costs, Dial, Workload
 from protocol.length_trace import LengthTrace, read_length_trace, write_length_trace
 from protocol.settings import is_set, load_settings
 
-C = TypeVar("C", bound="SimulateCommand")
+C = TypeVar("C", bound="Forecasting")
 
 MOST_GROUPS_DRAWN = 1 << 16
 """After so many groups the first come again."""
 
 
-class SimulateCommand(Section):
-    """Predict step time, idle shares and staleness: the shipped scheduler under a virtual clock, deterministic."""
+class Forecasting(Section):
+    """What is simulated: a dial, lengths and costs."""
 
     prompts_per_step: int = Field(8, ge=1)
     """P: groups per training step."""
@@ -55,9 +55,7 @@ class SimulateCommand(Section):
     max_completion_length: int = Field(4096, ge=1)
     """Where lengths are cut."""
     trace: Path | None = None
-    """A file of lengths, which takes the place of the three above (`--write-trace` makes one)."""
-    write_trace: Path | None = None
-    """Write the lengths that were drawn to a file, and simulate nothing."""
+    """A file of lengths, which takes the place of the three above (`simulate --write-trace` makes one)."""
     prefill_s: float = Field(0.0, ge=0)
     """For which a prompt holds up its server's decoding, once for its group."""
     reward_s: float = Field(0.0, ge=0)
@@ -83,19 +81,15 @@ class SimulateCommand(Section):
     events: Literal["sample", "group"] = "sample"
     """sample: each completion begins and ends by itself. group: one event a group, for days with many servers; it takes
     sum / longest seats for as long as its longest completion decodes."""
-    compare: bool = False
-    """Simulate the synchronous run (max_staleness 0), too, and show the speed over it."""
     as_json: bool = False
     """Print one JSON object instead of the table."""
 
     @model_validator(mode="after")
-    def _check(self) -> SimulateCommand:
+    def _check(self) -> Forecasting:
         drawn = ("length_median", "length_p99_over_p50", "max_completion_length")
         given = [key for key in drawn if self.trace is not None and is_set(self, key)]
         if given:
             raise ValueError(f"{given[0]} has no effect with trace {self.trace}: leave one of them out")
-        if self.write_trace is not None and self.trace is not None:
-            raise ValueError("write_trace writes lengths that were drawn: leave trace out")
         _ = self.dial.bounds  # refuses what cannot progress
         return self
 
@@ -134,6 +128,21 @@ class SimulateCommand(Section):
             median=self.length_median, p99_over_p50=self.length_p99_over_p50,
             max_completion_length=self.max_completion_length, seed=self.seed,
         )  # fmt: skip
+
+
+class SimulateCommand(Forecasting):
+    """Predict step time, idle shares and staleness: the shipped scheduler under a virtual clock, deterministic."""
+
+    write_trace: Path | None = None
+    """Write the lengths that were drawn to a file, and simulate nothing."""
+    compare: bool = False
+    """Simulate the synchronous run (max_staleness 0), too, and show the speed over it."""
+
+    @model_validator(mode="after")
+    def _check_trace(self) -> SimulateCommand:
+        if self.write_trace is not None and self.trace is not None:
+            raise ValueError("write_trace writes lengths that were drawn: leave trace out")
+        return self
 
 
 def simulate_command(argv: Sequence[str], *, prog: str) -> int:

@@ -38,7 +38,7 @@ class Recording:
 
     lengths: LengthTrace
     words: dict[str, Any]
-    """Of SimulateCommand: those that follow from the run."""
+    """Of Forecasting: those that follow from the run."""
     notice: str = ""
     """What could not be told from it."""
 

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import msgspec
-from pydantic import Field, model_validator
+from pydantic import Field
 
-from learner.tuning.command import SimulateCommand, read_command
+from learner.tuning.command import Forecasting, read_command
 from learner.tuning.planner import Candidate, Plan, plan, read_vary
 
 BAR = 24
@@ -17,7 +17,7 @@ BAR = 24
 BLUE, ORANGE = "#0072B2", "#E69F00"
 
 
-class TuneCommand(SimulateCommand):
+class TuneCommand(Forecasting):
     """Forecast every setting in question; name the knee, the least stale that trains nearly as much as the best."""
 
     vary: list[str] = Field(default_factory=lambda: ["max_staleness=0,1,2,3,4,6,8"])
@@ -25,13 +25,6 @@ class TuneCommand(SimulateCommand):
     split (trainers:servers, training taken to be as many times as fast). All combinations are simulated."""
     plot: Path | None = None
     """Draw trained tokens/s over mean staleness into this PNG."""
-
-    @model_validator(mode="after")
-    def _check_words(self) -> TuneCommand:
-        if self.compare or self.write_trace is not None:
-            word = "compare" if self.compare else "write_trace"
-            raise ValueError(f"{word} has no effect here: it is a flag of simulate; leave it out")
-        return self
 
 
 def tune_command(argv: Sequence[str], *, prog: str) -> int:
