@@ -17,10 +17,10 @@ gives a load up after 20 minutes, and says so.
 
 from __future__ import annotations
 
+import heapq
 from collections import deque
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import islice
 from statistics import median
 
 from protocol.versions import Version
@@ -82,23 +82,47 @@ class Rollover:
         """How long swaps take; 0 while none has been seen."""
         return median(self._swaps_s) if self._swaps_s else 0.0
 
-    def soon(self, policy_version: int, servers: int, now_s: float) -> Iterator[bytes]:
-        """Yield who will serve that version, or a newer one, within SOON_S if its swap takes as long as usual.
+    def soon(
+        self, policy_version: int, live: Mapping[bytes, Version | None], servers: int, now_s: float
+    ) -> Iterator[bytes]:
+        """Yield who will serve that version, or a newer one, within SOON_S if swaps take as long as they usually do.
 
         Args:
             policy_version: the oldest that would do.
+            live: what every server that waits serves; None for one without weights.
             servers: how many are connected.
             now_s: monotonic seconds.
         """
         usual_s = self.usual_s
+        free_s = [0.0] * (self._at_once(servers) - sum(turn.pauses for turn in self.turns.values()))
         for server, turn in self.turns.items():
-            if turn.version.policy_version >= policy_version and abs(usual_s - (now_s - turn.begun_s)) <= SOON_S:
-                yield server  # not one that has been at it for much longer than usual
+            left_s = usual_s - (now_s - turn.begun_s)
+            if left_s < -SOON_S:
+                continue  # it may hang: nobody knows when its place will be free
+            if turn.pauses:
+                free_s.append(max(0.0, left_s))
+            if left_s <= SOON_S and turn.version.policy_version >= policy_version:
+                yield server
         if self.version is None or self.version.policy_version < policy_version:
             return
-        at_once = max(1, servers // SERVERS_AT_ONCE)
-        turns_left = int(SOON_S / usual_s) if usual_s else len(self.waiting)
-        yield from islice(self.waiting, at_once * turns_left)
+        heapq.heapify(free_s)
+        for server in self._line(live):
+            begins_s = 0.0
+            if live[server] is not None:
+                if not free_s:
+                    continue
+                begins_s = heapq.heappop(free_s)
+                heapq.heappush(free_s, begins_s + usual_s)
+            if begins_s + usual_s <= SOON_S:
+                yield server
+
+    def _at_once(self, servers: int) -> int:
+        """How many may swap at once."""
+        return max(1, servers // SERVERS_AT_ONCE)
+
+    def _line(self, live: Mapping[bytes, Version | None]) -> list[bytes]:
+        """Who waits, in the order of their turns."""
+        return sorted(self.waiting, key=lambda server: (self._last_turn.get(server, 0), live[server] or OLDEST))
 
     @property
     def checksums(self) -> tuple[str, ...]:
@@ -162,11 +186,11 @@ class Rollover:
         """
         if self.version is None or not self.waiting:
             return []
-        free = max(1, servers // SERVERS_AT_ONCE) - sum(turn.pauses for turn in self.turns.values())
+        free = self._at_once(servers) - sum(turn.pauses for turn in self.turns.values())
         if free <= 0 and all(live[server] is not None for server in self.waiting):
             return []
         granted = []
-        for server in sorted(self.waiting, key=lambda server: (self._last_turn.get(server, 0), live[server] or OLDEST)):
+        for server in self._line(live):
             pauses = live[server] is not None
             if pauses and free <= 0:
                 continue  # but one that serves nothing may stand behind it

@@ -126,7 +126,8 @@ class WeightsDesk:
     def brings_seats(self, policy_version: int) -> bool:
         """Whether a server with free seats will serve that version soon."""
         servers, now_s = self.fleet.servers, self.clock()
-        for peer in self.rollover.soon(policy_version, len(servers), now_s):
+        live = {peer: servers[peer].live for peer in self.rollover.waiting}
+        for peer in self.rollover.soon(policy_version, live, len(servers), now_s):
             server = servers.get(peer)
             if server is None or server.load >= server.hello.room:
                 continue

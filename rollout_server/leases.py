@@ -15,7 +15,7 @@ from collections.abc import Iterable
 
 import msgspec
 
-from protocol.messages import Group, Lease
+from protocol.messages import Group, Lease, Purpose
 
 
 class LeaseBook:
@@ -84,8 +84,9 @@ def why_cut(lease: Lease, max_length: int) -> str:
     prompt, completion = len(lease.prompt_tokens), lease.sampling.max_completion_length
     if not 0 < max_length < prompt + completion:
         return ""
+    word = "eval_max_completion_length" if lease.purpose is Purpose.EVAL else "max_completion_length"
     return (
-        f"a prompt of {prompt} tokens with completions of {completion} (max_completion_length) was leased, and this"
-        f" engine takes {max_length} in all: longer completions are cut, and count as such. Raise the server's"
-        " max_model_length, as far as the model goes, or lower the learner's max_completion_length"
+        f"a prompt of {prompt} tokens with completions of {completion} ({word}) was leased, and this engine takes"
+        f" {max_length} in all: longer completions are cut, and count as such. Raise the server's max_model_length, as"
+        f" far as the model goes, or lower the learner's {word}"
     )

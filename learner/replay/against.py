@@ -101,12 +101,13 @@ def replayed_difference(
     starts = [start for start in (0, *one.checkpoints) if start == 0 or start in other.checkpoints]
     first, last = steps[0], steps[-1]
     usable = [s for s in starts if s < first and last <= min(one.index.last_after(s), other.index.last_after(s))]
-    if not usable:
+    start = next((s for s in sorted(usable, reverse=True) if one.intact(s) and other.intact(s)), None)
+    if start is None:
         raise ConfigError(
             f"steps {first} to {last} cannot be trained again in both: {one.path}: {one.reach()}; {other.path}:"
             f" {other.reach()}"
         )
-    replays = [Replay(run, max(usable)) for run in (one, other)]
+    replays = [Replay(run, start) for run in (one, other)]
     for ours, theirs in zip(*(replay.train(last) for replay in replays), strict=True):
         found = difference(ours.batch.step, ours.outcome, theirs.outcome, exact=True, names=names)
         if found:

@@ -56,9 +56,12 @@ def _bisect(run: RecordedRun, options: ReplayCommand) -> int:
 
     if options.output or options.start is not None:
         raise ConfigError("against compares two runs: it writes no output and chooses its own start")
-    for refused in run.refused:
-        print(refused)
-    found, last = first_difference(run, RecordedRun(Path(options.against)), to=options.to, tell=print)
+    other = RecordedRun(Path(options.against))
+    try:
+        found, last = first_difference(run, other, to=options.to, tell=print)
+    finally:
+        for refused in (*run.refused, *other.refused):
+            print(refused)
     print(f"the first difference is in {found}" if found else f"no difference up to step {last}")
     return int(found is not None)
 

@@ -134,16 +134,23 @@ class RecordedRun:
         for candidate in starts:
             if not candidate < target <= self.index.last_after(candidate):
                 continue
-            try:
-                if candidate:
-                    verify_checkpoint(self.checkpoints[candidate].path)
-            except UNREADABLE as error:
-                if start is not None:
-                    raise ConfigError(f"start {start}: {self.checkpoints[start].path.name}: {error}") from error
-                self.refused.append(f"checkpoint {self.checkpoints[candidate].path.name} passed over: {error}")
-            else:
+            if self.intact(candidate):
                 return candidate
+            if start is not None:
+                raise ConfigError(f"start {start}: {self.refused[-1]}")
         raise ConfigError(f"{self.path}: step {target} cannot be trained again; {self.reach()}")
+
+    def intact(self, step: int) -> bool:
+        """Whether every byte of the checkpoint of a step is right; of one that is not, `refused` says so."""
+        if step == 0:
+            return True
+        path = self.checkpoints[step].path
+        try:
+            verify_checkpoint(path)
+        except UNREADABLE as error:
+            self.refused.append(f"checkpoint {path.name} passed over: {error}")
+            return False
+        return True
 
     def reach(self) -> str:
         """Say what can be replayed."""

@@ -90,6 +90,8 @@ class Forecasting(Section):
         given = [key for key in drawn if self.trace is not None and is_set(self, key)]
         if given:
             raise ValueError(f"{given[0]} has no effect with trace {self.trace}: leave one of them out")
+        if self.train_token_s == 0 and self.train_step_s == 0:
+            raise ValueError("train_token_s 0 and train_step_s 0: training takes no time; give one of them")
         _ = self.dial.bounds  # refuses what cannot progress
         return self
 

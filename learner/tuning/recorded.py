@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
@@ -10,8 +11,9 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from learner.journal_records import GroupRecord
+from learner.journal_records import EndRecord, GroupRecord, IncarnationRecord, StepRecord
 from learner.journal_segments import read_journal
+from learner.ledger import End
 from learner.rundir import CONFIG_FILE
 from learner.trackers import JsonlTracker
 from learner.tuning.fitting import Decoded, Fullness, fit_decoding
@@ -29,6 +31,8 @@ ALWAYS_FULL = (
     "the run's seats were always equally full, so nothing tells what a decode step of fewer samples takes: it is taken"
     " to be as long. Some steps at another max_staleness would tell; or give --decode-token-s and --occupancy-cost"
 )
+NEEDED = ("rollout/room", "rollout/tokens")
+"""Columns that a run of an older headway lacks."""
 DIAL = ("prompts_per_step", "num_generations", "max_staleness", "reorder_window", "weight_sync_steps")
 
 
@@ -53,38 +57,84 @@ def recorded(run_dir: Path) -> Recording:
         config = msgspec.json.decode((run_dir / CONFIG_FILE).read_bytes(), type=dict[str, Any])
     except OSError as error:
         raise ConfigError(f"{run_dir}: {error.strerror}: name a directory with config.json in it") from error
-    rows: list[dict[str, Any]] = [
-        row
-        for row in JsonlTracker(run_dir / "metrics.jsonl").rows()
-        if not row["skipped"] and row["perf/fwd_bwd_s"]  # of a step that was replayed there are no seconds
-    ]
-    if len(rows) < LEAST_STEPS:
-        raise ConfigError(f"{run_dir} has {len(rows)} trained steps: costs need at least {LEAST_STEPS}; train on")
-    if missing := [column for column in ("rollout/room", "rollout/tokens") if column not in rows[-1]]:
-        raise ConfigError(
-            f"{run_dir}: its metrics have no {missing[0]}: an older headway recorded it; record some steps with this"
-            " one"
-        )
-    lengths, reward_s = _journaled(run_dir, config)
-    words: dict[str, Any] = {key: config[key] for key in (*DIAL, "heartbeat_s")} | _costs(rows) | {"reward_s": reward_s}
-    decoded, notice = _decoding(rows, lengths, words)
-    return Recording(lengths, words | decoded, notice)
+    journaled = _journaled(run_dir, config)
+    rows = _rows(run_dir, journaled.since)
+    words: dict[str, Any] = {key: config[key] for key in (*DIAL, "heartbeat_s")} | _costs(rows)
+    words |= {"reward_s": journaled.reward_s, "filtered_share": journaled.filtered_share}
+    decoded, notice = _decoding(rows, journaled, words)
+    return Recording(journaled.lengths, words | decoded, notice)
 
 
-def _journaled(run_dir: Path, config: dict[str, Any]) -> tuple[LengthTrace, float]:
-    """Lengths of the journal's groups in order of their ordinals, and the usual seconds of their rewards."""
-    groups: dict[int, Group] = {
-        record.group.ordinal: record.group
-        for record in read_journal(run_dir / "journal")
-        if isinstance(record, GroupRecord) and record.group.purpose is Purpose.TRAIN
-    }
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Journaled:
+    lengths: LengthTrace
+    """Of the groups, in order of their ordinals."""
+    reward_s: float
+    """The usual one."""
+    filtered_share: float
+    """Of the groups that ended, in what is left of the journal."""
+    since: int
+    """policy_version from which on the run has had the dial that it has now."""
+
+
+def _journaled(run_dir: Path, config: dict[str, Any]) -> _Journaled:
+    """Read the journal.
+
+    Raises:
+        ConfigError: it holds no group.
+        JournalError: it is of another version.
+    """
+    groups: dict[int, Group] = {}
+    trained = filtered = since = 0
+    turned = False  # to another dial, and not back yet
+    for record in read_journal(run_dir / "journal"):
+        match record:
+            case GroupRecord(group=group) if (
+                group.purpose is Purpose.TRAIN and group.num_generations == config["num_generations"]
+            ):
+                groups[group.ordinal] = group
+            case StepRecord():
+                trained += len(record.ordinals)
+            case EndRecord(end=End.FILTERED) if record.sequence >= 0:  # else it was never leased
+                filtered += 1
+            case IncarnationRecord() if record.config:
+                then = msgspec.json.decode(record.config, type=dict[str, Any])
+                if any(then.get(key) != config[key] for key in DIAL):
+                    turned = True
+                elif turned:
+                    since, turned = record.resumed_from, False
     if not groups:
         raise ConfigError(f"{run_dir}/journal has no group left: give the lengths, --trace FILE")
-    lengths = [groups[ordinal].completion_lengths for ordinal in sorted(groups)]
-    trace = LengthTrace(
-        config["seed"], np.maximum(1, np.stack(lengths)).astype(np.int32), {"recorded_groups": float(len(groups))}
+    lengths = np.stack([groups[ordinal].completion_lengths for ordinal in sorted(groups)])
+    origin = {"recorded_groups": float(len(groups))}
+    return _Journaled(
+        lengths=LengthTrace(config["seed"], np.maximum(1, lengths).astype(np.int32), origin),
+        reward_s=median(group.reward_s for group in groups.values()),
+        filtered_share=filtered / max(1, trained + filtered),
+        since=since,
     )
-    return trace, median(group.reward_s for group in groups.values())
+
+
+def _rows(run_dir: Path, since: int) -> list[dict[str, Any]]:
+    """Read the trained steps from which something follows for the run as it is now.
+
+    Raises:
+        ConfigError: too few.
+    """
+    rows: list[dict[str, Any]] = [row for row in JsonlTracker(run_dir / "metrics.jsonl").rows() if not row["skipped"]]
+    whole = [row for row in rows if all(column in row for column in NEEDED)]
+    if rows and not whole:
+        raise ConfigError(
+            f"{run_dir}: its metrics have no {' or no '.join(NEEDED)}: an older headway recorded it; record some steps"
+            " with this one"
+        )
+    rows = [row for row in whole if row["step"] > since and row["perf/fwd_bwd_s"]]  # what was replayed has no seconds
+    if len(rows) < LEAST_STEPS:
+        after = f" since its dial was changed after step {since}" if since else ""
+        raise ConfigError(
+            f"{run_dir} has {len(rows)} trained steps{after}: costs need at least {LEAST_STEPS}; train on"
+        )
+    return rows
 
 
 def _costs(rows: list[dict[str, Any]]) -> dict[str, Any]:
@@ -95,28 +145,39 @@ def _costs(rows: list[dict[str, Any]]) -> dict[str, Any]:
     pauses = [row["weights/pause_s"] for row in rows if "weights/pause_s" in row]
     pause_s = median(pauses) if pauses else 0.0
     lives = [row["weights/live_s"] - row["perf/canaries_s"] for row in rows if "weights/live_s" in row]
-    trained, filtered = sum(row["step_groups"] for row in rows), rows[-1]["groups/filtered"]
-    filtered = max(0, filtered - rows[-1].get("groups/rows_too_long", 0))  # those were never leased
     return {
         "train_token_s": token_s,
         "train_step_s": step_s,
         "pause_s": pause_s,
         "publish_s": max(0.0, median(lives) - pause_s) if lives else 0.0,
-        "filtered_share": filtered / (trained + filtered),
     }
 
 
-def _decoding(rows: list[dict[str, Any]], lengths: LengthTrace, words: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def _decoding(rows: list[dict[str, Any]], journaled: _Journaled, words: dict[str, Any]) -> tuple[dict[str, Any], str]:
     """Servers, their room and what a decode step costs there; what could not be told."""
-    seen = [number for number, row in enumerate(rows, 1) if row["rollout/observed_s"] and row["rollout/room"]]
+    depth = rows[0]["knobs/depth"]
+    rows = list(itertools.takewhile(lambda row: row["knobs/depth"] == depth, rows))
+    if len(rows) < LEAST_STEPS:
+        raise ConfigError(
+            f"the depth was moved from {depth:g} after {len(rows)} steps: costs need at least {LEAST_STEPS} at one"
+            " depth; record them with staleness_control off"
+        )
+    seen = {
+        int(row["step"]) - journaled.since: row for row in rows if row["rollout/observed_s"] and row["rollout/room"]
+    }
     dial = Dial(**{key: words[key] for key in DIAL})
+    bounds = dial.bounds
+    dial = replace(
+        dial, max_staleness=int(depth) + bounds.window_steps, reorder_window=bounds.reorder_window
+    )  # a knob may have lowered it
     most = max(LEAST_STEPS, MOST_SAMPLES // (dial.prompts_per_step * dial.num_generations))
-    if not seen or seen[0] >= min(most, len(rows)):
+    # Before the first of them, servers' counters had no beginning.
+    first, last = min(seen, default=most) - 1, min(most, max(seen, default=0))
+    if first + 1 >= last:
         raise ConfigError(
             "no server's heartbeat fell into a step: record a run with longer steps, or a shorter heartbeat_s"
         )
-    first, last = seen[0] - 1, min(most, len(rows))  # before it, servers' counters had no beginning
-    window = [row for row in rows[first:last] if row["rollout/observed_s"]]
+    window = [row for number, row in seen.items() if number <= last]
     servers = round(median(row["rollout/servers"] for row in window))
     room = round(median(row["rollout/room"] / row["rollout/servers"] for row in window))
     decoded = _decoded(window, room=room)
@@ -128,7 +189,7 @@ def _decoding(rows: list[dict[str, Any]], lengths: LengthTrace, words: dict[str,
 
     def simulated(base_s: float, occupancy_cost: float) -> Fullness:
         workload = Workload(
-            trace=lengths, costs=replace(costs, decode_token_s=base_s, occupancy_cost=occupancy_cost),
+            trace=journaled.lengths, costs=replace(costs, decode_token_s=base_s, occupancy_cost=occupancy_cost),
             servers=servers, room=room, filtered_share=words["filtered_share"],
             heartbeat_s=words["heartbeat_s"],
         )  # fmt: skip

@@ -45,7 +45,7 @@ from learner.tuning.played import (
 from learner.tuning.virtual_time import Deadlock, run_virtual
 from learner.tuning.workload import Costs, Dial, Workload
 from protocol.channel import Listener
-from protocol.errors import HeadwayError
+from protocol.errors import ConfigError, HeadwayError
 from protocol.messages import Group
 from protocol.versions import Lineage, Version
 
@@ -110,6 +110,8 @@ def fullness(workload: Workload, dial: Dial, *, first: int, last: int) -> Fullne
 
     Simulation(workload, dial, steps=last, warmup_steps=0, each_step=note).run()
     decode_steps, drawn, drawn_squared, seat_s, paused_seat_s = sums.tolist()
+    if not drawn:
+        raise ConfigError(f"nothing is sampled from step {first} to {last} of such a run: record more steps")
     return Fullness(
         decoding_share=1 - paused_seat_s / seat_s,
         steps_per_token=decode_steps / drawn,

@@ -6,7 +6,6 @@ import re
 from pathlib import Path
 
 from learner.batch import StepResult
-from learner.config import LearnerConfig
 from learner.idle import LearnerWaits, NotLeased
 from learner.recorder import StepTimer
 from learner.weights_desk import Findings
@@ -22,6 +21,13 @@ SOURCES = [
     for path in [Path(__file__).parents[3] / "learner" / name]
 ]
 """Of columns that only some objectives have, or that are counted only when something goes wrong."""
+
+
+NO_COLUMNS = {
+    "grpo", "bnpo", "dapo", "dr_grpo", "cispo", "sapo", "policy", "token_truncate", "token_mask", "sequence_truncate",
+    "sequence_mask", "geometric_truncate", "geometric_mask", "k1", "k2", "k3", "critic", "reference",
+}  # fmt: skip
+"""Keys of other dictionaries in SOURCES."""
 
 
 def documented() -> set[str]:
@@ -56,9 +62,6 @@ def test_every_column_is_documented_and_every_documented_column_is_written(tmp_p
 def test_what_objectives_add_is_documented() -> None:
     written = {name for text in SOURCES[:4] for name in re.findall(r'"((?:\w+/)?\w+)": ', text)}
     written |= {name for text in SOURCES[:4] for name in re.findall(r'metrics\["([\w/]+)"\] =', text)}
-    config = LearnerConfig.model_fields
-    tensors = {name for name in written if name.endswith(("_T", "_PG", "_N"))}
-    words = {name for name in written if name in config or "/" not in name}
-    metrics = written - tensors - words
+    metrics = {name for name in written if not name.endswith(("_T", "_PG", "_N"))} - NO_COLUMNS
     assert len(metrics) > 8
     assert metrics <= documented(), sorted(metrics - documented())

@@ -214,20 +214,50 @@ def test_the_first_checksum_of_a_kind_is_what_others_are_compared_with() -> None
 
 
 def test_who_will_serve_a_version_soon() -> None:
-    """At first nobody knows how long a swap takes: all of the line may be soon."""
+    """At first nobody knows how long a swap takes: all of the line may be soon. Turns count, not who came first."""
     rollover = rolling()
     servers = [str(number).encode() for number in range(20)]
-    for server in servers:
+    live: dict[bytes, Version | None] = dict.fromkeys(servers, V1)
+
+    def soon(now_s: float, policy_version: int = 2) -> list[bytes]:
+        return list(rollover.soon(policy_version, live, 20, now_s))
+
+    for server in reversed(servers):
         rollover.staged(server, V2)
-    assert rollover.grant(dict.fromkeys(servers, V1), 20, 0.0) == servers[:2]
-    assert set(rollover.soon(2, 20, 0.0)) == set(servers)
-    assert list(rollover.soon(3, 20, 0.0)) == [], "it is too old"
-    rollover.swapped(servers[0], V2, 0.4)
-    assert list(rollover.soon(2, 20, 0.4)) == [servers[1], *servers[2:6]], "of the line, who swaps within a second"
-    assert list(rollover.soon(2, 20, 1.5)) == servers[2:6], "who takes so much longer than usual may hang"
-    rollover.swapped(servers[1], V2, 10.0)
-    assert rollover.usual_s > 5.0
-    assert list(rollover.soon(2, 20, 10.0)) == []
-    rollover.grant(dict.fromkeys(servers, V1), 20, 10.0)
-    assert list(rollover.soon(2, 20, 10.0)) == [], "its swap has only begun"
-    assert list(rollover.soon(2, 20, 10.0 + rollover.usual_s)) == servers[2:4]
+    live |= {servers[18]: Version(1, 0), servers[3]: Version(1, 0)}
+    assert rollover.grant(live, 20, 0.0) == [servers[18], servers[3]], "who serves the oldest weights"
+    assert set(soon(0.0)) == set(servers)
+    assert soon(0.0, policy_version=3) == [], "it is too old"
+    rollover.swapped(servers[18], V2, 0.4)
+    assert soon(0.4) == [servers[3], *[s for s in reversed(servers) if s not in (servers[18], servers[3])][:4]]
+    live[servers[0]] = None
+    assert servers[0] in soon(0.4), "it pauses nobody, and need not wait for a turn"
+
+
+def test_nobody_is_soon_behind_one_that_hangs() -> None:
+    rollover = rolling()
+    live: dict[bytes, Version | None] = {NORTH: V1, SOUTH: V1}
+    rollover.staged(NORTH, V2)
+    rollover.grant(live, 2, 0.0)
+    rollover.swapped(NORTH, V2, 0.4)
+    rollover.begin(V3)
+    for server in (NORTH, SOUTH):
+        rollover.staged(server, V3)
+    assert rollover.grant(live, 2, 1.0) == [SOUTH]
+    assert list(rollover.soon(3, live, 2, 1.2)) == [SOUTH, NORTH], "0.2 s left, and then 0.4"
+    assert list(rollover.soon(3, live, 2, 2.5)) == [], "it has been at it for four times as long as usual"
+    rollover.expire(1.0 + TURN_S)
+    assert list(rollover.soon(3, live, 2, 1.0 + TURN_S)) == [NORTH], "the turn is free"
+
+
+def test_slow_swaps_are_not_soon_before_they_end() -> None:
+    rollover = rolling()
+    live: dict[bytes, Version | None] = {NORTH: V1, SOUTH: V1}
+    rollover.staged(NORTH, V2)
+    rollover.staged(SOUTH, V2)
+    rollover.grant(live, 2, 0.0)
+    rollover.swapped(NORTH, V2, 5.0)
+    assert list(rollover.soon(2, live, 2, 5.0)) == []
+    assert rollover.grant(live, 2, 5.0) == [SOUTH]
+    assert list(rollover.soon(2, live, 2, 6.0)) == [], "its swap has only begun"
+    assert list(rollover.soon(2, live, 2, 9.5)) == [SOUTH]

@@ -250,7 +250,7 @@ def test_a_damaged_checkpoint_is_no_start_that_was_asked_for(make):
     _flip_last_byte(run.save() / "model.safetensors")
     run.train(2)
     with pytest.raises(
-        ConfigError, match=r"start 1: step-000001: model\.safetensors does not hash to what was written"
+        ConfigError, match=r"start 1: checkpoint step-000001 passed over: model\.safetensors does not hash"
     ):
         run_replay(run, "--start", "1")
 

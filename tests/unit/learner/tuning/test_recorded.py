@@ -8,17 +8,20 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import pytest
 
 from learner.__main__ import dispatch
+from learner.journal_records import IncarnationRecord
 from learner.tuning.forecast import Step
 from learner.tuning.recorded import DIAL, recorded
 from learner.tuning.simulator import Simulation, simulate
 from learner.tuning.trace import lognormal_trace
 from learner.tuning.workload import Costs, Dial, Workload
 from protocol.errors import ConfigError
-from tests.journals import group_record, use
+from tests.journals import end, group_record, use
+from tests.journals import step as journaled_step
 
 WORDS = {
     "prompts_per_step": 2,
@@ -40,14 +43,15 @@ WORKLOAD = Workload(
 )  # fmt: skip
 
 
-def record_run(path: Path, *, steps: int = 8, workload: Workload = WORKLOAD, **dial: int) -> None:
-    """A run as a learner would have recorded it, played by the simulator."""
+def record_run(path: Path, *, steps: int = 8, workload: Workload = WORKLOAD, first_step: int = 0, **dial: int) -> None:
+    """A run as a learner would have recorded it, played by the simulator; one that is there goes on."""
     rows: list[dict[str, float]] = []
-    before = [0.0] * 6
+    before = [0.0] * 5
+    filtered = 0
 
     def note(simulation: Simulation, step: Step) -> None:
         """What the metrics say of a step, from what the engines have done so far."""
-        nonlocal before
+        nonlocal before, filtered
         for server in simulation.servers:
             server.advance()
         engines, base_s, now_s = [s.engine for s in simulation.servers], COSTS.decode_token_s, step.ended_s
@@ -55,30 +59,39 @@ def record_run(path: Path, *, steps: int = 8, workload: Workload = WORKLOAD, **d
         decode_s = sum(base_s * e.decode_steps + each_s * e.drawn for e in engines)
         now = [
             now_s, decode_s, sum(e.paused_s for e in engines), sum(e.seat_s for e in engines),
-            sum(e.drawn for e in engines), simulation.coordinator.ledger.ends["filtered"],
+            sum(e.drawn for e in engines),
         ]  # fmt: skip
-        seconds, busy_s, paused_s, seat_s, drawn = [new - old for new, old in zip(now[:5], before[:5], strict=True)]
+        filtered = simulation.coordinator.ledger.ends["filtered"]
+        seconds, busy_s, paused_s, seat_s, drawn = [new - old for new, old in zip(now, before, strict=True)]
         before, observed_s = now, 2 * seconds
         rows.append({
-            "skipped": 0, "step_tokens": step.tokens, "step_groups": 2, "step_time": step.waited_s + step.trained_s,
+            "step": first_step + step.policy_version, "skipped": 0, "knobs/depth": simulation.bounds.steps_ahead,
+            "step_tokens": step.tokens, "step_groups": 2, "step_time": step.waited_s + step.trained_s,
             "perf/fwd_bwd_s": step.trained_s, "perf/rollout_wait_s": step.waited_s, "perf/weight_sync_s": 0.0,
             "perf/canaries_s": 0.1,
             "rollout/servers": 2, "rollout/room": 2 * workload.room, "rollout/observed_s": observed_s,
             "rollout/idle_ratio": 1 - (busy_s + paused_s) / observed_s, "rollout/paused_ratio": paused_s / observed_s,
             "rollout/occupancy": seat_s / workload.room / observed_s, "rollout/tokens": drawn,
-            "weights/pause_s": 0.05, "weights/live_s": 0.35, "groups/filtered": now[5],
+            "weights/pause_s": 0.05, "weights/live_s": 0.35,
         })  # fmt: skip
 
     words = WORDS | dial
     simulate(workload, Dial(**words), steps=steps, warmup_steps=0, each_step=note)
-    (path / "journal").mkdir()
-    (path / "config.json").write_text(json.dumps(CONFIG | words))
-    (path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    config = json.dumps(CONFIG | words)
+    (path / "journal").mkdir(exist_ok=True)
+    (path / "config.json").write_text(config)
+    with (path / "metrics.jsonl").open("a") as metrics:
+        metrics.write("".join(json.dumps(row) + "\n" for row in rows))
 
     async def write(journal):
+        incarnation = 1 if first_step == 0 else 2
+        await journal.append(IncarnationRecord(incarnation=incarnation, resumed_from=first_step, config=config))
         for ordinal in reversed(range(len(workload.trace.lengths))):
             lengths = workload.trace.lengths[ordinal].tolist()
             await journal.append(group_record(ordinal, lengths=lengths, reward_s=0.3))
+        await journal.append(*(journaled_step(number, 0, 1) for number in range(steps)))
+        await journal.append(*(end(ordinal) for ordinal in range(filtered)))
+        await journal.append(*(msgspec.structs.replace(end(9), sequence=-1) for _ in range(7)))  # rows too long
 
     use(path / "journal", write)
 
@@ -160,10 +173,51 @@ def test_steps_that_were_replayed_have_no_seconds(tmp_path):
     assert words["train_step_s"] == pytest.approx(before["train_step_s"], rel=0.05)
 
 
-def test_rows_too_long_for_an_evaluation_are_no_filtered_groups(tmp_path):
-    record_run(tmp_path)
-    change_rows(tmp_path, range(8), groups__rows_too_long=5)
-    assert recorded(tmp_path).words["filtered_share"] == 0.0
+def test_a_run_that_went_on_with_another_dial_is_taken_from_there(tmp_path):
+    """As the way to a tuned run has it: some steps at one bound, then the knee."""
+    record_run(tmp_path, steps=10, max_staleness=4)
+    record_run(tmp_path, steps=10, first_step=10, max_staleness=0)
+    words = recorded(tmp_path).words
+    assert words["max_staleness"] == 0
+    assert words["decode_token_s"] == pytest.approx(0.02, rel=0.02)
+    assert words["occupancy_cost"] == pytest.approx(1.0, abs=0.05)
+
+
+def test_too_few_steps_with_the_dial_that_it_has_now_are_refused(tmp_path):
+    record_run(tmp_path, steps=10, max_staleness=4)
+    record_run(tmp_path, steps=3, first_step=10, max_staleness=0)
+    with pytest.raises(ConfigError, match="has 3 trained steps since its dial was changed after step 10"):
+        recorded(tmp_path)
+
+
+def test_steps_at_a_lower_depth_are_compared_with_such_steps(tmp_path):
+    record_run(tmp_path, steps=12, max_staleness=1)
+    config = tmp_path / "config.json"
+    config.write_text(config.read_text().replace('"max_staleness": 1', '"max_staleness": 3'))
+    (tmp_path / "journal" / "000001.log").rename(tmp_path / "kept")
+    (tmp_path / "journal").rmdir()
+    (tmp_path / "journal").mkdir()
+
+    async def write(journal):
+        for ordinal in range(40):
+            await journal.append(group_record(ordinal, lengths=WORKLOAD.trace.lengths[ordinal].tolist(), reward_s=0.3))
+
+    use(tmp_path / "journal", write)
+    words = recorded(tmp_path).words
+    assert words["max_staleness"] == 3
+    assert words["decode_token_s"] == pytest.approx(0.02, rel=0.02)
+    change_rows(tmp_path, range(3, 12), knobs__depth=2)
+    with pytest.raises(ConfigError, match="the depth was moved from 1 after 3 steps"):
+        recorded(tmp_path)
+
+
+def test_steps_of_an_older_headway_are_left_out(tmp_path):
+    record_run(tmp_path, steps=12)
+    metrics = tmp_path / "metrics.jsonl"
+    lines = metrics.read_text().splitlines()
+    lines[:3] = [line.replace('"rollout/tokens"', '"tokens"') for line in lines[:3]]
+    metrics.write_text("\n".join(lines) + "\n")
+    assert recorded(tmp_path).words["decode_token_s"] == pytest.approx(0.02, rel=0.03)
 
 
 def test_an_engine_that_says_nothing_of_its_work_is_refused(tmp_path):
@@ -183,7 +237,7 @@ def test_training_that_takes_equally_long_for_any_tokens_can_be_simulated(tmp_pa
 def test_groups_that_are_filtered_are_leased_anew_as_they_were(tmp_path):
     record_run(tmp_path, workload=replace(WORKLOAD, filtered_share=0.4), max_staleness=2, steps=12)
     share = recorded(tmp_path).words["filtered_share"]
-    assert 0.2 < share < 0.6
+    assert 0.25 < share < 0.55
     assert recorded(tmp_path).words["decode_token_s"] == pytest.approx(0.02, rel=0.03)
 
 
@@ -215,5 +269,7 @@ def test_a_run_of_an_older_headway_which_did_not_record_its_seats_is_refused(tmp
     record_run(tmp_path)
     metrics = tmp_path / "metrics.jsonl"
     metrics.write_text(metrics.read_text().replace('"rollout/room"', '"room"'))
-    with pytest.raises(ConfigError, match="its metrics have no rollout/room: an older headway recorded it"):
+    with pytest.raises(
+        ConfigError, match="its metrics have no rollout/room or no rollout/tokens: an older headway recorded it"
+    ):
         recorded(tmp_path)
