@@ -10,7 +10,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tests.bench.harness import Row
+from tests.bench.harness import Row, round_number
 
 if TYPE_CHECKING:
     from learner.tuning.controller import Move
@@ -49,7 +49,12 @@ def play(depth: int | None, *, quick: bool) -> tuple[Forecast, list[Move]]:
 
     costs, each = regimes(), QUICK_REGIME_STEPS if quick else REGIME_STEPS
     trace = lognormal_trace(
-        num_groups=4000, num_generations=SAMPLES, median=60, p99_over_p50=10, max_completion_length=600, seed=1
+        num_groups=4000,
+        num_generations=SAMPLES,
+        median=60,
+        p99_over_p50=10,
+        max_completion_length=600,
+        seed=1 + round_number(),
     )
     workload = Workload(
         trace=trace, costs=costs[0], room=ROOM, costs_at=lambda version: costs[min(version // each, len(costs) - 1)]
@@ -100,12 +105,12 @@ def fixed(quick: bool) -> dict[str, float]:
 ROWS = [
     Row(
         name="steered_speed", control="best fixed depth", ours=steered, baseline=fixed, ratio="ours/baseline",
-        target=CLOSE, unit="tokens/s", figure="tokens_s", contest="steering", rounds=1,
+        target=CLOSE, unit="tokens/s", figure="tokens_s", contest="steering", rounds=3,
     ),
     Row(
         name="steered_staleness", control="least depth with 0.95 of it", ours=steered, baseline=fixed,
         ratio="ours/baseline", target=1.0, sense="lower", unit="steps", figure="staleness", contest="steering",
-        rounds=1,
+        rounds=3,
     ),
 ]  # fmt: skip
 
