@@ -7,15 +7,18 @@ slept (regime_run.py). All modes of a round play the same lengths, each round th
 
 In every run training takes as long as generation with all seats taken, and weights are live 2 % of a step after it at
 most; a run of which that is not so, that breaks the bound, loses a group, or is the synchronous one and 5 % off its own
-simulation, is void: every row that needs it misses and says so. The whole takes about an hour by arithmetic (A 35
-minutes, B and C 15 and 13); it has not been run whole.
+simulation, is void: every row that needs it misses and says so. The whole takes two hours (A 70 minutes, B 35, C 29).
 
-Void so far, all of it: weights were live 4.1 % (A at 0), 5.5 % (A and B at 4) and 7 % (C) of a step after it
-(2026-11-30, two quiet cores, 40 steps of one seed). The learner records a step, 9 ms on the event loop for 256
-samples, right after the snapshot has begun, which holds up the snapshot's thread and the next batch. Recorded 60 ms
-later in a trial: 11 to 17 ms instead of 16 to 28, and C at 4 at 1.024 of the longer side instead of 1.050. Both mends
-are needed: recording off the step's path, and steps twice as long here. The speeds of those void runs: A at 4 2.69
-times synchronous and 0.955 of the roofline, idle 0.12 %; B idle 0.12 %.
+Seen on two cores (2026-11-30), three seeds of 200 steps of 0.8 s, medians; no run void, no group older than the bound:
+
+    A over synchronous at 1, 2, 3, 4    1.72, 2.38, 2.74, 2.75 (1.6, 2.1, 2.45, 2.55)    beside B and C
+    A against its simulation            1.01, 1.00, 1.01, 1.01 (within 0.05)             alone, some editing beside
+    A at 4: of the roofline, idle       0.985 (0.92), 0.04 % (3 %)                       likewise
+    B at 4: over synchronous, idle      2.86 (2.5), 0.26 % (5 %)                         beside A
+    C at 4: of the longer side          1.01 (1.05); over synchronous 2.15 (1.9)         beside A
+
+Weights were live 10 to 15 ms after the optimizer's step. It was 16 to 28 ms, and every run void, while the learner
+recorded a step on the event loop right after the snapshot had begun; rows are written once weights are live now.
 """
 
 from __future__ import annotations
