@@ -136,7 +136,8 @@ class Coordinator:
         try:
             self.channel.send(server.peer, message)
         except PeerGone:
-            self.drop_server(server, "its connection is gone")
+            if not server.draining:  # else its Goodbye has arrived and says why, or its silence will tell
+                self.drop_server(server, "its connection is gone")
             return False
         return True
 

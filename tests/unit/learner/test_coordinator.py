@@ -10,9 +10,10 @@ import pytest
 from learner.coordinator import LEAST_QUARANTINED
 from learner.evaluation import Evaluation
 from learner.ledger import End, State
+from learner.loops import handle
 from protocol.errors import RunStopped
 from protocol.identity import group_id
-from protocol.messages import Cancel, Lease, Purpose, Refused, WeightsReady, Welcome
+from protocol.messages import Cancel, Drain, Goodbye, Lease, Ping, Purpose, Refused, ServerStatus, WeightsReady, Welcome
 from protocol.versions import Lineage, Version
 from protocol.waits import Waiting
 from tests.factories import RUN_ID
@@ -554,3 +555,18 @@ def test_ids_of_two_evaluations_differ():
     assert desk.coordinator.eval_id(0) != first
     assert not desk.coordinator.evaluates(first)
     assert isinstance(desk.channel.to(b"north", Lease), list)
+
+
+def test_a_server_that_drains_and_is_gone_is_dropped_by_its_goodbye():
+    """It closes right behind it: an answer to what it said before finds nobody, and the reason is still to be read."""
+    desk = make_desk()
+    server = desk.join("north", room=100)
+    desk.pump()
+    handle(desk.coordinator, server, Drain(reason="SIGTERM"))
+    desk.channel.gone.add(b"north")
+    handle(desk.coordinator, server, Ping(sent_s=1.0, status=ServerStatus()))
+    assert b"north" in desk.fleet.servers
+    handle(desk.coordinator, server, Goodbye(reason="SIGTERM"))
+    assert b"north" not in desk.fleet.servers
+    assert "server north left: SIGTERM" in desk.coordinator.notices
+    assert desk.ledger.counts()["leased"] == 0, "its leases go to others"
