@@ -133,7 +133,9 @@ def handle(coordinator: Coordinator, server: Server, message: AnyMessage) -> Non
                 coordinator.lost(message.group_id, fault=message.fault, reason=message.reason)
         case WeightsLive() if coordinator.is_unborn(message.version):
             refuse(coordinator, server.peer, ProtocolError(f"live at {message.version}, which was never published"))
-        case WeightsStaged() | WeightsLive() | WeightsFailed() | WeightsLost():
+        case WeightsStaged() | WeightsLive():
+            coordinator.weights.handle(server, message)
+        case WeightsFailed() | WeightsLost():
             coordinator.weights.handle(server, message)
             coordinator.changed.notify()  # its seats may have been waited for
         case Drain():
@@ -219,10 +221,8 @@ async def batch_loop(coordinator: Coordinator, buffer: Buffer, batches: asyncio.
     """
     ledger = coordinator.ledger
     while True:
-        if len(buffer) < ledger.bounds.prompts_per_step and not ledger.refill_exhausted:
-            await waits.wait(coordinator.changed.wait(), name="groups", owner="rollout servers", deadline_s=None)
-            continue
-        selected = ledger.select()
+        enough = len(buffer) >= ledger.bounds.prompts_per_step or ledger.refill_exhausted
+        selected = ledger.select() if enough else []
         full = len(selected) == ledger.bounds.prompts_per_step
         short = ledger.refill_exhausted and (not selected or ledger.may_train_short(selected))
         if not (full or short):

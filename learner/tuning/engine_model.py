@@ -65,7 +65,6 @@ class EngineModel:
         self.paused_s = 0.0
         self.paused_seat_s = 0.0
         """Part of seat_s."""
-        self.decode_steps = 0.0
         self.drawn = 0.0
         """Tokens: the sum over decode steps of the samples in each."""
         self.drawn_squared = 0.0
@@ -93,6 +92,11 @@ class EngineModel:
         if not self._ends:
             return None
         return self._now + self._stall_s + max(0.0, self._ends[0][0] - self._progress) * self._step_s()
+
+    @property
+    def decode_steps(self) -> float:
+        """Since the start."""
+        return self._progress
 
     def samples(self) -> tuple[int, int]:
         """Samples running, and waiting for a seat."""
@@ -141,7 +145,6 @@ class EngineModel:
         if self._ends:
             steps = (elapsed - stalled) / self._step_s()
             self._progress += steps
-            self.decode_steps += steps
             self.drawn += steps * self._taken
             self.drawn_squared += steps * self._taken**2
 

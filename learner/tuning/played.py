@@ -178,10 +178,8 @@ class PlayedServer:
                 self._loop.call_later(self._book.costs.reward_s, self._deliver, group)
             else:
                 self._deliver(group)
-        if (
-            self._loop.time() >= self._pinged_s + self._book.workload.heartbeat_s
-        ):  # heartbeats in between would say nothing new
-            self._ping()
+        if self._loop.time() >= self._pinged_s + self._book.workload.heartbeat_s:
+            self._ping()  # heartbeats in between would say nothing new
         if version is not None:
             self._say(WeightsLive(version=Version(INCARNATION, version), pause_s=self._book.costs.pause_s))
 

@@ -188,6 +188,7 @@ def _decoding(rows: list[dict[str, Any]], journaled: _Journaled, words: dict[str
     )  # fmt: skip
 
     def simulated(base_s: float, occupancy_cost: float) -> Fullness:
+        """The beginning of this run, had a decode step cost that."""
         workload = Workload(
             trace=journaled.lengths, costs=replace(costs, decode_token_s=base_s, occupancy_cost=occupancy_cost),
             servers=servers, room=room, filtered_share=words["filtered_share"],

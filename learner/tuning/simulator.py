@@ -102,6 +102,7 @@ def fullness(workload: Workload, dial: Dial, *, first: int, last: int) -> Fullne
     sums = np.zeros(5)
 
     def note(simulation: Simulation, step: Step) -> None:
+        """Take the sums at the end of `first` from those at the end of `last`."""
         nonlocal sums
         if step.policy_version in (first, last):
             engines = [server.engine for server in simulation.advanced()]

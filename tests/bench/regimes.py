@@ -17,8 +17,9 @@ Seen on two cores (2026-11-30), three seeds of 200 steps of 0.8 s, medians; no r
     B at 4: over synchronous, idle      2.86 (2.5), 0.26 % (5 %)                         beside A
     C at 4: of the longer side          1.01 (1.05); over synchronous 2.15 (1.9)         beside A
 
-Weights were live 10 to 15 ms after the optimizer's step. It was 16 to 28 ms, and every run void, while the learner
-recorded a step on the event loop right after the snapshot had begun; rows are written once weights are live now.
+Weights were live 9 to 15 ms after the optimizer's step in the runs that were looked at. It was 16 to 28 ms, and every
+run void, while the learner recorded a step on the event loop right after the snapshot had begun; rows are written once
+weights are live now.
 """
 
 from __future__ import annotations

@@ -15,7 +15,7 @@ from learner import journal_segments
 from learner.checkpoint import MANIFEST, STATE, latest_checkpoint
 from learner.journal_records import GroupRecord, StepRecord
 from learner.journal_segments import JournalError
-from learner.replay.against import COMPUTED
+from learner.replay.against import COMPUTED, replayed_difference
 from learner.replay.command import replay
 from learner.replay.compare import IGNORED
 from learner.replay.recorded import RecordedRun
@@ -270,6 +270,19 @@ def test_a_damaged_checkpoint_is_passed_over(damage, make, capsys):
     assert "checkpoint step-000003 passed over: " in said
     assert "steps 3 to 4 of" in said
     assert "the same: 2 rows of metrics" in said
+
+
+def test_two_runs_are_not_compared_from_a_damaged_checkpoint(make):
+    one, other = make("one"), make("other")
+    for run in (one, other):
+        run.begin()
+        run.train(1, 2)
+        newest = run.save()
+        run.train(3)
+    _flip_last_byte(newest / "model.safetensors")
+    runs = RecordedRun(one.path), RecordedRun(other.path)
+    assert replayed_difference(*runs, [3], ("one", "other")) is None, "from the initial weights they are the same"
+    assert [refused.partition(" passed")[0] for refused in runs[1].refused] == ["checkpoint step-000002"]
 
 
 def test_a_learner_goes_on_by_replay_though_the_newest_checkpoint_is_damaged(make):

@@ -88,7 +88,7 @@ def record_run(path: Path, *, steps: int = 8, workload: Workload = WORKLOAD, fir
         await journal.append(IncarnationRecord(incarnation=incarnation, resumed_from=first_step, config=config))
         for ordinal in reversed(range(len(workload.trace.lengths))):
             lengths = workload.trace.lengths[ordinal].tolist()
-            await journal.append(group_record(ordinal, lengths=lengths, reward_s=0.3))
+            await journal.append(group_record(ordinal, lengths=lengths, rewards=[0.0] * len(lengths), reward_s=0.3))
         await journal.append(*(journaled_step(number, 0, 1) for number in range(steps)))
         await journal.append(*(end(ordinal) for ordinal in range(filtered)))
         await journal.append(*(msgspec.structs.replace(end(9), sequence=-1) for _ in range(7)))  # rows too long
@@ -181,6 +181,16 @@ def test_a_run_that_went_on_with_another_dial_is_taken_from_there(tmp_path):
     assert words["max_staleness"] == 0
     assert words["decode_token_s"] == pytest.approx(0.02, rel=0.02)
     assert words["occupancy_cost"] == pytest.approx(1.0, abs=0.05)
+
+
+def test_groups_of_another_size_before_the_dial_was_changed_are_left_out(tmp_path):
+    lengths = np.concatenate([WORKLOAD.trace.lengths, WORKLOAD.trace.lengths[:, :2]], axis=1)
+    larger = replace(WORKLOAD, trace=replace(WORKLOAD.trace, lengths=lengths))
+    record_run(tmp_path, steps=6, workload=larger, num_generations=6)
+    record_run(tmp_path, steps=10, first_step=6)
+    recording = recorded(tmp_path)
+    assert np.array_equal(recording.lengths.lengths, WORKLOAD.trace.lengths)
+    assert recording.words["decode_token_s"] == pytest.approx(0.02, rel=0.02)
 
 
 def test_too_few_steps_with_the_dial_that_it_has_now_are_refused(tmp_path):

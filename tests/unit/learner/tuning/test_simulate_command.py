@@ -48,6 +48,7 @@ def test_json_has_the_same_and_a_written_trace_gives_the_same_again(capsys: pyte
         (["--weight-sync-steps", "6"], "raise max_staleness to at least 5"),
         (["--reorder-window", "99"], "with prompts_per_step 8 the window may be at most 33"),
         (["--room", "0"], "greater than or equal to 1"),
+        (["--train-token-s", "0"], "training takes no time; give one of them"),
         (["--trace", "here", "--length-median", "7"], "length_median has no effect with trace here"),
         (["--trace", "nowhere"], "length trace nowhere"),
         (["no-such-run"], "name a directory with config.json in it"),

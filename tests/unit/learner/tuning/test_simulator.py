@@ -9,7 +9,7 @@ import pytest
 
 from learner.ledger import Ledger
 from learner.tuning.forecast import Forecast, Step
-from learner.tuning.simulator import Simulation, SimulationStuck, simulate
+from learner.tuning.simulator import Simulation, SimulationStuck, fullness, simulate
 from learner.tuning.trace import lognormal_trace
 from learner.tuning.workload import Costs, Dial, Workload
 from protocol.errors import ConfigError
@@ -148,6 +148,14 @@ def test_steps_of_which_every_group_was_filtered_are_waited_through():
     forecast = ask(small(filtered_share=0.9), steps=10, warmup_steps=1, max_staleness=1)
     assert forecast.learner_idle > 0.5
     assert forecast.violations == 0
+
+
+def test_steps_in_which_nothing_is_sampled_say_nothing_of_the_seats():
+    """All of what the last steps train was sampled before them, and the next samples wait for their weights."""
+    dial = Dial(prompts_per_step=3, num_generations=4, max_staleness=3, weight_sync_steps=4)
+    slow = replace(small().costs, train_step_s=1000.0, publish_s=0.0)
+    with pytest.raises(ConfigError, match="nothing is sampled from step 1 to 3 of such a run"):
+        fullness(small(costs=slow), dial, first=1, last=3)
 
 
 def test_costs_may_change_in_mid_run_and_each_step_is_told():
