@@ -173,9 +173,11 @@ def test_steps_that_were_replayed_have_no_seconds(tmp_path):
     assert words["train_step_s"] == pytest.approx(before["train_step_s"], rel=0.05)
 
 
-def test_a_run_that_went_on_with_another_dial_is_taken_from_there(tmp_path):
-    """As the way to a tuned run has it: some steps at one bound, then the knee."""
-    record_run(tmp_path, steps=10, max_staleness=4)
+def test_a_run_that_went_on_with_another_dial_is_taken_from_there(tmp_path, monkeypatch):
+    """As the way to a tuned run has it: some steps at one bound, then the knee; here with faster engines, too."""
+    with monkeypatch.context() as before:
+        before.setattr(sys.modules[__name__], "COSTS", replace(COSTS, decode_token_s=0.05))
+        record_run(tmp_path, steps=10, workload=replace(WORKLOAD, costs=COSTS), max_staleness=4)
     record_run(tmp_path, steps=10, first_step=10, max_staleness=0)
     words = recorded(tmp_path).words
     assert words["max_staleness"] == 0
@@ -184,7 +186,7 @@ def test_a_run_that_went_on_with_another_dial_is_taken_from_there(tmp_path):
 
 
 def test_groups_of_another_size_before_the_dial_was_changed_are_left_out(tmp_path):
-    lengths = np.concatenate([WORKLOAD.trace.lengths, WORKLOAD.trace.lengths[:, :2]], axis=1)
+    lengths = np.tile(np.concatenate([WORKLOAD.trace.lengths, WORKLOAD.trace.lengths[:, :2]], axis=1), (2, 1))
     larger = replace(WORKLOAD, trace=replace(WORKLOAD.trace, lengths=lengths))
     record_run(tmp_path, steps=6, workload=larger, num_generations=6)
     record_run(tmp_path, steps=10, first_step=6)
