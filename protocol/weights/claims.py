@@ -30,13 +30,6 @@ def drop_claim(descriptor: int) -> None:
     _set(descriptor, fcntl.F_UNLCK)
 
 
-def is_claimed(descriptor: int) -> bool:
-    """Whether anybody else has a claim: of whom the kernel does not say."""
-    answer = fcntl.fcntl(descriptor, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_WRLCK, 0, 0, 0, 0))
-    kind: int = _FLOCK.unpack(answer)[0]
-    return kind != fcntl.F_UNLCK
-
-
 def _set(descriptor: int, kind: int) -> bool:
     try:
         fcntl.fcntl(descriptor, fcntl.F_OFD_SETLK, _FLOCK.pack(kind, 0, 0, 0, 0))

@@ -84,9 +84,15 @@ class SharedBuffer:
         drop_claim(self._descriptor)
 
     def remove(self) -> None:
-        """Give the mapping up and delete the file. Readers keep what they have mapped."""
+        """Give the mapping up and delete the file; what a reader has claimed, the last of them deletes.
+
+        Its engine may be about to open it, and some engines die of a file that is gone.
+        """
+        if claim_alone(self._descriptor):
+            self.mapped.path.unlink(missing_ok=True)
         os.close(self._descriptor)
-        self.mapped.remove()
+        self.mapped.close()
+        remove_if_left(self.mapped.path)
 
     def _rename(self, target: Path) -> bool:
         """Name the file anew. False: somebody has deleted it; the mapping still serves whoever fetches."""

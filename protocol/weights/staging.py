@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from protocol.errors import WeightsError
-from protocol.weights.claims import is_claimed
+from protocol.weights.claims import claim_alone
 
 _PREFIX, _SUFFIX = "weights-", ".safetensors"
 _SHARED_MEMORY = Path("/dev/shm")  # noqa: S108 - only a directory of our own in it is used, see clean_staging
@@ -61,10 +61,13 @@ def clean_staging(directory: Path) -> int:
 
 
 def remove_if_left(path: Path) -> bool:
-    """Remove a staging file that no living process owns or has claimed; say whether it was one."""
+    """Remove a staging file that no living process owns or has claimed; say whether it was one.
+
+    It is claimed alone meanwhile: a reader that comes too late finds it taken, rather than gone from under its engine.
+    """
     try:
-        with _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB) as descriptor:
-            if is_claimed(descriptor):
+        with _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB, os.O_RDWR) as descriptor:
+            if not claim_alone(descriptor):
                 return False
             path.unlink()
     except (BlockingIOError, FileNotFoundError):  # owned; or renamed or removed by somebody else meanwhile
@@ -128,9 +131,9 @@ def _check_private(directory: Path) -> None:
 
 
 @contextmanager
-def _locked(path: Path, operation: int) -> Iterator[int]:
+def _locked(path: Path, operation: int, flags: int = os.O_RDONLY) -> Iterator[int]:
     """Hold an flock while the block runs, and give it the descriptor."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    descriptor = os.open(path, flags | os.O_CLOEXEC)
     try:
         fcntl.flock(descriptor, operation)
         yield descriptor

@@ -184,7 +184,9 @@ def condemning(life: Life, version: Version, *, but: type[EngineFailure] | None 
         raise failure from suspect
     except BaseException as error:  # also a cancellation: SGLang stands still, or holds nobody knows what
         if but is None or not isinstance(error, but):
-            why = str(error) or type(error).__name__
+            why = (
+                "it was called off" if isinstance(error, asyncio.CancelledError) else str(error) or type(error).__name__
+            )
             life.condemn(SamplesWithheld(f"the swap to weights {version} failed: {why}"))
         raise
 

@@ -265,6 +265,35 @@ def test_what_a_killed_learner_leaves_is_removed_by_its_last_reader(directory: P
     assert list(directory.iterdir()) == []
 
 
+def test_what_a_learner_leaves_that_ends_is_removed_by_its_last_reader(directory: Path, reader: SharedReader) -> None:
+    buffer = SharedBuffer.create(directory, LAYOUT)
+    name = write(buffer, 1)
+    reader.claim(name, LAYOUT)
+    buffer.remove()
+    assert [path.name for path in directory.iterdir()] == [name], "an engine may be about to open it"
+    assert clean_staging(directory) == 0
+    reader.release()
+    assert list(directory.iterdir()) == []
+
+
+def test_nobody_claims_what_is_being_removed(
+    directory: Path, reader: SharedReader, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = SharedBuffer.create(directory, LAYOUT)
+    name = write(buffer, 1)
+    unlink, refused = Path.unlink, []
+
+    def late(path: Path, missing_ok: bool = False) -> None:
+        with pytest.raises(WeightsError, match="is being written") as error:
+            reader.claim(name, LAYOUT)
+        refused.append(error.value)
+        unlink(path, missing_ok)
+
+    monkeypatch.setattr(Path, "unlink", late)
+    buffer.remove()
+    assert len(refused) == 1
+
+
 def test_half_a_version_of_a_killed_learner_cannot_be_read(directory: Path, reader: SharedReader) -> None:
     learner = Other("write", directory, "not")
     assert learner.said == "", "no name leads to it"
