@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from learner.config import LearnerConfig
-from learner.ranks.place import place_of
+from learner.ranks.place import check_ranks, place_of
 from protocol.errors import ConfigError
 from protocol.settings import load_settings
 
@@ -56,6 +56,7 @@ def train(argv: Sequence[str], *, prog: str) -> int:
         return train_on_ranks(config, place)
     from learner.app import run
 
+    check_ranks(config, place)
     return run(config)
 
 
@@ -75,9 +76,10 @@ def check_complete(config: LearnerConfig) -> None:
         if data and ":" not in data and not Path(data).expanduser().is_file():
             raise ConfigError(f"{key} {data!r}: no such file; give a .jsonl file or reasoning_gym:<task>")
     longest = config.max_prompt_length + config.max_completion_length
-    if config.token_budget < longest:
+    least = -(-longest // config.context_parallel_size)
+    if config.token_budget < least:
         raise ConfigError(
             f"token_budget {config.token_budget} is smaller than one sequence, and would bound no memory: it must be at"
-            f" least {longest} (max_prompt_length {config.max_prompt_length} + max_completion_length"
+            f" least {least} (max_prompt_length {config.max_prompt_length} + max_completion_length"
             f" {config.max_completion_length}), or one of these smaller"
         )

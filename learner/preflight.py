@@ -52,8 +52,7 @@ def check_start(config: LearnerConfig, place: Place | None) -> None:
     for key, path in (("loss_function", config.loss_function), ("advantage_function", config.advantage_function)):
         if path:
             check_function(key, path)
-    if place is not None:
-        check_ranks(config)
+    check_ranks(config, place)
     if place is None or place.leads:
         check_free(config.bind)
 

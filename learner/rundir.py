@@ -38,7 +38,7 @@ FREE_TO_CHANGE = frozenset(
         "liveness_s", "server_wait_s",
         "collective_timeout_s",
         # where and how fast the same numbers are computed
-        "device", "token_budget", "share_prefix",
+        "device", "token_budget", "share_prefix", "context_parallel_size",
     }
 )  # fmt: skip
 """Keys that may differ when a run is continued; every other one changes what is learned, or what is compared, and must

@@ -18,7 +18,6 @@ was checked before (I4).
 from __future__ import annotations
 
 import logging
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -365,8 +364,6 @@ class Trainer:
         record = UpdateRecord()
         for micro_batch in update.micro_batches:
             accumulate(self._policy, self._objective, micro_batch, update.tensors, record, fused_head=self._fused_head)
-            if not math.isfinite(record.loss):
-                break
         self._combine(record, update.tensors.weights_T.numel())
         self._gradient_norm = finite_gradient_norm(self._total_norm(), "loss", record.loss)
         metrics = self._objective.metrics(record, update.tensors) | {"grad_norm": self._gradient_norm.item()}

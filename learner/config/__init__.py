@@ -275,6 +275,8 @@ class RankOptions(Section):
     collective_timeout_s: float = Field(600.0, gt=0)
     """A rank that is not heard of for so long while others wait for it ends the run; longer than rank 0 takes to hash a
     checkpoint. One that dies is noticed at once. transformers calls it ddp_timeout."""
+    context_parallel_size: int = Field(1, ge=1)
+    """Ranks that divide the tokens of every row among them: memory for long sequences, never the result."""
 
 
 class LearnerConfig(

@@ -31,6 +31,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AttentionInterface
 
+from learner.model.context import Context
 from learner.model.flex import flex_with_prefix
 from learner.model.packing import Bucket, Layout
 
@@ -81,10 +82,12 @@ class Prefix:
 class Packed:
     """What the model hands through to every attention layer of one call."""
 
-    def __init__(self, layout: Layout, prefix: Prefix | None = None) -> None:
+    def __init__(self, layout: Layout, prefix: Prefix | None = None, context: Context | None = None) -> None:
         self.layout = layout
         self.prefix = prefix
         """To be filled where the row is a prompt alone, to be read where the row has no prompt."""
+        self.context = context
+        """The ranks that the row's tokens are divided among. Its prefix then is of this rank's heads."""
 
 
 def shared_prefix_attention(
@@ -124,7 +127,9 @@ def shared_prefix_attention(
     if attention_mask is not None or dropout or wanted:
         raise NotImplementedError(f"attention with {wanted or 'a mask or dropout'}")
     q, k, v = (x.to(_arithmetic(value)).transpose(1, 2)[0] for x in (query, key, value))
-    layout, prefix = packed.layout, packed.prefix
+    layout, prefix, context = packed.layout, packed.prefix, packed.context
+    if context is not None:
+        q, k, v = (context.to_heads(x, layout.num_tokens) for x in (q, k, v))
     num_prompt = sum(bucket.num_tokens for bucket in layout.prompts)
     num_completion = q.shape[0] - num_prompt
     # split, not slices: the backward of a slice fills a whole tensor with zeros.
@@ -139,7 +144,8 @@ def shared_prefix_attention(
             k_prompt, v_prompt = prefix.leaves[module.layer_idx]  # type: ignore[index]
         if num_completion:
             outputs.append((attend or attend_with_prefix)(q, k, v, k_prompt, v_prompt, layout, scaling))
-    return torch.cat(outputs)[None].to(value.dtype), None
+    out = torch.cat(outputs)
+    return (out if context is None else context.to_tokens(out))[None].to(value.dtype), None
 
 
 def _arithmetic(value: Tensor) -> torch.dtype:

@@ -85,6 +85,11 @@ class Layout:
     """Per group. Completions with nothing to forward (one token) are not among them."""
 
     @property
+    def num_tokens(self) -> int:
+        """Tokens of the row."""
+        return sum(bucket.num_tokens for bucket in self.prompts) + sum(self.group_lengths)
+
+    @property
     def group_lengths(self) -> tuple[int, ...]:
         """Completion tokens of each group in the row."""
         return tuple(sum(bucket.num_tokens for bucket in group) for group in self.completions)
@@ -102,6 +107,8 @@ class Rows:
     prompt's own hidden states where the prompt was forwarded before."""
     index_T: Int64
     """Which of the step's T tokens they are."""
+    num_parts: int = 1
+    """Ranks that the tokens are divided among (context.py): those here are one part, and the layout is of all."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

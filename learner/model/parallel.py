@@ -1,7 +1,7 @@
 """A model whose master weights, gradients and optimizer lie in shards, one per rank (FSDP2, `fully_shard`).
 
-    gathered:  every rank holds all weights, in the dtype of the arithmetic, and runs whatever it likes: no collective
-               happens inside a forward or backward pass, so ranks may run different numbers of unequal micro-batches,
+    gathered:  every rank holds all weights, in the dtype of the arithmetic, and runs whatever it likes: none is
+               fetched inside a forward or backward pass, so ranks may run different numbers of unequal micro-batches,
                prompts may be forwarded apart, the head's weight may be read, and the weights may be published
     reduce:    one reduce-scatter per layer: summed over ranks, each gets the gradients of its shard
     update:    the shards change; then the weights are gathered anew, layer by layer, over the old ones

@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from learner.model.attention import ATTENTION, FLEX_ATTENTION, Packed, Prefix
+from learner.model.context import Context
 from learner.model.fused_head import TokenLossFunction, fused_token_loss
 from learner.model.load import head_of
 from learner.model.logprobs import token_logprobs
@@ -72,6 +73,8 @@ class Policy:
         self._fp32_head = fp32_head
         self._activation_offloading = activation_offloading
         self.device = model.device
+        self.context: Context | None = None
+        """Who has the other parts of rows that are divided."""
         self.shares_prefix = False
         self._autocast = False  # while probing: what differs then is the method, not the rounding
         if share_prefix:
@@ -191,7 +194,9 @@ class Policy:
         if not tokens.numel():  # every completion in the row is one token, predicted by the prompt
             weight, _ = head_of(self.model)
             return torch.empty(0, weight.shape[1], dtype=weight.dtype, device=self.device)
-        return self._run(input_ids=tokens, position_ids=positions, packed=Packed(rows.layout, prefix))
+        context = self.context if rows.num_parts > 1 else None
+        hidden = self._run(input_ids=tokens, position_ids=positions, packed=Packed(rows.layout, prefix, context))
+        return hidden if context is None else context.gather(hidden, rows.layout.num_tokens)
 
     def _run(self, **inputs: Any) -> Tensor:
         """Call the model without its head: [B x L, H]."""

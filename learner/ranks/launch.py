@@ -63,7 +63,7 @@ def report_error(place: Place, error: ConfigError) -> None:
 
 def lead(config: LearnerConfig, world: World) -> int:
     """Run rank 0: the learner as it always is, with a trainer that tells the others."""
-    check_ranks(config)
+    check_ranks(config, world.place)
     world.agree(statement(config))
     world.open()
 

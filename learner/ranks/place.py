@@ -44,12 +44,25 @@ def place_of(environment: Mapping[str, str]) -> Place | None:
     return Place(rank, world_size, local_rank)
 
 
-def check_ranks(config: LearnerConfig) -> None:
-    """Refuse what several ranks cannot do.
+def check_ranks(config: LearnerConfig, place: Place | None) -> None:
+    """Refuse what several ranks cannot do, or one alone (None) cannot.
 
     Raises:
         ConfigError: says what would work.
     """
+    size, world_size = config.context_parallel_size, 1 if place is None else place.world_size
+    if world_size % size:
+        raise ConfigError(
+            f"context_parallel_size {size} with a world of {world_size}: so many ranks divide each row among them;"
+            f" start a multiple of {size} ranks with torchrun, or use 1"
+        )
+    if size > 1 and not config.share_prefix:
+        raise ConfigError(
+            f"context_parallel_size {size} without share_prefix: only rows that share prompts are divided; leave"
+            " share_prefix on, or use 1"
+        )
+    if place is None:
+        return
     if config.use_peft:
         raise ConfigError("use_peft on several ranks: adapters train on one rank; leave torchrun out, or use_peft")
     if config.has_critic:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 from learner.batch import Batch, StepResult
 from learner.config import LearnerConfig
 from learner.model import export
+from learner.model.context import Context, check_context, cut
 from learner.model.packing import MicroBatch, StepTokens
 from learner.model.parallel import ShardedModel, local, token_cost, weights_digest, whole
 from learner.model.shares import divide, of_whole_step, restrict
@@ -63,17 +64,27 @@ class RankTrainer(Trainer):
             statement["reference model"] = weights_digest(self._reference._model)
         self._world.agree(statement)
         self._cost = token_cost(self._model)
+        size = self._config.context_parallel_size
+        if size > 1:
+            check_context(self._model, size, shares_prefix=self._policy.shares_prefix)
+            self._policy.context = self._world.context(size)
         autocast = self._config.autocast == "bfloat16"
         self._sharded = ShardedModel(self._policy, self._world.mesh(), autocast=autocast)
         if isinstance(self._reference, Reference):
-            self._reference = RankReference(self._reference, self._world, self._sharded.parameters, autocast=autocast)
+            self._reference = RankReference(
+                self._reference, self._world, self._sharded.parameters, self._policy.context, autocast=autocast
+            )
         return self._sharded.parameters
 
     def _pack(self, step: StepTokens) -> list[MicroBatch]:
-        place = self._world.place
-        part, index_T = restrict(step, divide(step, self._cost, place.world_size) == place.rank)
-        micro_batches = self._policy.pack(part, self._config.token_budget)
-        return [of_whole_step(micro_batch, index_T) for micro_batch in micro_batches]
+        place, size = self._world.place, self._config.context_parallel_size
+        part, index_T = restrict(step, divide(step, self._cost, place.world_size // size) == place.rank // size)
+        packed = self._policy.pack(part, self._config.token_budget * size)
+        micro_batches = [of_whole_step(micro_batch, index_T) for micro_batch in packed]
+        if size == 1:
+            return micro_batches
+        completion_T = None if self._config.token_level else step.completion_T
+        return [cut(micro_batch, place.rank % size, size, completion_T) for micro_batch in micro_batches]
 
     def _whole(self, logprobs_T: Tensor) -> Tensor:
         return self._world.sum(logprobs_T)
@@ -113,10 +124,17 @@ class RankReference(Reference):
     """The reference in shards: gathered only while it runs, when the step has no gradients yet."""
 
     def __init__(
-        self, reference: Reference, world: World, policy: dict[str, torch.nn.Parameter], *, autocast: bool
+        self,
+        reference: Reference,
+        world: World,
+        policy: dict[str, torch.nn.Parameter],
+        context: Context | None,
+        *,
+        autocast: bool,
     ) -> None:
         self._config = reference._config
         self._policy = reference._policy
+        self._policy.context = context
         self._world = world
         self._followed = policy
         self._sharded = ShardedModel(self._policy, world.mesh(), autocast=autocast)

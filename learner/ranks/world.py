@@ -24,6 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
+from learner.model.context import Context
 from learner.ranks.place import Place
 from protocol.codec import Buffer
 from protocol.errors import ConfigError, HeadwayError
@@ -117,6 +118,11 @@ class World:
     def mesh(self) -> DeviceMesh:
         """All ranks in a row."""
         return init_device_mesh(self.device.type, (self.place.world_size,))
+
+    def context(self, size: int) -> Context:
+        """The `size` consecutive ranks that this one shares rows with."""
+        shape = self.place.world_size // size, size
+        return Context(init_device_mesh(self.device.type, shape, mesh_dim_names=("data", "context")).get_group(1))
 
     def broadcast(self, payload: bytes = b"") -> Buffer:
         """Return rank 0's payload on every rank."""

@@ -12,6 +12,7 @@ import json
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -106,10 +107,11 @@ def main(directory: Path, quick: bool) -> None:
     if place is None:
         (directory / "answer.json").write_text(json.dumps(timed_steps(Trainer(config), quick)))
     else:
-        lead_or_follow(config, directory, quick)
+        lead_or_follow(config, directory, lambda trainer: timed_steps(trainer, quick))
 
 
-def lead_or_follow(config: LearnerConfig, directory: Path, quick: bool) -> None:
+def lead_or_follow(config: LearnerConfig, directory: Path, measure: Callable[[Trainer], float]) -> None:
+    """Be one of the ranks; rank 0 writes what `measure` says of its trainer."""
     import os
 
     import torch
@@ -126,7 +128,7 @@ def lead_or_follow(config: LearnerConfig, directory: Path, quick: bool) -> None:
     world.open()
     if place.leads:
         trainer = LeadingTrainer(config, world, logs_dir=directory)
-        (directory / "answer.json").write_text(json.dumps(timed_steps(trainer, quick)))
+        (directory / "answer.json").write_text(json.dumps(measure(trainer)))
         world.broadcast(to_bytes(Stop()))
     else:
         follow(config, world)

@@ -35,6 +35,14 @@ SHAPES: dict[str, dict[str, Any]] = {
     "following": {"token_budget": 24, "sync_ref_model": True, "ref_model_sync_steps": 1, "ref_model_mixup_alpha": 0.5},
     "checkpointed": {"token_budget": 12, "gradient_checkpointing": True},
     "recompute head": {"token_budget": 12, "loss_head": "recompute"},
+    "context": {"token_budget": 256, "context_parallel_size": 2},
+    "context, prompts apart": {"token_budget": 12, "context_parallel_size": 2, "gradient_checkpointing": True},
+    "context, all tokens first": {
+        "token_budget": 12,
+        "context_parallel_size": 2,
+        "kl_in": "reward",
+        "importance_sampling_level": "sequence",
+    },
 }
 """Each trained on one rank and on two."""
 EXACT = ("num_micro_batches", "tokens_forwarded")
@@ -171,6 +179,29 @@ def test_mixed_precision_stays_near_autocast(world):
     for row, control in zip(world.answers["bfloat16"], world.rows["bfloat16"], strict=True):
         assert row["loss"] == pytest.approx(control["loss"], abs=0.05)
         assert row["grad_norm"] == pytest.approx(control["grad_norm"], rel=0.1)
+
+
+def test_four_ranks_divide_the_step_and_its_rows(tiny_model_dir, tmp_path):
+    """Two contexts of two ranks; one of four, which is more than there are key heads; a step that is one long row."""
+    shapes: list[dict[str, Any]] = [
+        {"token_budget": 6, "context_parallel_size": 2},
+        {"token_budget": 64, "context_parallel_size": 4},
+        {"token_budget": 64, "context_parallel_size": 4, "autocast": "bfloat16"},
+    ]
+    options = [{**RECIPE, "model": str(tiny_model_dir), **shape} for shape in shapes]
+    operations = [["train", 1], ["train", 2], ["train pair", 3]]
+    runs = [{"options": each, "checkpoint": None, "operations": operations} for each in options]
+    ranks = run_plan(tmp_path, runs, num_ranks=4)
+    assert [rank.code for rank in ranks] == [0] * 4, "\n".join(rank.output for rank in ranks)
+    divided, whole, bfloat16 = json.loads((tmp_path / "answer.json").read_text())
+    control = perform(Trainer(LearnerConfig(**options[0] | {"context_parallel_size": 1})), operations)
+    assert_equal_rows(divided, control)
+    assert_equal_rows(whole, control)
+    assert [row["num_micro_batches"] for row in whole] == [4.0] * 3, "each rank ran a part of the one row"
+    assert whole[2]["tokens_forwarded"] == 4 * -(-control[2]["tokens_forwarded"] // 4), "the parts are equal"
+    for row, expected in zip(bfloat16, control, strict=True):
+        assert row["loss"] == pytest.approx(expected["loss"], abs=0.05)
+        assert row["grad_norm"] == pytest.approx(expected["grad_norm"], rel=0.1)
 
 
 # --- faults

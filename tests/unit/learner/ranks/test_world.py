@@ -167,16 +167,28 @@ def test_all_keys_and_the_code_are_agreed_on(tmp_path: Path):
         ),
         ({"optim": "adamw_8bit"}, "optim 'adamw_8bit' on several ranks: .* use adamw"),
         ({"use_peft": True}, "use_peft on several ranks: adapters train on one rank"),
+        ({"context_parallel_size": 3}, "context_parallel_size 3 with a world of 4: .* a multiple of 3"),
+        (
+            {"context_parallel_size": 2, "share_prefix": False},
+            "context_parallel_size 2 without share_prefix: only rows that share prompts are divided",
+        ),
         ({"advantage_estimator": "gae", "filter_zero_std": False}, "gae on several ranks: the critic trains on one"),
     ],
 )
 def test_what_several_ranks_cannot_do_is_refused(options, says):
     with pytest.raises(ConfigError, match=says):
-        check_ranks(LearnerConfig(**options))
+        check_ranks(LearnerConfig(**options), Place(0, 4, 0))
 
 
 def test_several_ranks_may_compute_in_bfloat16():
-    check_ranks(LearnerConfig(autocast="bfloat16"))
+    check_ranks(LearnerConfig(autocast="bfloat16"), Place(0, 4, 0))
+
+
+def test_rows_are_divided_among_a_multiple_of_ranks():
+    check_ranks(LearnerConfig(context_parallel_size=2), Place(0, 4, 0))
+    check_ranks(LearnerConfig(), None)
+    with pytest.raises(ConfigError, match=r"context_parallel_size 2 with a world of 1: .* a multiple of 2"):
+        check_ranks(LearnerConfig(context_parallel_size=2), None)
 
 
 def test_an_error_of_ours_is_left_for_rank_0_and_no_collective_follows():
