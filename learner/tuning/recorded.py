@@ -138,7 +138,8 @@ def _rows(run_dir: Path, since: int) -> list[dict[str, Any]]:
 
 
 def _costs(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Fit training; medians of the rest."""
+    """Fit training; medians of the rest. The first step of all is left out: it warms up."""
+    rows = rows[1:]
     tokens = np.array([row["step_tokens"] for row in rows], np.float64)
     seconds = [row["step_time"] - row["perf/rollout_wait_s"] - row["perf/weight_sync_s"] for row in rows]
     token_s, step_s = fit_line(tokens, np.array(seconds, np.float64))
@@ -165,6 +166,7 @@ def _decoding(rows: list[dict[str, Any]], journaled: _Journaled, words: dict[str
     seen = {
         int(row["step"]) - journaled.since: row for row in rows if row["rollout/observed_s"] and row["rollout/room"]
     }
+    evaluated = {step - journaled.since for step in with_evaluations(rows)}
     dial = Dial(**{key: words[key] for key in DIAL})
     bounds = dial.bounds
     dial = replace(
@@ -172,12 +174,14 @@ def _decoding(rows: list[dict[str, Any]], journaled: _Journaled, words: dict[str
     )  # a knob may have lowered it
     most = max(LEAST_STEPS, MOST_SAMPLES // (dial.prompts_per_step * dial.num_generations))
     # Before the first of them, servers' counters had no beginning.
-    first, last = min(seen, default=most) - 1, min(most, max(seen, default=0))
-    if first + 1 >= last:
+    first, last = min(seen, default=most), min(most, max(seen, default=0))
+    steps = set(range(first, last + 1)) - evaluated
+    window = [row for step, row in seen.items() if step in steps]
+    if len(steps) < 2 or not window:
         raise ConfigError(
-            "no server's heartbeat fell into a step: record a run with longer steps, or a shorter heartbeat_s"
+            "no server's heartbeat fell into a step without an evaluation: record a run with longer steps, a shorter"
+            " heartbeat_s, or a larger eval_steps"
         )
-    window = [row for number, row in seen.items() if number <= last]
     servers = round(median(row["rollout/servers"] for row in window))
     room = round(median(row["rollout/room"] / row["rollout/servers"] for row in window))
     decoded = _decoded(window, room=room)
@@ -194,12 +198,18 @@ def _decoding(rows: list[dict[str, Any]], journaled: _Journaled, words: dict[str
             servers=servers, room=room, filtered_share=words["filtered_share"],
             heartbeat_s=words["heartbeat_s"],
         )  # fmt: skip
-        return fullness(workload, dial, first=first, last=last)
+        return fullness(workload, dial, steps=steps)
 
     base_s, occupancy_cost, told = fit_decoding(decoded, room=room, simulated=simulated)
     return {
         "servers": servers, "room": room, "decode_token_s": base_s, "occupancy_cost": occupancy_cost,
     }, "" if told else ALWAYS_FULL  # fmt: skip
+
+
+def with_evaluations(rows: list[dict[str, Any]]) -> set[int]:
+    """Find the steps in which servers sampled for an evaluation, too: the simulated run has none."""
+    before_after = itertools.pairwise([0, *(row.get("tokens/eval", 0) for row in rows)])
+    return {int(row["step"]) for row, (before, after) in zip(rows, before_after, strict=True) if after > before}
 
 
 def _decoded(rows: list[dict[str, Any]], *, room: int) -> Decoded:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import asyncio
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
@@ -92,27 +92,29 @@ def simulate(
     return Simulation(workload, dial, steps=steps, warmup_steps=warmup_steps, each_step=each_step).run()
 
 
-def fullness(workload: Workload, dial: Dial, *, first: int, last: int) -> Fullness:
-    """Simulate a run's first steps, and say how full the seats were from the end of step `first` to that of `last`.
+def fullness(workload: Workload, dial: Dial, *, steps: Collection[int]) -> Fullness:
+    """Simulate a run's beginning, and say how full the seats were in those of its steps.
 
     Raises:
         ConfigError: the dial cannot progress.
         SimulationStuck: the scheduler deadlocked.
     """
-    sums = np.zeros(5)
+    sums, before = np.zeros(5), np.zeros(5)
 
     def note(simulation: Simulation, step: Step) -> None:
-        """Take the sums at the end of `first` from those at the end of `last`."""
-        nonlocal sums
-        if step.policy_version in (first, last):
-            engines = [server.engine for server in simulation.advanced()]
-            whole = [(e.decode_steps, e.drawn, e.drawn_squared, e.seat_s, e.paused_seat_s) for e in engines]
-            sums = np.sum(whole, axis=0) - sums
+        """Add what has come in since the step before."""
+        nonlocal sums, before
+        engines = [server.engine for server in simulation.advanced()]
+        each = [(e.decode_steps, e.drawn, e.drawn_squared, e.seat_s, e.paused_seat_s) for e in engines]
+        whole = np.sum(each, axis=0)
+        if step.policy_version in steps:
+            sums = sums + whole - before
+        before = whole
 
-    Simulation(workload, dial, steps=last, warmup_steps=0, each_step=note).run()
+    Simulation(workload, dial, steps=max(steps), warmup_steps=0, each_step=note).run()
     decode_steps, drawn, drawn_squared, seat_s, paused_seat_s = sums.tolist()
     if not drawn:
-        raise ConfigError(f"nothing is sampled from step {first} to {last} of such a run: record more steps")
+        raise ConfigError(f"nothing is sampled in steps {min(steps)} to {max(steps)} of such a run: record more steps")
     return Fullness(
         decoding_share=1 - paused_seat_s / seat_s,
         steps_per_token=decode_steps / drawn,

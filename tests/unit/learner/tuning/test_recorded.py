@@ -113,6 +113,23 @@ def test_costs_lengths_and_dial_are_those_of_the_run(tmp_path: Path):
     assert recording.notice == ""
 
 
+def test_evaluations_and_the_warming_up_of_the_first_step_are_left_out(tmp_path: Path):
+    record_run(tmp_path, steps=12)
+    clean = recorded(tmp_path).words
+    metrics = tmp_path / "metrics.jsonl"
+    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows[0]["step_time"] += 30.0
+    rows[0]["perf/fwd_bwd_s"] += 30.0
+    for number, row in enumerate(rows):
+        row["tokens/eval"] = 5000 * sum(number >= evaluated for evaluated in (4, 5, 9))
+        if number in (4, 5, 9):
+            row |= {"rollout/tokens": row["rollout/tokens"] + 5000, "rollout/occupancy": 1.0, "rollout/idle_ratio": 0.0}
+    metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = recorded(tmp_path).words
+    costs = ("train_token_s", "train_step_s", "decode_token_s", "occupancy_cost")
+    assert [words[cost] for cost in costs] == pytest.approx([clean[cost] for cost in costs], rel=0.1)
+
+
 @pytest.mark.parametrize("occupancy_cost", [0.0, 3.0])
 def test_what_a_decode_step_costs_is_found_from_how_full_the_seats_were(tmp_path, monkeypatch, occupancy_cost):
     """At max_staleness 2 some seats are empty, too; but nothing says how many in which step."""

@@ -154,8 +154,8 @@ def test_steps_in_which_nothing_is_sampled_say_nothing_of_the_seats():
     """All of what the last steps train was sampled before them, and the next samples wait for their weights."""
     dial = Dial(prompts_per_step=3, num_generations=4, max_staleness=3, weight_sync_steps=4)
     slow = replace(small().costs, train_step_s=1000.0, publish_s=0.0)
-    with pytest.raises(ConfigError, match="nothing is sampled from step 1 to 3 of such a run"):
-        fullness(small(costs=slow), dial, first=1, last=3)
+    with pytest.raises(ConfigError, match="nothing is sampled in steps 2 to 3 of such a run"):
+        fullness(small(costs=slow), dial, steps={2, 3})
 
 
 def test_costs_may_change_in_mid_run_and_each_step_is_told():
