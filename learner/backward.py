@@ -32,6 +32,9 @@ def accumulate(
     prompt = policy.forward_prompt(micro_batch)
     for rows in micro_batch.rows:
         index = torch.from_numpy(rows.index_T).to(policy.device)
+        if not index.numel():  # other ranks predict all that trains of this row, and wait for this part's backward pass
+            policy.predictors(rows, prompt).sum().backward()
+            continue
         if fused_head:
             policy_logprobs_T, entropy_T = _fused_backward(policy, objective, rows, index, tensors, prompt)
             loss = objective.loss(policy_logprobs_T, entropy_T, index, tensors)  # once more, for its parts

@@ -76,10 +76,11 @@ def check_complete(config: LearnerConfig) -> None:
         if data and ":" not in data and not Path(data).expanduser().is_file():
             raise ConfigError(f"{key} {data!r}: no such file; give a .jsonl file or reasoning_gym:<task>")
     longest = config.max_prompt_length + config.max_completion_length
-    least = -(-longest // config.context_parallel_size)
-    if config.token_budget < least:
+    size = config.context_parallel_size
+    if config.token_budget < -(-longest // size):
+        divided = f", divided among {size} ranks (context_parallel_size)" if size > 1 else ""
         raise ConfigError(
             f"token_budget {config.token_budget} is smaller than one sequence, and would bound no memory: it must be at"
-            f" least {least} (max_prompt_length {config.max_prompt_length} + max_completion_length"
-            f" {config.max_completion_length}), or one of these smaller"
+            f" least {-(-longest // size)} (max_prompt_length {config.max_prompt_length} + max_completion_length"
+            f" {config.max_completion_length}{divided}), or one of these smaller"
         )

@@ -64,6 +64,8 @@ def unchecked(config: LearnerConfig, place: Place | None) -> str:
         things.append("what your functions do")
     if place is not None:
         things.append("whether the ranks agree")
+    if config.context_parallel_size > 1:
+        things.append("whether the model can be divided among ranks")
     return f"not checked: {', '.join(things)}, servers and their reward functions"
 
 

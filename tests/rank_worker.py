@@ -15,9 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from learner.batch import Batch, StepResult
 from learner.config import LearnerConfig
+from learner.grpo.loss import LossTokens
+from learner.model import attention
 from learner.ranks.commands import Stop, to_bytes
 from learner.ranks.follower import follow
 from learner.ranks.place import place_of
@@ -40,6 +43,11 @@ def batch_of(step: int) -> Batch:
             for p in range(3)
         ],
     )
+
+
+def own_loss(tokens: LossTokens) -> Tensor:
+    """A user's, who counts on there being tokens."""
+    return -tokens.advantages_T * tokens.policy_logprobs_T / (1 + 0 * tokens.completion_T.max())
 
 
 def pair_of(step: int) -> Batch:
@@ -87,6 +95,7 @@ def main(plan_file: str) -> int:
     answers = []
     for run in plan["runs"]:
         config = LearnerConfig(**run["options"])
+        attention.HAS_CPU_FLASH = not run.get("no_flash")
         if not place.leads:
             follow(config, world)
             continue

@@ -190,7 +190,7 @@ class OptimizerOptions(Section):
     max_grad_norm: float = Field(1.0, gt=0)
     """Gradients are scaled down to this norm."""
     token_budget: int = Field(8192, ge=1)
-    """Tokens per micro-batch: memory against speed, never the result."""
+    """Tokens per micro-batch, on each rank: memory against speed, never the result."""
     gradient_checkpointing: bool = False
     """Run every layer again in the backward pass instead of keeping its activations: a third more time for a fraction
     of the memory, never the result."""
@@ -276,7 +276,8 @@ class RankOptions(Section):
     """A rank that is not heard of for so long while others wait for it ends the run; longer than rank 0 takes to hash a
     checkpoint. One that dies is noticed at once. transformers calls it ddp_timeout."""
     context_parallel_size: int = Field(1, ge=1)
-    """Ranks that divide the tokens of every row among them: memory for long sequences, never the result."""
+    """Ranks that divide the tokens of every row among them, and the model's heads: memory for long sequences, never
+    the result."""
 
 
 class LearnerConfig(

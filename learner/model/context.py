@@ -29,6 +29,12 @@ from transformers import PreTrainedModel
 from learner.model.packing import Int64, MicroBatch, Rows
 from protocol.errors import ConfigError
 
+POSITION_DEPENDENT = {"dynamic", "longrope"}
+"""Types of rotary positions, by transformers' words."""
+# torch has renamed both, and warns of the old names.
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 
 def cut(micro_batch: MicroBatch, part: int, num_parts: int, completion_T: Int64 | None) -> MicroBatch:
     """Keep one rank's part of a micro-batch's rows.
@@ -121,6 +127,11 @@ def check_context(model: PreTrainedModel, size: int, *, shares_prefix: bool) -> 
             " divided; use 1"
         )
     config = model.config.get_text_config()
+    if moving := sorted(_rope_types(config.to_dict()) & POSITION_DEPENDENT):
+        raise ConfigError(
+            f"context_parallel_size {size}: rotary positions of type {', '.join(moving)} depend on the longest position"
+            " of a call, and ranks have different ones; use 1"
+        )
     queries = config.num_attention_heads
     keys = getattr(config, "num_key_value_heads", None) or queries
     if queries % size or (keys % size and size % keys):
@@ -128,6 +139,13 @@ def check_context(model: PreTrainedModel, size: int, *, shares_prefix: bool) -> 
             f"context_parallel_size {size}: each rank attends with its share of {queries} query and {keys} key heads;"
             f" use one of {', '.join(map(str, _sizes(queries, keys)))}"
         )
+
+
+def _rope_types(config: dict[str, Any]) -> set[str]:
+    """The kinds of rotary positions a model has, of some or all of its layers."""
+    parameters = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    each = [parameters, *(of_layers for of_layers in parameters.values() if isinstance(of_layers, dict))]
+    return {str(one.get("rope_type", one.get("type", ""))) for one in each}
 
 
 def _sizes(queries: int, keys: int) -> list[int]:
@@ -179,7 +197,7 @@ class _Gather(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, context: Context) -> Tensor:
         ctx.context = context
         gathered = x.new_empty(context.size * len(x), *x.shape[1:])
-        dist.all_gather_into_tensor(gathered, x.contiguous(), group=context.group)
+        _all_gather(gathered, x.contiguous(), group=context.group)
         return gathered
 
     @staticmethod
@@ -188,5 +206,5 @@ class _Gather(torch.autograd.Function):
         (grad,) = grad_outputs
         summed = grad.to(torch.promote_types(grad.dtype, torch.float32)).contiguous()
         own = summed.new_empty(len(grad) // ctx.context.size, *grad.shape[1:])
-        dist.reduce_scatter_tensor(own, summed, group=ctx.context.group)
+        _reduce_scatter(own, summed, group=ctx.context.group)
         return own.to(grad.dtype), None

@@ -2,7 +2,8 @@
 
 What is the same on all ranks is computed by each: advantages, denominators, which rank trains what. Summed over them
 are the gradients and what the metrics are made of. A step's collectives do not depend on how many micro-batches a rank
-has; those of a rank with none are the same.
+has; those of a rank with none are the same. Only context parallelism has collectives within rows (model/context.py),
+and gives the ranks of one context the same number of them.
 """
 
 from __future__ import annotations

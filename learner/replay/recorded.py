@@ -201,5 +201,5 @@ class RecordedRun:
         return digests
 
 
-def _cut(config: LearnerConfig) -> tuple[int, bool]:
-    return config.token_budget, config.share_prefix
+def _cut(config: LearnerConfig) -> tuple[int, bool, int]:
+    return config.token_budget, config.share_prefix, config.context_parallel_size

@@ -31,6 +31,10 @@ ALWAYS_FULL = (
     "the run's seats were always equally full, so nothing tells what a decode step of fewer samples takes: it is taken"
     " to be as long. Some steps at another max_staleness would tell; or give --decode-token-s and --occupancy-cost"
 )
+ALWAYS_EVALUATED = (
+    "servers sampled for evaluations in every step, too, which tells too much of what a decode step takes: a larger"
+    " eval_steps, or none, would do"
+)
 NEEDED = ("rollout/room", "rollout/tokens")
 """Columns that a run of an older headway lacks."""
 DIAL = ("prompts_per_step", "num_generations", "max_staleness", "reorder_window", "weight_sync_steps")
@@ -61,7 +65,7 @@ def recorded(run_dir: Path) -> Recording:
     rows = _rows(run_dir, journaled.since)
     words: dict[str, Any] = {key: config[key] for key in (*DIAL, "heartbeat_s")} | _costs(rows)
     words |= {"reward_s": journaled.reward_s, "filtered_share": journaled.filtered_share}
-    decoded, notice = _decoding(rows, journaled, words)
+    decoded, notice = _decoding(rows, journaled, words, eval_steps=config["eval_steps"])
     return Recording(journaled.lengths, words | decoded, notice)
 
 
@@ -138,7 +142,7 @@ def _rows(run_dir: Path, since: int) -> list[dict[str, Any]]:
 
 
 def _costs(rows: list[dict[str, Any]]) -> dict[str, Any]:
-    """Fit training; medians of the rest. The first step of all is left out: it warms up."""
+    """Fit training; medians of the rest. The first of them is left out: a learner's first step warms up."""
     rows = rows[1:]
     tokens = np.array([row["step_tokens"] for row in rows], np.float64)
     seconds = [row["step_time"] - row["perf/rollout_wait_s"] - row["perf/weight_sync_s"] for row in rows]
@@ -154,7 +158,9 @@ def _costs(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def _decoding(rows: list[dict[str, Any]], journaled: _Journaled, words: dict[str, Any]) -> tuple[dict[str, Any], str]:
+def _decoding(
+    rows: list[dict[str, Any]], journaled: _Journaled, words: dict[str, Any], *, eval_steps: int
+) -> tuple[dict[str, Any], str]:
     """Servers, their room and what a decode step costs there; what could not be told."""
     depth = rows[0]["knobs/depth"]
     rows = list(itertools.takewhile(lambda row: row["knobs/depth"] == depth, rows))
@@ -166,7 +172,7 @@ def _decoding(rows: list[dict[str, Any]], journaled: _Journaled, words: dict[str
     seen = {
         int(row["step"]) - journaled.since: row for row in rows if row["rollout/observed_s"] and row["rollout/room"]
     }
-    evaluated = {step - journaled.since for step in with_evaluations(rows)}
+    evaluated = {step - journaled.since for step in with_evaluations(rows, eval_steps)}
     dial = Dial(**{key: words[key] for key in DIAL})
     bounds = dial.bounds
     dial = replace(
@@ -175,13 +181,14 @@ def _decoding(rows: list[dict[str, Any]], journaled: _Journaled, words: dict[str
     most = max(LEAST_STEPS, MOST_SAMPLES // (dial.prompts_per_step * dial.num_generations))
     # Before the first of them, servers' counters had no beginning.
     first, last = min(seen, default=most), min(most, max(seen, default=0))
-    steps = set(range(first, last + 1)) - evaluated
-    window = [row for step, row in seen.items() if step in steps]
-    if len(steps) < 2 or not window:
+    if first >= last:
         raise ConfigError(
-            "no server's heartbeat fell into a step without an evaluation: record a run with longer steps, a shorter"
-            " heartbeat_s, or a larger eval_steps"
+            "no server's heartbeat fell into a step: record a run with longer steps, or a shorter heartbeat_s"
         )
+    steps = set(range(first, last + 1))
+    disturbed = not seen.keys() & (steps - evaluated)
+    steps -= set() if disturbed else evaluated
+    window = [row for step, row in seen.items() if step in steps]
     servers = round(median(row["rollout/servers"] for row in window))
     room = round(median(row["rollout/room"] / row["rollout/servers"] for row in window))
     decoded = _decoded(window, room=room)
@@ -203,13 +210,18 @@ def _decoding(rows: list[dict[str, Any]], journaled: _Journaled, words: dict[str
     base_s, occupancy_cost, told = fit_decoding(decoded, room=room, simulated=simulated)
     return {
         "servers": servers, "room": room, "decode_token_s": base_s, "occupancy_cost": occupancy_cost,
-    }, "" if told else ALWAYS_FULL  # fmt: skip
+    }, " ".join([*([ALWAYS_FULL] if not told else []), *([ALWAYS_EVALUATED] if disturbed else [])])  # fmt: skip
 
 
-def with_evaluations(rows: list[dict[str, Any]]) -> set[int]:
-    """Find the steps in which servers sampled for an evaluation, too: the simulated run has none."""
+def with_evaluations(rows: list[dict[str, Any]], eval_steps: int) -> set[int]:
+    """Find the steps in which servers may have sampled for an evaluation, too: the simulated run has none.
+
+    Tokens count when their group is here; those of an evaluation were sampled since it was due.
+    """
     before_after = itertools.pairwise([0, *(row.get("tokens/eval", 0) for row in rows)])
-    return {int(row["step"]) for row, (before, after) in zip(rows, before_after, strict=True) if after > before}
+    arrived = [int(row["step"]) for row, (before, after) in zip(rows, before_after, strict=True) if after > before]
+    due = [(step - 1) // eval_steps * eval_steps if eval_steps else step - 1 for step in arrived]
+    return set().union(*(range(begun + 1, step + 1) for begun, step in zip(due, arrived, strict=True)))
 
 
 def _decoded(rows: list[dict[str, Any]], *, room: int) -> Decoded:

@@ -48,9 +48,14 @@ class MappedWeights:
         """
         descriptor = create_staging_file(path, layout.file_bytes)
         try:
-            memory = map_file(descriptor, layout.file_bytes, writable=True)
+            return cls.blank(path, layout, descriptor)
         finally:
             os.close(descriptor)  # the mapping keeps a duplicate, and with it the owner's lock
+
+    @classmethod
+    def blank(cls, path: Path, layout: Layout, descriptor: int) -> Self:
+        """Map a file that was just created, and write its header."""
+        memory = map_file(descriptor, layout.file_bytes, writable=True)
         memory[: len(layout.header)] = layout.header
         return cls(path, layout, memory)
 

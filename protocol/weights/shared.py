@@ -28,7 +28,7 @@ from protocol.errors import WeightsError
 from protocol.versions import Version
 from protocol.weights.claims import claim_alone, claim_shared, drop_claim
 from protocol.weights.layout import Layout, MappedWeights, map_file
-from protocol.weights.staging import remove_if_left, staging_path
+from protocol.weights.staging import create_staging_file, disown, remove_if_left, staging_path
 
 _NAME = re.compile(r"weights-[0-9]{1,10}-[0-9a-f]{8}-[0-9]{1,10}\.[0-9]{1,10}\.safetensors")
 _FLAGS = os.O_CLOEXEC | os.O_NOFOLLOW
@@ -50,6 +50,7 @@ class SharedBuffer:
         """What it holds; None while it holds nothing whole."""
         self.being_written = False
         self._descriptor = descriptor
+        """Carries the owner's lock, and the claims."""
         self._blank = mapped.path
 
     @classmethod
@@ -59,8 +60,9 @@ class SharedBuffer:
         Raises:
             WeightsError: no room, or the file cannot be created. Nothing is left behind.
         """
-        mapped = MappedWeights.create(staging_path(directory), layout)
-        return cls(mapped, os.open(mapped.path, os.O_RDWR | _FLAGS))
+        path = staging_path(directory)
+        descriptor = create_staging_file(path, layout.file_bytes)
+        return cls(MappedWeights.blank(path, layout, descriptor), descriptor)
 
     @property
     def name(self) -> str:
@@ -90,6 +92,8 @@ class SharedBuffer:
         """
         if claim_alone(self._descriptor):
             self.mapped.path.unlink(missing_ok=True)
+        drop_claim(self._descriptor)
+        disown(self._descriptor)  # somebody here may have views of it still, and so a duplicate
         os.close(self._descriptor)
         self.mapped.close()
         remove_if_left(self.mapped.path)

@@ -66,7 +66,7 @@ def remove_if_left(path: Path) -> bool:
     It is claimed alone meanwhile: a reader that comes too late finds it taken, rather than gone from under its engine.
     """
     try:
-        with _locked(path, fcntl.LOCK_EX | fcntl.LOCK_NB, os.O_RDWR) as descriptor:
+        with _locked(path, fcntl.LOCK_SH | fcntl.LOCK_NB, os.O_RDWR) as descriptor:  # removers do not stop each other
             if not claim_alone(descriptor):
                 return False
             path.unlink()
@@ -112,6 +112,11 @@ def create_staging_file(path: Path, file_bytes: int) -> int:
             f" {space.f_bavail * space.f_frsize} free: make room or choose another directory"
         ) from error
     return descriptor
+
+
+def disown(descriptor: int) -> None:
+    """Give up the owner's lock, whoever still has a duplicate of the descriptor, or a mapping."""
+    fcntl.flock(descriptor, fcntl.LOCK_UN)
 
 
 def _total_bytes(directory: Path) -> int:

@@ -183,20 +183,26 @@ def test_mixed_precision_stays_near_autocast(world):
 
 def test_four_ranks_divide_the_step_and_its_rows(tiny_model_dir, tmp_path):
     """Two contexts of two ranks; one of four, which is more than there are key heads; a step that is one long row."""
-    shapes: list[dict[str, Any]] = [
-        {"token_budget": 6, "context_parallel_size": 2},
-        {"token_budget": 64, "context_parallel_size": 4},
-        {"token_budget": 64, "context_parallel_size": 4, "autocast": "bfloat16"},
+    recipe = {**RECIPE, "model": str(tiny_model_dir)}
+    one_context = recipe | {"token_budget": 64, "context_parallel_size": 4}
+    options: list[dict[str, Any]] = [
+        recipe | {"token_budget": 6, "context_parallel_size": 2},
+        one_context,
+        one_context,
+        one_context | {"autocast": "bfloat16"},
+        one_context | {"token_budget": 2, "loss_function": "tests.rank_worker:own_loss"},
     ]
-    options = [{**RECIPE, "model": str(tiny_model_dir), **shape} for shape in shapes]
     operations = [["train", 1], ["train", 2], ["train pair", 3]]
-    runs = [{"options": each, "checkpoint": None, "operations": operations} for each in options]
+    runs: list[dict[str, Any]] = [{"options": each, "checkpoint": None, "operations": operations} for each in options]
+    runs[2]["no_flash"] = True
     ranks = run_plan(tmp_path, runs, num_ranks=4)
     assert [rank.code for rank in ranks] == [0] * 4, "\n".join(rank.output for rank in ranks)
-    divided, whole, bfloat16 = json.loads((tmp_path / "answer.json").read_text())
+    assert "FutureWarning" not in ranks[0].output
+    divided, whole, masked, bfloat16, own = json.loads((tmp_path / "answer.json").read_text())
     control = perform(Trainer(LearnerConfig(**options[0] | {"context_parallel_size": 1})), operations)
-    assert_equal_rows(divided, control)
-    assert_equal_rows(whole, control)
+    for rows in (divided, whole, masked):
+        assert_equal_rows(rows, control)
+    assert_equal_rows(own, perform(Trainer(LearnerConfig(**options[4] | {"context_parallel_size": 1})), operations))
     assert [row["num_micro_batches"] for row in whole] == [4.0] * 3, "each rank ran a part of the one row"
     assert whole[2]["tokens_forwarded"] == 4 * -(-control[2]["tokens_forwarded"] // 4), "the parts are equal"
     for row, expected in zip(bfloat16, control, strict=True):

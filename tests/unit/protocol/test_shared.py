@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import protocol.weights.shared as shared_module
+import protocol.weights.staging as staging_module
 from protocol.errors import WeightsError
 from protocol.versions import Version
 from protocol.weights.layout import Layout
@@ -274,6 +275,38 @@ def test_what_a_learner_leaves_that_ends_is_removed_by_its_last_reader(directory
     assert clean_staging(directory) == 0
     reader.release()
     assert list(directory.iterdir()) == []
+
+
+def test_a_version_that_is_still_served_is_removed_by_its_last_reader(directory: Path, reader: SharedReader) -> None:
+    """Views keep the mapping, and with it a duplicate of the owner's descriptor, until the server has closed."""
+    buffer = SharedBuffer.create(directory, LAYOUT)
+    name = write(buffer, 1)
+    views = [buffer.mapped.bytes(0, 64)]
+    reader.claim(name, LAYOUT)
+    buffer.remove()
+    reader.release()
+    assert list(directory.iterdir()) == []
+    assert len(views[0]) == 64
+
+
+def test_of_several_who_let_go_at_once_one_removes_it(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The learner finds it claimed; before it has let go of the file, the only reader lets go, too."""
+    buffer, reader = SharedBuffer.create(directory, LAYOUT), SharedReader(directory)
+    reader.claim(write(buffer, 1), LAYOUT)
+    claim, released = staging_module.claim_alone, []
+
+    def late(descriptor: int) -> bool:
+        alone = claim(descriptor)
+        if not released:
+            released.append(alone)
+            reader.release()
+        return alone
+
+    monkeypatch.setattr(staging_module, "claim_alone", late)
+    buffer.remove()
+    assert released == [False]
+    assert list(directory.iterdir()) == []
+    reader.close()
 
 
 def test_nobody_claims_what_is_being_removed(

@@ -76,3 +76,15 @@ def test_heads_are_shared_out(tiny_model_dir: Path, size: int) -> None:
 def test_what_cannot_be_divided_is_refused(tiny_model_dir: Path, size: int, shares: bool, says: str) -> None:
     with pytest.raises(ConfigError, match=f"context_parallel_size {size}: .*{says}"):
         check_context(AutoModelForCausalLM.from_pretrained(tiny_model_dir), size, shares_prefix=shares)
+
+
+@pytest.mark.parametrize("per_layer_type", [False, True])
+@pytest.mark.parametrize("rope_type", ["dynamic", "longrope"])
+def test_rotary_positions_that_look_at_the_whole_row_are_refused(
+    tiny_model_dir: Path, rope_type: str, per_layer_type: bool
+) -> None:
+    model = AutoModelForCausalLM.from_pretrained(tiny_model_dir)
+    parameters = {"rope_type": rope_type, "rope_theta": 10_000.0, "factor": 2.0}
+    model.config.rope_parameters = {"full_attention": parameters} if per_layer_type else parameters
+    with pytest.raises(ConfigError, match=f"rotary positions of type {rope_type} depend on the longest position"):
+        check_context(model, 2, shares_prefix=True)

@@ -30,7 +30,7 @@ WORDS = {
     "reorder_window": None,
     "weight_sync_steps": 1,
 }
-CONFIG = WORDS | {"seed": 3, "heartbeat_s": 0.5}
+CONFIG = WORDS | {"seed": 3, "heartbeat_s": 0.5, "eval_steps": 5}
 COSTS = Costs(
     decode_token_s=0.02, occupancy_cost=1.0, train_token_s=0.01, train_step_s=1.0, pause_s=0.05, publish_s=0.2,
     reward_s=0.3,
@@ -113,21 +113,32 @@ def test_costs_lengths_and_dial_are_those_of_the_run(tmp_path: Path):
     assert recording.notice == ""
 
 
-def test_evaluations_and_the_warming_up_of_the_first_step_are_left_out(tmp_path: Path):
-    record_run(tmp_path, steps=12)
-    clean = recorded(tmp_path).words
-    metrics = tmp_path / "metrics.jsonl"
+def disturb(path: Path, *, sampled: Sequence[int], arrived: Sequence[int]) -> None:
+    """Let the run have sampled for evaluations in some steps, whose groups came in some of them; and warmed up."""
+    metrics = path / "metrics.jsonl"
     rows = [json.loads(line) for line in metrics.read_text().splitlines()]
     rows[0]["step_time"] += 30.0
     rows[0]["perf/fwd_bwd_s"] += 30.0
-    for number, row in enumerate(rows):
-        row["tokens/eval"] = 5000 * sum(number >= evaluated for evaluated in (4, 5, 9))
-        if number in (4, 5, 9):
+    for row in rows:
+        row["tokens/eval"] = 5000 * sum(row["step"] >= step for step in arrived)
+        if row["step"] in sampled:
             row |= {"rollout/tokens": row["rollout/tokens"] + 5000, "rollout/occupancy": 1.0, "rollout/idle_ratio": 0.0}
     metrics.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_evaluations_and_the_warming_up_of_the_first_step_are_left_out(tmp_path: Path):
+    record_run(tmp_path, steps=12)
+    clean = recorded(tmp_path).words
+    disturb(tmp_path, sampled=(1, 2, 6, 7, 8), arrived=(1, 2, 8))
     words = recorded(tmp_path).words
     costs = ("train_token_s", "train_step_s", "decode_token_s", "occupancy_cost")
     assert [words[cost] for cost in costs] == pytest.approx([clean[cost] for cost in costs], rel=0.1)
+
+
+def test_a_run_that_evaluates_in_every_step_is_read_all_the_same_and_it_is_said(tmp_path: Path):
+    record_run(tmp_path, steps=8)
+    disturb(tmp_path, sampled=range(1, 9), arrived=range(1, 9))
+    assert "a larger eval_steps, or none, would do" in recorded(tmp_path).notice
 
 
 @pytest.mark.parametrize("occupancy_cost", [0.0, 3.0])
