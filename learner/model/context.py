@@ -16,6 +16,7 @@ Shapes: T tokens of a row, L = ceil(T / C) of them here, H heads (query or key),
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -94,13 +95,14 @@ class Context:
         repeats = -(-self.size // x_LHD.shape[1])
         if repeats > 1:
             x_LHD = x_LHD.repeat_interleave(repeats, dim=1)
-        x: Tensor = _ToHeads.apply(x_LHD, self)  # type: ignore[no-untyped-call]
+        x: Tensor = _Exchange.apply(x_LHD, self._heads_of_all, self._tokens_of_all)  # type: ignore[no-untyped-call]
         return x[:num_tokens]
 
     def to_tokens(self, x_THD: Tensor) -> Tensor:
         """From all tokens with own heads back to own tokens with all heads, [L, H, D]."""
         behind = -len(x_THD) % self.size
-        x: Tensor = _ToTokens.apply(functional.pad(x_THD, (0, 0, 0, 0, 0, behind)), self)  # type: ignore[no-untyped-call]
+        padded = functional.pad(x_THD, (0, 0, 0, 0, 0, behind))
+        x: Tensor = _Exchange.apply(padded, self._tokens_of_all, self._heads_of_all)  # type: ignore[no-untyped-call]
         return x
 
     def gather(self, x_LH: Tensor, num_tokens: int) -> Tensor:
@@ -108,8 +110,17 @@ class Context:
         x: Tensor = _Gather.apply(x_LH, self)  # type: ignore[no-untyped-call]
         return x[:num_tokens]
 
-    def exchange(self, parts: Tensor) -> Tensor:
+    def _heads_of_all(self, x: Tensor) -> Tensor:
+        """[L, H, D] -> [C L, H / C, D]."""
+        return self._exchange(x.unflatten(1, (self.size, -1)).transpose(0, 1)).flatten(0, 1)
+
+    def _tokens_of_all(self, x: Tensor) -> Tensor:
+        """[C L, H / C, D] -> [L, H, D]."""
+        return self._exchange(x.unflatten(0, (self.size, -1))).transpose(0, 1).flatten(1, 2)
+
+    def _exchange(self, parts: Tensor) -> Tensor:
         """Send the c-th of [C, ...] to rank c; return what each has sent here, [C, ...]."""
+        parts = parts.contiguous()
         received = torch.empty_like(parts)
         dist.all_to_all_single(received, parts, group=self.group)
         return received
@@ -152,42 +163,18 @@ def _sizes(queries: int, keys: int) -> list[int]:
     return [size for size in range(1, queries + 1) if queries % size == 0 and (keys % size == 0 or size % keys == 0)]
 
 
-class _ToHeads(torch.autograd.Function):
-    """[L, H, D] -> [C L, H / C, D]."""
+class _Exchange(torch.autograd.Function):
+    """An all-to-all one way, and its gradients the other way."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, context: Context) -> Tensor:
-        ctx.context = context
-        return _heads_of_all(x, context)
-
-    @staticmethod
-    @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return _tokens_of_all(grad_outputs[0], ctx.context), None
-
-
-class _ToTokens(torch.autograd.Function):
-    """[C L, H / C, D] -> [L, H, D]."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, context: Context) -> Tensor:
-        ctx.context = context
-        return _tokens_of_all(x, context)
+    def forward(ctx: Any, x: Tensor, there: Callable[[Tensor], Tensor], back: Callable[[Tensor], Tensor]) -> Tensor:
+        ctx.back = back
+        return there(x)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
-        return _heads_of_all(grad_outputs[0], ctx.context), None
-
-
-def _heads_of_all(x: Tensor, context: Context) -> Tensor:
-    parts = x.unflatten(1, (context.size, -1)).transpose(0, 1).contiguous()
-    return context.exchange(parts).flatten(0, 1)
-
-
-def _tokens_of_all(x: Tensor, context: Context) -> Tensor:
-    parts = x.unflatten(0, (context.size, -1)).contiguous()
-    return context.exchange(parts).transpose(0, 1).flatten(1, 2)
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.back(grad_outputs[0]), None, None
 
 
 class _Gather(torch.autograd.Function):

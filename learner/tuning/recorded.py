@@ -210,7 +210,7 @@ def _decoding(
     base_s, occupancy_cost, told = fit_decoding(decoded, room=room, simulated=simulated)
     return {
         "servers": servers, "room": room, "decode_token_s": base_s, "occupancy_cost": occupancy_cost,
-    }, " ".join([*([ALWAYS_FULL] if not told else []), *([ALWAYS_EVALUATED] if disturbed else [])])  # fmt: skip
+    }, " ".join(["" if told else ALWAYS_FULL, ALWAYS_EVALUATED if disturbed else ""]).strip()  # fmt: skip
 
 
 def with_evaluations(rows: list[dict[str, Any]], eval_steps: int) -> set[int]:

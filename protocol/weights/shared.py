@@ -90,8 +90,6 @@ class SharedBuffer:
 
         Its engine may be about to open it, and some engines die of a file that is gone.
         """
-        if claim_alone(self._descriptor):
-            self.mapped.path.unlink(missing_ok=True)
         drop_claim(self._descriptor)
         disown(self._descriptor)  # somebody here may have views of it still, and so a duplicate
         os.close(self._descriptor)
