@@ -2,8 +2,9 @@
 
 pebble owns the processes, the pipes and the limits. What it leaves to us: it gives up as a whole when an idle process
 dies; it never answers tasks that are pending when it stops; a process that ends with exit code 0 is noticed by the
-limit of its task alone, and no limit is seen to once a thread of pebble's has died, or a process with its lock; and it
-kills a worker but not what the worker started.
+limit of its task alone, and no limit is seen to once a thread of pebble's has died, or a process with its lock; it
+kills a worker but not what the worker started; and it lets go of its locks before it kills who may yet have to open
+them.
 This file knows nothing of rewards but the initializer; what a failed task means is decided in pool.py.
 """
 
@@ -12,13 +13,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import multiprocessing
 import os
 import signal
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import asynccontextmanager
+from multiprocessing.context import SpawnContext
 from multiprocessing.sharedctypes import RawArray
+from multiprocessing.synchronize import RLock
 from typing import Any, TypeVar
 
 from pebble import CONSTS, ProcessExpired, ProcessFuture, ProcessPool
@@ -36,6 +38,19 @@ T = TypeVar("T")
 log = logging.getLogger(__name__)
 
 
+class _Spawn(SpawnContext):
+    """Starts processes, and keeps the locks they share: a process that opens one no longer kept ends in a traceback."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.locks: list[RLock] = []
+        """Of the pool there is. pebble lets go of its own while its last processes may be starting."""
+
+    def RLock(self) -> RLock:  # noqa: N802 - the name that pebble calls
+        self.locks.append(super().RLock())
+        return self.locks[-1]
+
+
 class WorkerDied(Exception):
     """The process that ran a task is gone; the text says how it ended."""
 
@@ -50,7 +65,7 @@ class Workers:
         self._funcs = tuple(funcs)
         self._count = count
         self._start_s = start_s
-        self._context = multiprocessing.get_context("spawn")
+        self._context = _Spawn()
         self._pids = RawArray("i", count)
         """By slot: the process working there (it writes its id itself); 0 when nobody is."""
         self._free: asyncio.Queue[int] = asyncio.Queue()
@@ -177,6 +192,7 @@ class Workers:
         for slot in range(self._count):  # at once: pebble would allow each that ignores SIGTERM three seconds
             self._kill_group(slot)
         await asyncio.to_thread(self._pool.join)
+        self._context.locks.clear()
         for future in tuple(self._in_flight):
             if not future.done():
                 future.set_exception(BrokenProcessPool("the workers were stopped"))
