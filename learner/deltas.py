@@ -14,12 +14,13 @@ from collections.abc import Iterator
 from typing import Literal, NamedTuple, Protocol
 
 from learner.links import Links
+from protocol.parallel import in_threads
 from protocol.versions import Version
-from protocol.weights.delta import Costs, changed_fraction, choose, encode_tensor
+from protocol.weights.delta import Costs, changed_fraction, choose, encode_tensor, prepare_encoding
 from protocol.weights.delta_manifest import MAX_CHAIN, DeltaManifest, build_delta_manifest, join_deltas, write_delta
 from protocol.weights.layout import MappedWeights
 from protocol.weights.manifest import Manifest
-from protocol.weights.specs import ITEM_BYTES
+from protocol.weights.specs import ITEM_BYTES, TensorSpec
 
 DeltaWeights = Literal["auto", "always", "never"]
 
@@ -116,6 +117,7 @@ class DeltaChain:
 
     def _encode(self, base: Published, new: Published) -> MadeDelta:
         """Make the delta, and learn from it."""
+        prepare_encoding(ITEM_BYTES[spec.dtype] for spec in new.mapped.layout.specs)
         begun_s = time.monotonic()
         parts = list(_encode_parts(base, new))
         delta = build_delta_manifest(new.manifest.version, base.manifest, parts)
@@ -146,12 +148,19 @@ class DeltaChain:
 
 def _encode_parts(base: Published, new: Published) -> Iterator[tuple[str, bytes]]:
     """Encode every tensor that differs; those of equal digests do not."""
-    for before, entry in zip(base.manifest.tensors, new.manifest.tensors, strict=True):
-        if before.digests != entry.digests:
-            name = entry.spec.name
-            part = encode_tensor(base.mapped.view(name), new.mapped.view(name), ITEM_BYTES[entry.spec.dtype])
-            if part is not None:
-                yield name, part
+    differing = [
+        entry.spec
+        for before, entry in zip(base.manifest.tensors, new.manifest.tensors, strict=True)
+        if before.digests != entry.digests
+    ]
+
+    def encode(spec: TensorSpec) -> bytes | None:
+        return encode_tensor(base.mapped.view(spec.name), new.mapped.view(spec.name), ITEM_BYTES[spec.dtype])
+
+    differing.sort(key=lambda spec: -spec.nbytes)  # the longest last would be waited for alone
+    for number, part in in_threads(encode, differing):
+        if part is not None:
+            yield differing[number].name, part
 
 
 def _regions(mapped: MappedWeights) -> Iterator[tuple[int, int, int]]:

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import logging
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,11 +23,11 @@ from protocol.weights.delta import Costs, choose
 from protocol.weights.delta_manifest import DeltaManifest, find_chain
 from protocol.weights.fetching import FetchReport, WeightsFetcher
 from protocol.weights.layout import MappedWeights
-from protocol.weights.manifest import Manifest, Shipment, content_digest, digest
+from protocol.weights.manifest import Manifest, Shipment, content_digest
 from protocol.weights.push_costs import NETWORK, TELLING_BYTES
 from protocol.weights.specs import ITEM_BYTES
 from protocol.weights.staging import clean_staging, staging_path
-from rollout_server.deltas import Changes, apply_chain
+from rollout_server.deltas import Applied, Changes, apply_chain
 from rollout_server.engines.base import Canaries
 from rollout_server.relay import Relay
 from rollout_server.shared_stage import SharedStage
@@ -216,7 +215,9 @@ class Stage:
         *tell, on_block = [None] * (len(chain) - 1) + self._pass_on(file, last, whole)
         try:
             reports = [fetch(shipment, blob, told) for (shipment, blob), told in zip(blobs, tell, strict=True)]
-            applied = apply_chain(chain, [blob for _, blob in blobs], file, self._forget)
+            applied = apply_chain(
+                chain, [blob for _, blob in blobs], file, manifest, about_to_write=self._forget, on_block=on_block
+            )
         except (IntegrityError, MalformedMessage) as error:
             self._is_wrong(wanted.version, str(error))
             return None
@@ -224,10 +225,8 @@ class Stage:
             if fetch.stop.is_set():
                 raise
             return None  # the deltas are no longer served; the version may be
-        begun_s = time.monotonic()
-        wrong = _verify(manifest, file, on_block)
-        verify_s = time.monotonic() - begun_s
-        self._learn(chain, reports, applied.apply_s, manifest.file_bytes, verify_s)
+        self._learn(chain, reports, applied, manifest.file_bytes)
+        wrong = applied.wrong
         if wrong:
             self._is_wrong(wanted.version, f"{len(wrong)} blocks of the result are wrong")
             blocks = manifest.shipment.blocks
@@ -243,7 +242,7 @@ class Stage:
             path=WeightsPath.DELTA,
             bytes=sum(report.bytes for report in reports),
             transfer_s=sum(report.transfer_s for report in reports),
-            verify_s=sum(report.verify_s for report in reports) + applied.apply_s + verify_s,
+            verify_s=sum(report.verify_s for report in reports) + applied.apply_s + applied.verify_s,
             refetched_blocks=sum(report.refetched_blocks for report in reports) + len(wrong),
             base="" if wrong else base,
             changes=None if wrong else applied.changes,
@@ -261,18 +260,13 @@ class Stage:
             self._link = self._link.after_transfer(report.bytes, report.transfer_s)
 
     def _learn(
-        self,
-        chain: Sequence[DeltaManifest],
-        reports: Sequence[FetchReport],
-        apply_s: float,
-        num_bytes: int,
-        verify_s: float,
+        self, chain: Sequence[DeltaManifest], reports: Sequence[FetchReport], applied: Applied, num_bytes: int
     ) -> None:
         for report in reports:
             self._learn_link(report)
         changed = sum(delta.num_changed for delta in chain)
-        self._costs = self._costs.after_applying(num_changed=changed, s=apply_s)
-        self._costs = self._costs.after_hashing(num_bytes=num_bytes, s=verify_s)
+        self._costs = self._costs.after_applying(num_changed=changed, s=applied.apply_s)
+        self._costs = self._costs.after_hashing(num_bytes=num_bytes, s=applied.verify_s)
 
 
 @dataclass(frozen=True, slots=True)
@@ -288,14 +282,3 @@ class _Fetch:
             shipment, self.wanted.addresses, destination, keys=self.wanted.keys, stop=self.stop, deadline_s=FETCH_S,
             stall_s=STALL_S, on_block=on_block,
         )  # fmt: skip
-
-
-def _verify(manifest: Manifest, file: MappedWeights, on_block: OnBlock | None) -> list[int]:
-    """Return which blocks of the file do not hash to the manifest; neighbors are told of the others."""
-    wrong = []
-    for index, block in enumerate(manifest.shipment.blocks):
-        if digest(manifest.algorithm, file.bytes(block.offset, block.nbytes)) != block.digest:
-            wrong.append(index)
-        elif on_block is not None:
-            on_block(index)
-    return wrong

@@ -4,12 +4,13 @@ Elements of 1, 2, 4 or 8 bytes are compared as bits, so NaN payloads and -0.0 ar
 step changes of bf16 weights is often a few percent, by a unit or two in the last place: the part is then a fiftieth of
 the tensor. It says where the changed elements are and, for each, old XOR new; so applying a part twice undoes it.
 protocol/README.md specifies the bytes ("Delta parts"); digests of the result, elsewhere, decide what is believed (I5).
-No sockets, files or torch here; no state, so any thread may use it.
+The loops are delta_loops.py's. No sockets, files or torch here; no state, so any thread may use it, several at once.
 """
 
 from __future__ import annotations
 
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Final, TypeAlias
 
@@ -19,11 +20,12 @@ import zstandard
 
 from protocol.codec import Buffer
 from protocol.errors import MalformedMessage
+from protocol.weights import delta_loops as loops
 from protocol.weights.push_costs import Costs, LinkSpeed, choose
 
 __all__ = [
     "Costs", "LinkSpeed", "TensorDelta", "apply_tensor", "changed_fraction", "choose", "decode_tensor", "encode_tensor",
-    "num_changed",
+    "num_changed", "prepare_decoding", "prepare_encoding",
 ]  # fmt: skip
 
 DELTA_FORMAT: Final = 1
@@ -34,9 +36,7 @@ _HEADER: Final = struct.Struct("<BBBxQQ")
 """Format, bytes per element, bytes per gap (or BITMAP), changed elements, gaps; then a u64 per stream."""
 _UNSIGNED: Final[dict[int, np.dtype[Any]]] = {size: np.dtype(f"<u{size}") for size in (1, 2, 4, 8)}
 _BLOCK_BYTES: Final = 1 << 20
-"""Of each version, compared at a time: what differs is still in the cache when it is gathered."""
-_DENSE_WORDS: Final = 2
-"""Where more than one of so many words of a block differ, the next one's elements are looked at rather than words."""
+"""Of each version, compared at a time: what is noted of it is still in the cache when it is gathered."""
 _BITMAP_SHARE: Final = 8
 """With more than one changed element in so many, a bit for each element is shorter than a byte for each gap."""
 _ZSTD: Final = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6)
@@ -47,24 +47,36 @@ MAX_WINDOW_BYTES: Final = 8 << 20
 _SAMPLE_BYTES: Final = 32 << 10
 _WORTH: Final = 15 / 16
 """A stream whose sample does not shrink below this share goes as it is."""
-_INDICES_AT_ONCE: Final = 64 << 10
 _LOOK_BYTES: Final = 4 << 10
 _EVERY_BYTES: Final = 256 << 10
 
 Unsigned: TypeAlias = npt.NDArray[np.unsignedinteger[Any]]
 Positions: TypeAlias = npt.NDArray[np.int64]
 Octets: TypeAlias = npt.NDArray[np.uint8]
-Indices: TypeAlias = npt.NDArray[np.uint32] | npt.NDArray[np.int64]
 
 
 @dataclass(frozen=True, slots=True)
 class TensorDelta:
     """What changed in one tensor: K elements."""
 
-    indices: Indices
-    """[K] uint32 (int64 in a tensor of more than 2^32 elements): positions of the elements, strictly ascending."""
+    indices: Positions
+    """[K] int64: positions of the elements, strictly ascending."""
     xor: Unsigned
     """[K] uint8 to uint64: old bits XOR new bits of each."""
+
+
+def prepare_encoding(item_bytes: Iterable[int]) -> None:
+    """Compile what elements of these widths need, once in a process: else the first delta would wait for it."""
+    for width in set(item_bytes):
+        loops.find(width)
+    loops.widen()
+
+
+def prepare_decoding(item_bytes: Iterable[int]) -> None:
+    """The same for the other end."""
+    for width in set(item_bytes):
+        loops.apply(width)
+    loops.unpack(1), loops.unpack(2)
 
 
 def encode_tensor(base: Buffer, new: Buffer, item_bytes: int) -> bytes | None:
@@ -77,13 +89,23 @@ def encode_tensor(base: Buffer, new: Buffer, item_bytes: int) -> bytes | None:
     """
     old, fresh = np.frombuffer(base, np.uint8), np.frombuffer(new, np.uint8)
     assert old.size == fresh.size, (old.size, fresh.size)
-    gaps, xor = _find_changes(old, fresh, item_bytes)
-    if not gaps.size:
+    num_elements = old.size // item_bytes
+    most = num_elements // _BITMAP_SHARE
+    gaps = np.empty(loops.gap_room(most, num_elements), np.uint8)
+    planes = np.empty((item_bytes, num_elements), np.uint8)
+    words = [piece for version in zip(_words(old), _words(fresh), strict=True) for piece in version]
+    num_changed, num_gaps, more = loops.find(item_bytes)(*words, most, gaps, planes)
+    if not num_changed:
         return None
-    gap_bytes, places = _pack_positions(gaps, old, fresh, item_bytes)
+    form, places = 1, gaps[:num_gaps]
+    if num_changed > most:
+        form, places = BITMAP, _bitmap(old, fresh, _UNSIGNED[item_bytes])
+    elif num_changed + 2 * more < num_gaps - num_changed:
+        form, places = 2, np.empty(num_changed + more, np.uint16)
+        loops.widen()(gaps[:num_gaps], places)
     compressor = zstandard.ZstdCompressor(compression_params=_ZSTD)
-    streams = [_shrink(plane, compressor) for plane in (*_planes(places), *_planes(xor))]
-    header = _HEADER.pack(DELTA_FORMAT, item_bytes, gap_bytes, gaps.size, places.size)
+    streams = [_shrink(plane, compressor) for plane in (*_planes(places), *planes[:, :num_changed])]
+    header = _HEADER.pack(DELTA_FORMAT, item_bytes, form, num_changed, places.size)
     sizes = struct.pack(f"<{len(streams)}Q", *(len(stream) for stream in streams))
     return b"".join((header, sizes, *streams))
 
@@ -114,17 +136,17 @@ def decode_tensor(part: Buffer, *, num_elements: int, item_bytes: int) -> Tensor
     return TensorDelta(indices, _interleave(planes[num_position_planes:]))
 
 
-def apply_tensor(delta: TensorDelta, target: Buffer) -> None:
-    """Change the tensor's bytes in place: every element at `indices` becomes itself XOR its value.
+def apply_tensor(delta: TensorDelta, target: Buffer, *, first: int = 0) -> None:
+    """Change bytes of the tensor in place: every element at `indices` that they hold becomes itself XOR its value.
 
     Args:
-        delta: Decoded for a tensor of this many elements.
-        target: Writable bytes of the tensor, at any alignment.
+        delta: Decoded for the tensor.
+        target: Writable bytes of whole elements, all of the tensor's or some in a row, at any alignment.
+        first: Which element they begin with.
     """
     elements = np.frombuffer(target, delta.xor.dtype)
-    for begin in range(0, delta.indices.size, _INDICES_AT_ONCE):
-        where = delta.indices[begin : begin + _INDICES_AT_ONCE].astype(np.intp)
-        elements[where] ^= delta.xor[begin : begin + _INDICES_AT_ONCE]
+    begin, end = delta.indices.searchsorted((first, first + elements.size))
+    loops.apply(delta.xor.itemsize)(elements, first, delta.indices[begin:end], delta.xor[begin:end])
 
 
 def changed_fraction(base: Buffer, new: Buffer, item_bytes: int) -> float:
@@ -153,95 +175,12 @@ def _share_changed(old: Octets, fresh: Octets, item_bytes: int) -> float:
     return int(np.count_nonzero(differs)) / max(1, int(differs.size))
 
 
-def _find_changes(old: Octets, fresh: Octets, item_bytes: int) -> tuple[Unsigned, Unsigned]:
-    """Return how many equal elements precede each that differs, since the one before, and the XOR of its bits.
-
-    Finding changes is most of what encoding costs. On 64 MiB of bf16 of which 1, 3 and 10 % of the elements differ,
-    one thread on two busy cores was so many times as fast as XOR of the whole tensor and zstd level 1 in the same run:
-
-        flatnonzero of all elements                         1.1  1.5  4.0
-        XOR, flatnonzero of elements, blocks of 128 KiB     2.0  2.0  2.1
-        XOR, then of 8-byte words, blocks of 128 KiB        1.4  2.2  2.5
-        != of words, gather from both, blocks of 1 MiB      2.1  3.1  2.8
-        XOR, then of words, blocks of 1 MiB                 2.0  3.8  3.3    this one
-        the same, first of groups of 8 words                1.9
-
-    Smaller blocks pay too much for the calls of numpy, larger ones leave the cache. Above a fifth most words differ,
-    and looking at elements is faster (30 %: 0.52 against 0.30 GB/s). Gaps are taken while a block's positions, 8 bytes
-    each, are in the cache: with np.diff of all of them, packing took as long as finding.
-    """
-    dtype = _UNSIGNED[item_bytes]
-    gaps: list[Unsigned] = []
-    values: list[Unsigned] = []
-    buffer = np.empty(min(_BLOCK_BYTES, old.size), np.uint8)
-    mask = np.empty(buffer.size // item_bytes, np.bool_)
-    last, sparse = -1, item_bytes < 8
-    for begin in range(0, old.size, _BLOCK_BYTES):
-        a, b = old[begin : begin + _BLOCK_BYTES], fresh[begin : begin + _BLOCK_BYTES]
-        unit = np.dtype(np.uint64) if sparse and a.size % 8 == 0 else dtype
-        difference = np.bitwise_xor(a.view(unit), b.view(unit), out=buffer[: a.size].view(unit))
-        differing = np.not_equal(difference, 0, out=mask[: difference.size]).nonzero()[0]
-        sparse = item_bytes < 8 and differing.size * unit.itemsize * _DENSE_WORDS <= a.size
-        if not differing.size:
-            continue
-        found, xor = _split_words(differing, difference.take(differing), dtype)
-        gaps.append(_gaps(found, last - begin // item_bytes, old.size // item_bytes))
-        values.append(xor)
-        last = int(found[-1]) + begin // item_bytes
-    if not gaps:
-        return np.empty(0, np.uint32), np.empty(0, dtype)
-    return np.concatenate(gaps), np.concatenate(values)
-
-
-def _split_words(words: Positions, differences: Unsigned, dtype: np.dtype[Any]) -> tuple[Positions, Unsigned]:
-    """Return positions and XOR of the elements that differ, given those of the words that do."""
-    if differences.dtype == dtype:
-        return words, differences
-    bits = 3 - dtype.itemsize.bit_length() + 1  # of an element's place in its word
-    lanes = differences.view(dtype)
-    differing = (lanes != 0).nonzero()[0]
-    words <<= bits
-    found = words.take(differing >> bits)
-    xor = lanes.take(differing)
-    differing &= (1 << bits) - 1
-    found += differing
-    return found, xor
-
-
-def _gaps(found: Positions, before: int, num_elements: int) -> Unsigned:
-    """Return the equal elements before each of `found`, the first one counted from the position `before`."""
-    gaps: Unsigned = np.empty(found.size, _index_dtype(num_elements))
-    np.subtract(found[1:], found[:-1], out=gaps[1:], casting="unsafe")
-    gaps[0] = found[0] - before
-    gaps -= 1
-    return gaps
-
-
-def _index_dtype(num_elements: int) -> np.dtype[Any]:
-    return np.dtype(np.uint32 if num_elements <= 1 << 32 else np.int64)
-
-
-def _pack_positions(gaps: Unsigned, old: Octets, fresh: Octets, item_bytes: int) -> tuple[int, Unsigned]:
-    """Return the form of the positions (BITMAP, or bytes of a gap) and their numbers: the shorter one."""
-    if gaps.size * _BITMAP_SHARE > old.size // item_bytes:
-        return BITMAP, _bitmap(old, fresh, _UNSIGNED[item_bytes])
-    wide = (gaps >= 0xFF).nonzero()[0]
-    excess = gaps.take(wide)
-    by_bytes = gaps.size + int((excess // 0xFF).sum())
-    by_pairs = 2 * (gaps.size + int((excess // 0xFFFF).sum()))
-    if by_pairs < by_bytes:
-        return 2, _pack_gaps(gaps, (gaps >= 0xFFFF).nonzero()[0], _UNSIGNED[2])
-    return 1, _pack_gaps(gaps, wide, _UNSIGNED[1])
-
-
-def _pack_gaps(gaps: Unsigned, wide: Positions, dtype: np.dtype[Any]) -> Unsigned:
-    """Write every gap as its remainder, after as many of the largest number as it takes."""
-    narrow = gaps.astype(dtype)
-    if not wide.size:
-        return narrow
-    most = int(np.iinfo(dtype).max)
-    times, narrow[wide] = np.divmod(gaps.take(wide), most)
-    return np.insert(narrow, np.repeat(wide, times), most)
+def _words(octets: Octets) -> tuple[npt.NDArray[np.uint64], npt.NDArray[np.uint64]]:
+    """Return them eight at a time, and the rest with zeros behind it."""
+    whole = octets.size // 8 * 8
+    tail = np.zeros(8 if whole < octets.size else 0, np.uint8)
+    tail[: octets.size - whole] = octets[whole:]
+    return octets[:whole].view(np.uint64), tail.view(np.uint64)
 
 
 def _bitmap(old: Octets, fresh: Octets, dtype: np.dtype[Any]) -> Octets:
@@ -250,26 +189,21 @@ def _bitmap(old: Octets, fresh: Octets, dtype: np.dtype[Any]) -> Octets:
     return np.concatenate(bits)
 
 
-def _unpack_gaps(places: Unsigned, num_elements: int, num_changed: int) -> Indices:
-    most = int(np.iinfo(places.dtype).max)
-    ends = places != most
-    if not ends[-1] or np.count_nonzero(ends) != num_changed:
-        raise MalformedMessage(f"delta part: its gaps are not those of {num_changed} elements")
-    if int(places.sum(dtype=np.uint64)) + num_changed > num_elements:
+def _unpack_gaps(places: Unsigned, num_elements: int, num_changed: int) -> Positions:
+    positions = np.empty(num_changed, np.int64)
+    found = loops.unpack(places.itemsize)(places, num_elements, positions)
+    if found == loops.BEYOND:
         raise MalformedMessage(f"delta part: an element beyond the tensor's {num_elements}")
-    indices: Indices = np.add(places, ends, dtype=_index_dtype(num_elements))
-    np.cumsum(indices, out=indices)
-    if places.size > num_changed:
-        indices = indices[ends]
-    indices -= 1
-    return indices
+    if found != num_changed:
+        raise MalformedMessage(f"delta part: its gaps are not those of {num_changed} elements")
+    return positions
 
 
-def _unpack_bitmap(places: Octets, num_elements: int, num_changed: int) -> Indices:
-    indices = np.unpackbits(places, bitorder="little").view(np.bool_).nonzero()[0]
-    if indices.size != num_changed or indices[-1] >= num_elements:
+def _unpack_bitmap(places: Octets, num_elements: int, num_changed: int) -> Positions:
+    positions = np.unpackbits(places, bitorder="little").view(np.bool_).nonzero()[0]
+    if positions.size != num_changed or positions[-1] >= num_elements:
         raise MalformedMessage(f"delta part: its bitmap is not of {num_changed} out of {num_elements} elements")
-    return indices.astype(_index_dtype(num_elements), copy=False)
+    return positions
 
 
 def _planes(numbers: Unsigned) -> list[Octets]:

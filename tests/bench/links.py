@@ -69,6 +69,8 @@ class Links:
             except OSError:
                 near.close()
                 continue
+            for end in (near, far):  # a link does not wait for more to send along
+                end.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             self._start(self._pump, far, near, source, sink)
             self._start(self._pump, near, far, sink, source)
 

@@ -45,11 +45,14 @@ class Push:
         from learner.deltas import DeltaChain
         from learner.links import Links
         from protocol.messages import WeightsLive, WeightsPath
+        from protocol.weights.delta import prepare_decoding, prepare_encoding
         from protocol.weights.delta_manifest import read_deltas
         from protocol.weights.fetching import WeightsFetcher
         from protocol.weights.serving import WeightsServer
         from rollout_server.stage import Stage, Wanted
 
+        prepare_encoding([2])
+        prepare_decoding([2])
         times = []
         with tempfile.TemporaryDirectory(dir="/dev/shm") as directory, WeightsServer("tcp://127.0.0.1:*") as server:
             links = Links(local=False)

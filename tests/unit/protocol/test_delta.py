@@ -111,12 +111,6 @@ def test_noise_travels_as_it_is():
     assert len(part) - HEADER.size - 16 <= N // 8 + N, "no stream is longer than its bytes"
 
 
-def test_indices_are_32_bits_wide_where_they_fit():
-    part = packed([b"\x00", b"\x01"], changed=1, places=1)
-    assert decode_tensor(part, num_elements=1 << 32, item_bytes=1).indices.dtype == np.uint32
-    assert decode_tensor(part, num_elements=(1 << 32) + 1, item_bytes=1).indices.dtype == np.int64
-
-
 FRAME = zstandard.ZstdCompressor().compress
 
 
@@ -193,7 +187,9 @@ def test_all_elements_changed_is_the_most_that_a_part_can_make_us_allocate(trace
     part = packed([FRAME(bytes(N))] * 2 + [FRAME(b"\x01" * N)] * 2, changed=N, places=N, item_bytes=2, form=2)
     before = tracemalloc.get_traced_memory()[0]
     assert decode_tensor(part, num_elements=N, item_bytes=2).indices[-1] == N - 1
-    assert tracemalloc.get_traced_memory()[1] - before < 16 * N
+    assert tracemalloc.get_traced_memory()[1] - before < 17 * N, (
+        "positions take 8 bytes, the rest as often as it is turned over"
+    )
 
 
 def test_the_sampled_share_is_near_the_true_one():

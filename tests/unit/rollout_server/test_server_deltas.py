@@ -8,7 +8,7 @@ from hypothesis import given
 
 from rollout_server.deltas import _union
 
-positions = st.sets(st.integers(0, 50), min_size=1).map(lambda found: np.array(sorted(found), np.uint32))
+positions = st.sets(st.integers(0, 50), min_size=1).map(lambda found: np.array(sorted(found), np.int64))
 
 
 @given(st.lists(positions, min_size=1, max_size=4))
