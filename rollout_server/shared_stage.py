@@ -15,6 +15,7 @@ from pathlib import Path
 from protocol.errors import IntegrityError, Superseded, WeightsError
 from protocol.kinds import WeightsPath
 from protocol.logs import event
+from protocol.parallel import in_threads
 from protocol.weights.layout import MappedWeights
 from protocol.weights.manifest import Manifest, digest
 from protocol.weights.shared import SharedReader
@@ -88,8 +89,12 @@ class SharedStage:
 
 
 def _verify(mapped: MappedWeights, manifest: Manifest, stop: threading.Event) -> None:
-    for block in manifest.shipment.blocks:
+    blocks = manifest.shipment.blocks
+    right = in_threads(
+        lambda block: digest(manifest.algorithm, mapped.bytes(block.offset, block.nbytes)) == block.digest, blocks
+    )
+    for index, is_right in right:
         if stop.is_set():
             raise Superseded(f"the reading of version {manifest.version} was called off")
-        if digest(manifest.algorithm, mapped.bytes(block.offset, block.nbytes)) != block.digest:
-            raise IntegrityError(f"{mapped.path.name}, {block.what}: its bytes do not hash to the manifest")
+        if not is_right:
+            raise IntegrityError(f"{mapped.path.name}, {blocks[index].what}: its bytes do not hash to the manifest")

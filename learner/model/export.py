@@ -19,6 +19,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from learner.model.load import DTYPES
 from protocol.errors import WeightsError
+from protocol.parallel import in_threads
 from protocol.weights.layout import Layout, MappedWeights
 from protocol.weights.manifest import BLOCK_BYTES, Algorithm, TensorSpec, new_hasher
 
@@ -76,8 +77,8 @@ def write_tensors(
 ) -> dict[str, list[str]]:
     """Cast every tensor straight into its place in `mapped`; no second copy of the model exists at any time.
 
-    Copied, looked at and hashed piece by piece, while a piece is in the cache: the memory is read once. Safe beside a
-    forward and backward pass in another thread: it only reads the parameters.
+    Copied, looked at and hashed piece by piece, while a piece is in the cache: the memory is read once, by as many
+    threads as it takes. Safe beside a forward and backward pass in another thread: it only reads the parameters.
 
     Returns:
         With an algorithm, the digests of each tensor's blocks, as `build_manifest` would compute them.
@@ -85,12 +86,16 @@ def write_tensors(
     Raises:
         WeightsError: a tensor is not finite in that dtype. `mapped` is then half written and must not be published.
     """
+    names = sorted(tensors, key=lambda name: -tensors[name].numel())  # the longest last would be waited for alone
     digests: dict[str, list[str]] = {}
-    for name, tensor in tensors.items():
-        total, digests[name] = _write(tensor, mapped.view(name), DTYPES[dtype], algorithm)
+    for number, (total, of_blocks) in in_threads(
+        lambda name: _write(tensors[name], mapped.view(name), DTYPES[dtype], algorithm), names
+    ):
+        name = names[number]
         # Whatever is not finite makes the sum so; a sum of finite numbers may still overflow.
-        if not math.isfinite(total) and not torch.isfinite(tensor.to(DTYPES[dtype])).all():
+        if not math.isfinite(total) and not torch.isfinite(tensors[name].to(DTYPES[dtype])).all():
             raise WeightsError(f"tensor {name} is not finite as {dtype}: this version cannot be published")
+        digests[name] = of_blocks
     return digests
 
 
