@@ -19,7 +19,7 @@ from protocol.errors import IntegrityError, MalformedMessage, Superseded
 from protocol.kinds import WeightsPath
 from protocol.logs import event
 from protocol.versions import Version
-from protocol.weights.delta import Costs, choose
+from protocol.weights.delta import Costs, choose, is_available
 from protocol.weights.delta_manifest import DeltaManifest, find_chain
 from protocol.weights.fetching import FetchReport, WeightsFetcher
 from protocol.weights.layout import MappedWeights
@@ -95,6 +95,14 @@ class Stage:
         """`content_digest` of what the file holds whole; empty while it holds nothing whole."""
         self._link, self._costs = NETWORK, Costs()
         self._strikes = Strikes(WeightsPath.DELTA)
+        self._takes_deltas = is_available()
+        if not self._takes_deltas:
+            event(
+                log,
+                "weights_only_whole",
+                level=logging.WARNING,
+                reason="numba is not installed: what changed cannot be read",
+            )
         clean_staging(directory)
         self._shared = SharedStage(directory)
 
@@ -188,7 +196,7 @@ class Stage:
 
     def _chain(self, wanted: Wanted) -> Sequence[DeltaManifest] | None:
         """Return the deltas to go by, if there are any from what is here, and they are sooner here than everything."""
-        if not self._content or self._strikes.out:
+        if not self._content or self._strikes.out or not self._takes_deltas:
             return None
         chain = find_chain(wanted.deltas, self._content, wanted.version)
         if chain is None:

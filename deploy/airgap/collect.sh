@@ -50,6 +50,7 @@ done
 # What the host has already (its own torch, and whatever belongs to it), and what only tests need.
 host_has='torch|torchvision|transformers|tokenizers|safetensors|huggingface-hub|numpy|pillow|regex|requests|tqdm|pyyaml'
 only_tests='pytest|pytest-timeout|pluggy|iniconfig'
+only_deltas='numba|llvmlite' # 64 MB; without them a server fetches every version whole
 
 # pip compares platform names one by one: every glibc up to the host's, 2.34 here, has a name of its own.
 platforms=()
@@ -82,7 +83,7 @@ echo "the packages that both need ..."
 requirements=$(mktemp)
 trap 'rm -f "$requirements"' EXIT
 grep -E '^[a-z0-9-]+==' "$root/tests/sglang_cpu/requirements.txt" \
-    | grep -vE "^(sglang|apache-tvm-ffi|$host_has|$only_tests)==" >"$requirements"
+    | grep -vE "^(sglang|apache-tvm-ffi|$host_has|$only_tests|$only_deltas)==" >"$requirements"
 cat "$here/requirements.txt" >>"$requirements"
 download "$out/wheels" -r "$requirements"
 

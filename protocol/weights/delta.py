@@ -9,6 +9,7 @@ The loops are delta_loops.py's. No sockets, files or torch here; no state, so an
 
 from __future__ import annotations
 
+import importlib.util
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ from protocol.weights.push_costs import Costs, LinkSpeed, choose
 
 __all__ = [
     "Costs", "LinkSpeed", "TensorDelta", "apply_tensor", "changed_fraction", "choose", "decode_tensor", "encode_tensor",
-    "num_changed", "prepare_decoding", "prepare_encoding",
+    "is_available", "num_changed", "prepare_decoding", "prepare_encoding",
 ]  # fmt: skip
 
 DELTA_FORMAT: Final = 1
@@ -63,6 +64,11 @@ class TensorDelta:
     """[K] int64: positions of the elements, strictly ascending."""
     xor: Unsigned
     """[K] uint8 to uint64: old bits XOR new bits of each."""
+
+
+def is_available() -> bool:
+    """Whether this process can encode and decode: a host that was given as little as possible has no compiler."""
+    return importlib.util.find_spec("numba") is not None
 
 
 def prepare_encoding(item_bytes: Iterable[int]) -> None:

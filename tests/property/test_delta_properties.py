@@ -24,7 +24,7 @@ def pairs(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray]:
     num_elements = draw(st.one_of(st.integers(0, 40), st.integers(0, 5000), st.just(70_000)))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     base = rng.integers(0, np.iinfo(dtype).max, num_elements, dtype, endpoint=True)
-    share = draw(st.one_of(st.sampled_from([0.0, 1e-4, 0.01, 0.125, 1.0]), st.floats(0, 1)))
+    share = draw(st.one_of(st.sampled_from([0.0, 1e-4, 0.01, 0.12, 0.125, 0.13, 1.0]), st.floats(0, 1)))
     most = draw(st.sampled_from([1, 7, np.iinfo(dtype).max]))
     noise = rng.integers(0, most, num_elements, dtype, endpoint=True)
     return base, base ^ np.where(rng.random(num_elements) < share, noise, noise.dtype.type(0))

@@ -146,6 +146,12 @@ def test_what_is_no_part_is_refused(part, match):
     refused(part, match)
 
 
+def test_more_gaps_than_changes_are_written_nowhere():
+    """32 MB of positions where there is room for one: nothing checks what a compiled loop writes over."""
+    places = 1 << 22
+    refused(packed([bytes(places), b"\x01"], changed=1, places=places), "its gaps", num_elements=1 << 30)
+
+
 def test_bits_after_the_last_element_are_refused():
     part = packed([b"\x01\x02", b"\x01\x01"], changed=2, places=2, form=0)
     refused(part, "its bitmap", num_elements=9)

@@ -16,6 +16,7 @@ from learner.links import Links
 from protocol.errors import Superseded, WeightsError
 from protocol.messages import WeightsPath
 from protocol.versions import Version
+from protocol.weights import delta
 from protocol.weights.delta import encode_tensor
 from protocol.weights.delta_manifest import build_delta_manifest, read_deltas
 from protocol.weights.fetching import WeightsFetcher
@@ -198,6 +199,18 @@ def test_an_honest_delta_in_between_makes_good(trip: Trip) -> None:
     assert trip.bring(lying(trip)).path is WeightsPath.DENSE
     trip.step()
     assert trip.bring().path is WeightsPath.DELTA
+
+
+def test_where_nothing_compiles_every_version_comes_whole(
+    trip: Trip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(delta.importlib.util, "find_spec", lambda name: None)
+    trip.stage = Stage(tmp_path / "staging", WeightsFetcher())
+    assert "event=weights_only_whole" in caplog.text
+    trip.bring()
+    trip.step()
+    assert trip.wanted().deltas
+    assert trip.bring().path is WeightsPath.DENSE
 
 
 def test_deltas_that_are_no_longer_served_are_no_loss(trip: Trip) -> None:

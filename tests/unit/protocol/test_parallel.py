@@ -1,0 +1,72 @@
+"""Pieces of work shared out: each once, by several threads at once, and no thread left behind."""
+
+import hashlib
+import itertools
+import threading
+
+import pytest
+
+from protocol import parallel
+from protocol.parallel import in_threads
+
+
+@pytest.fixture(params=[1, 2, 4])
+def cores(request, monkeypatch):
+    monkeypatch.setattr(parallel, "_num_cores", lambda: request.param)
+    return request.param
+
+
+def helpers_alive():
+    return [thread for thread in threading.enumerate() if thread.name.startswith("help")]
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 3, 500])
+def test_every_piece_once(cores, count):
+    pieces = [f"piece {number}" for number in range(count)]
+    done = list(in_threads(str.upper, pieces))
+    assert sorted(done) == [(number, piece.upper()) for number, piece in enumerate(pieces)]
+    assert helpers_alive() == []
+
+
+def test_as_many_at_once_as_there_are_cores(cores):
+    together = threading.Barrier(cores)
+    seen = {
+        thread for _, thread in in_threads(lambda _: together.wait(10.0) >= 0 and threading.get_ident(), [0] * cores)
+    }
+    assert len(seen) == cores
+    assert threading.get_ident() in seen, "who asks works along"
+
+
+def test_never_more_than_a_few(monkeypatch):
+    monkeypatch.setattr(parallel, "_num_cores", lambda: 64)
+    assert len({name for _, name in in_threads(lambda _: threading.get_ident(), range(1000))}) <= parallel.MOST_THREADS
+
+
+@pytest.mark.parametrize("wrong", [0, 7, 99])
+def test_the_first_error_ends_it(cores, wrong):
+    begun = []
+
+    def work(number):
+        begun.append(number)
+        if number == wrong:
+            raise ValueError(f"piece {number}")
+        return number
+
+    with pytest.raises(ValueError, match=f"piece {wrong}"):
+        list(in_threads(work, range(100)))
+    assert helpers_alive() == []
+    assert sorted(begun) == sorted(set(begun)), "no piece twice"
+
+
+def test_whoever_has_seen_enough_waits_for_no_piece_that_was_not_begun(cores):
+    begun, block = itertools.count(), bytes(1 << 20)
+
+    def work(_):
+        hashlib.blake2b(block)  # a millisecond: all of them would take minutes
+        return next(begun)
+
+    results = in_threads(work, range(100_000))
+    next(results)
+    results.close()
+    assert next(begun) < 50_000
+    assert helpers_alive() == []
