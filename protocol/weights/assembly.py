@@ -19,7 +19,7 @@ from protocol.codec import Buffer, decode
 from protocol.errors import IntegrityError, ProtocolError
 from protocol.messages import UInt8, WeightsChunk, WeightsRequest
 from protocol.weights.chunks import Arrival, ChunkPlan, Stretch
-from protocol.weights.manifest import Hasher, Shipment, new_hasher
+from protocol.weights.manifest import Block, Hasher, Shipment, new_hasher
 
 MAX_REFETCHES = 3
 MIXED = -1
@@ -147,44 +147,41 @@ class Assembly:
             self._counters.foreign += arrival is Arrival.FOREIGN
             self._counters.wrong_size += arrival is Arrival.WRONG_SIZE
             return Outcome.USELESS
-        self._copy(offset, data.reshape(-1))
         self.chunks += 1
         self.bytes += data.size
         self._counters.chunks += 1
         self._counters.bytes += data.size
-        begun_s, outcome = time.monotonic(), Outcome.USED
+        flat = data.reshape(-1)
         for index in self.plan.blocks_in(offset, data.size):
+            if index in self._verified:  # in a chunk that was fetched again for a neighbor's sake
+                continue
             if self._origins.setdefault(index, source) != source:
                 self._origins[index] = MIXED
+            self._copy(offset, flat, self._shipment.blocks[index])
             if not self._verify(index):
                 outcome = Outcome.USED if self._origins[index] == MIXED else Outcome.WRONG
                 self._refetch(index)
-                break  # the chunk and what else is in it are missing again
-        self.verify_s += time.monotonic() - begun_s
-        return outcome
+                return outcome  # the chunk and what else is in it are missing again
+        return Outcome.USED
 
-    def _copy(self, offset: int, data: UInt8) -> None:
-        """Put bytes in place: of blocks that are not verified, and of nothing that is not asked for.
+    def _copy(self, offset: int, data: UInt8, block: Block) -> None:
+        """Put bytes in place: of a block that is not verified, and of nothing that is not asked for.
 
         What is verified others may have already, and what lies between the blocks of a shipment nobody looks at again.
         """
-        end = offset + data.size
-        for index in self.plan.blocks_in(offset, data.size):
-            if index not in self._verified:
-                block = self._shipment.blocks[index]
-                first, last = max(offset, block.offset), min(end, block.offset + block.nbytes)
-                self._array[first:last] = data[first - offset : last - offset]
+        first, last = max(offset, block.offset), min(offset + data.size, block.offset + block.nbytes)
+        self._array[first:last] = data[first - offset : last - offset]
 
     def _verify(self, index: int) -> bool:
         """Hash what has become contiguous; False if the block is complete and its bytes are wrong."""
-        if index in self._verified:  # in a chunk that was fetched again for a neighbor's sake
-            return True
         block, hashed = self._shipment.blocks[index], self._hashed[index]
         here = self.plan.contiguous_bytes(index)
         if here == hashed:
             return True
+        begun_s = time.monotonic()
         hasher = self._hashers.get(index) or self._hashers.setdefault(index, new_hasher(self._shipment.algorithm))
         hasher.update(self._memory[block.offset + hashed : block.offset + here])
+        self.verify_s += time.monotonic() - begun_s
         self._hashed[index] = here
         if here < block.nbytes:
             return True
