@@ -8,12 +8,15 @@ believes are those of the whole version. Runs on the publisher's thread; must no
 from __future__ import annotations
 
 import itertools
+import logging
 import time
 from collections import deque
 from collections.abc import Iterator
 from typing import Literal, NamedTuple, Protocol
 
 from learner.links import Links
+from protocol.errors import ConfigError
+from protocol.logs import event
 from protocol.parallel import in_threads
 from protocol.versions import Version
 from protocol.weights.delta import Costs, changed_fraction, choose, encode_tensor, prepare_encoding
@@ -21,6 +24,8 @@ from protocol.weights.delta_manifest import MAX_CHAIN, DeltaManifest, build_delt
 from protocol.weights.layout import MappedWeights
 from protocol.weights.manifest import Manifest
 from protocol.weights.specs import ITEM_BYTES, TensorSpec
+
+log = logging.getLogger(__name__)
 
 DeltaWeights = Literal["auto", "always", "never"]
 
@@ -62,6 +67,9 @@ class DeltaChain:
         links: What a delta must pay on.
         mode: `auto` serves a delta where it is sooner there than the whole version, over the slowest link.
         keep: Make one of every version, served or not: somebody keeps them.
+
+    Raises:
+        ConfigError: deltas are asked for, and this process cannot make any.
     """
 
     def __init__(self, server: DeltaServer, links: Links, mode: DeltaWeights, *, keep: bool = False) -> None:
@@ -75,11 +83,21 @@ class DeltaChain:
         self.density: float | None = None
         """Share of the elements that the newest version changed: counted where there is a delta, else a sample's; None
         where nobody looked."""
+        if mode == "always" or keep:
+            try:
+                prepare_encoding()
+            except ImportError as error:
+                raise ConfigError(
+                    f"delta_weights = always and keep_versions need numba, which cannot be imported ({error}):"
+                    " install it, or leave both out"
+                ) from error
 
     def extend(self, base: Published, new: Published) -> MadeDelta | None:
         """Make and return the delta from the version before, and serve it where it pays; else the chain ends."""
         self.density = None
-        wanted = base.mapped.layout == new.mapped.layout and (self._mode == "always" or self._may_pay(base, new))
+        wanted = base.mapped.layout == new.mapped.layout and (
+            self._mode == "always" or (self._may_pay(base, new) and self._can_encode())
+        )
         made = self._encode(base, new) if wanted or self._keep else None
         if made is not None and wanted and (self._mode == "always" or self._pays(made.manifest, new)):
             self._serve(made, new.manifest.file_bytes)
@@ -91,6 +109,16 @@ class DeltaChain:
         """Return the chain to that version, as WeightsReady has it; None: there is none. From any thread."""
         chain = [link for link in tuple(self._chain) if link[0].version <= version]
         return join_deltas(text for _, text in chain) if chain and chain[-1][0].version == version else None
+
+    def _can_encode(self) -> bool:
+        """Whether this process can make one: where nobody asked for it, it does without."""
+        try:
+            prepare_encoding()
+        except ImportError as error:
+            event(log, "weights_only_whole", level=logging.WARNING, reason=f"numba cannot be imported: {error}")
+            self._mode = "never"
+            return False
+        return True
 
     def _may_pay(self, base: Published, new: Published) -> bool:
         """Whether a delta of as many changes as a sample shows would be sooner at the end of the slowest link."""
@@ -117,7 +145,6 @@ class DeltaChain:
 
     def _encode(self, base: Published, new: Published) -> MadeDelta:
         """Make the delta, and learn from it."""
-        prepare_encoding(ITEM_BYTES[spec.dtype] for spec in new.mapped.layout.specs)
         begun_s = time.monotonic()
         parts = list(_encode_parts(base, new))
         delta = build_delta_manifest(new.manifest.version, base.manifest, parts)
@@ -157,10 +184,11 @@ def _encode_parts(base: Published, new: Published) -> Iterator[tuple[str, bytes]
     def encode(spec: TensorSpec) -> bytes | None:
         return encode_tensor(base.mapped.view(spec.name), new.mapped.view(spec.name), ITEM_BYTES[spec.dtype])
 
-    differing.sort(key=lambda spec: -spec.nbytes)  # the longest last would be waited for alone
-    for number, part in in_threads(encode, differing):
-        if part is not None:
-            yield differing[number].name, part
+    longest_first = sorted(differing, key=lambda spec: -spec.nbytes)  # the longest last would be waited for alone
+    parts = {longest_first[number].name: part for number, part in in_threads(encode, longest_first)}
+    for spec in differing:
+        if (part := parts[spec.name]) is not None:
+            yield spec.name, part
 
 
 def _regions(mapped: MappedWeights) -> Iterator[tuple[int, int, int]]:

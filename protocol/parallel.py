@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
@@ -15,18 +15,23 @@ Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
 
-def in_threads(work: Callable[[Piece], Result], pieces: Sequence[Piece]) -> Iterator[tuple[int, Result]]:
+def in_threads(work: Callable[[Piece], Result], pieces: Sequence[Piece]) -> Generator[tuple[int, Result]]:
     """Yield the index of every piece with what `work` makes of it, as they are done; the first error ends it.
 
-    The thread that asks works along, and yields between its pieces what others have done; no thread is left behind. A
-    task of a pool for each piece would cost 40 us, and as many turns with Python's lock.
+    The thread that asks works along, and yields between its pieces what others have done. No thread is left behind by
+    whoever iterates to the end, or closes it. A task of a pool for each piece would cost 40 us, and as many turns with
+    Python's lock.
     """
     left = iter(range(len(pieces)))
     done: deque[tuple[int, Result]] = deque()
 
     def help_along() -> None:
-        for number in left:
-            done.append((number, work(pieces[number])))
+        try:
+            for number in left:
+                done.append((number, work(pieces[number])))
+        except BaseException:
+            deque(left, maxlen=0)
+            raise
 
     helpers = min(MOST_THREADS, _num_cores(), len(pieces)) - 1
     with ThreadPoolExecutor(max(1, helpers), "help") as threads:  # starts none before it is given work

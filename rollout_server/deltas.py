@@ -2,7 +2,7 @@
 
 Nothing of the staged file changes before every part of the whole chain makes sense; then all of it does, block by
 block, each hashed while it is in the cache and compared with the manifest (I5). Runs on the thread that fetches, and on
-others while that waits for them.
+others that help it.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy.typing as npt
 
 from protocol.errors import MalformedMessage
 from protocol.parallel import in_threads
-from protocol.weights.delta import TensorDelta, apply_tensor, decode_tensor, prepare_decoding
+from protocol.weights.delta import TensorDelta, apply_tensor, decode_tensor
 from protocol.weights.delta_manifest import DeltaManifest
 from protocol.weights.layout import MappedWeights
 from protocol.weights.manifest import Block, Manifest, digest
@@ -82,7 +82,6 @@ def apply_chain(
     Raises:
         MalformedMessage: a part is none of its tensor, or of no tensor. The file is as it was.
     """
-    prepare_decoding(ITEM_BYTES[spec.dtype] for spec in staged.layout.specs)
     begun_s = time.monotonic()
     decoded = [_decode(delta, blob, staged.layout) for delta, blob in zip(chain, blobs, strict=True)]
     decode_s = time.monotonic() - begun_s

@@ -7,6 +7,7 @@ over the bulk plane instead; that is said once, for it is the same for every ver
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -17,7 +18,7 @@ from protocol.kinds import WeightsPath
 from protocol.logs import event
 from protocol.parallel import in_threads
 from protocol.weights.layout import MappedWeights
-from protocol.weights.manifest import Manifest, digest
+from protocol.weights.manifest import Block, Manifest, digest
 from protocol.weights.shared import SharedReader
 from rollout_server.strikes import Strikes
 
@@ -90,11 +91,13 @@ class SharedStage:
 
 def _verify(mapped: MappedWeights, manifest: Manifest, stop: threading.Event) -> None:
     blocks = manifest.shipment.blocks
-    right = in_threads(
-        lambda block: digest(manifest.algorithm, mapped.bytes(block.offset, block.nbytes)) == block.digest, blocks
-    )
-    for index, is_right in right:
-        if stop.is_set():
-            raise Superseded(f"the reading of version {manifest.version} was called off")
-        if not is_right:
-            raise IntegrityError(f"{mapped.path.name}, {blocks[index].what}: its bytes do not hash to the manifest")
+
+    def is_right(block: Block) -> bool:
+        return digest(manifest.algorithm, mapped.bytes(block.offset, block.nbytes)) == block.digest
+
+    with contextlib.closing(in_threads(is_right, blocks)) as looks:  # none reads on once the claim is given up
+        for index, right in looks:
+            if stop.is_set():
+                raise Superseded(f"the reading of version {manifest.version} was called off")
+            if not right:
+                raise IntegrityError(f"{mapped.path.name}, {blocks[index].what}: its bytes do not hash to the manifest")

@@ -19,7 +19,7 @@ from protocol.errors import IntegrityError, MalformedMessage, Superseded
 from protocol.kinds import WeightsPath
 from protocol.logs import event
 from protocol.versions import Version
-from protocol.weights.delta import Costs, choose, is_available
+from protocol.weights.delta import Costs, choose, prepare_decoding
 from protocol.weights.delta_manifest import DeltaManifest, find_chain
 from protocol.weights.fetching import FetchReport, WeightsFetcher
 from protocol.weights.layout import MappedWeights
@@ -95,14 +95,7 @@ class Stage:
         """`content_digest` of what the file holds whole; empty while it holds nothing whole."""
         self._link, self._costs = NETWORK, Costs()
         self._strikes = Strikes(WeightsPath.DELTA)
-        self._takes_deltas = is_available()
-        if not self._takes_deltas:
-            event(
-                log,
-                "weights_only_whole",
-                level=logging.WARNING,
-                reason="numba is not installed: what changed cannot be read",
-            )
+        self._reads_deltas = True
         clean_staging(directory)
         self._shared = SharedStage(directory)
 
@@ -196,10 +189,10 @@ class Stage:
 
     def _chain(self, wanted: Wanted) -> Sequence[DeltaManifest] | None:
         """Return the deltas to go by, if there are any from what is here, and they are sooner here than everything."""
-        if not self._content or self._strikes.out or not self._takes_deltas:
+        if not self._content or self._strikes.out:
             return None
         chain = find_chain(wanted.deltas, self._content, wanted.version)
-        if chain is None:
+        if chain is None or not self._can_read(wanted.manifest):
             return None
         chosen = choose(
             dense_bytes=wanted.manifest.file_bytes,
@@ -210,6 +203,16 @@ class Stage:
             delta_bytes=sum(delta.nbytes for delta in chain),
         )
         return chain if chosen == "delta" else None
+
+    def _can_read(self, manifest: Manifest) -> bool:
+        """Whether this process can decode: a host that was given as little as possible has no numba."""
+        try:
+            if self._reads_deltas:
+                prepare_decoding(ITEM_BYTES[entry.spec.dtype] for entry in manifest.tensors)
+        except ImportError as error:
+            self._reads_deltas = False
+            event(log, "weights_only_whole", level=logging.WARNING, reason=f"numba cannot be imported: {error}")
+        return self._reads_deltas
 
     def _by_delta(self, wanted: Wanted, chain: Sequence[DeltaManifest], fetch: _Fetch) -> Delivery | None:
         """Fetch and apply what differs; blocks that are wrong then come out of the version's file.

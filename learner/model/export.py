@@ -77,8 +77,9 @@ def write_tensors(
 ) -> dict[str, list[str]]:
     """Cast every tensor straight into its place in `mapped`; no second copy of the model exists at any time.
 
-    Copied, looked at and hashed piece by piece, while a piece is in the cache: the memory is read once, by as many
-    threads as it takes. Safe beside a forward and backward pass in another thread: it only reads the parameters.
+    Copied, looked at and hashed piece by piece, while a piece is in the cache: the memory is read once, by several
+    threads, unless torch has threads of its own for each copy (eight of them under each of four took twice as long as
+    one alone). Safe beside a forward and backward pass in another thread: it only reads the parameters.
 
     Returns:
         With an algorithm, the digests of each tensor's blocks, as `build_manifest` would compute them.
@@ -86,11 +87,14 @@ def write_tensors(
     Raises:
         WeightsError: a tensor is not finite in that dtype. `mapped` is then half written and must not be published.
     """
+
+    def write(name: str) -> tuple[float, list[str]]:
+        return _write(tensors[name], mapped.view(name), DTYPES[dtype], algorithm)
+
     names = sorted(tensors, key=lambda name: -tensors[name].numel())  # the longest last would be waited for alone
+    has_threads = torch.get_num_threads() > 1 and all(tensor.is_cpu for tensor in tensors.values())
     digests: dict[str, list[str]] = {}
-    for number, (total, of_blocks) in in_threads(
-        lambda name: _write(tensors[name], mapped.view(name), DTYPES[dtype], algorithm), names
-    ):
+    for number, (total, of_blocks) in enumerate(map(write, names)) if has_threads else in_threads(write, names):
         name = names[number]
         # Whatever is not finite makes the sum so; a sum of finite numbers may still overflow.
         if not math.isfinite(total) and not torch.isfinite(tensors[name].to(DTYPES[dtype])).all():

@@ -131,7 +131,7 @@ def train_step(trainer: Trainer, batch: Batch, recorded: Outcome, *, digest: boo
 
 
 class _InMemory:
-    """Where a version is written to be hashed, tensor by tensor."""
+    """Where a version is written to be hashed: room for as many tensors at once as threads write."""
 
     def __init__(self, sizes: dict[str, int]) -> None:
         self._sizes = sizes

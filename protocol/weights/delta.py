@@ -9,7 +9,6 @@ The loops are delta_loops.py's. No sockets, files or torch here; no state, so an
 
 from __future__ import annotations
 
-import importlib.util
 import struct
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -26,7 +25,7 @@ from protocol.weights.push_costs import Costs, LinkSpeed, choose
 
 __all__ = [
     "Costs", "LinkSpeed", "TensorDelta", "apply_tensor", "changed_fraction", "choose", "decode_tensor", "encode_tensor",
-    "is_available", "num_changed", "prepare_decoding", "prepare_encoding",
+    "num_changed", "prepare_decoding", "prepare_encoding",
 ]  # fmt: skip
 
 DELTA_FORMAT: Final = 1
@@ -37,7 +36,7 @@ _HEADER: Final = struct.Struct("<BBBxQQ")
 """Format, bytes per element, bytes per gap (or BITMAP), changed elements, gaps; then a u64 per stream."""
 _UNSIGNED: Final[dict[int, np.dtype[Any]]] = {size: np.dtype(f"<u{size}") for size in (1, 2, 4, 8)}
 _BLOCK_BYTES: Final = 1 << 20
-"""Of each version, compared at a time: what is noted of it is still in the cache when it is gathered."""
+"""Of each version, compared at a time for a bitmap."""
 _BITMAP_SHARE: Final = 8
 """With more than one changed element in so many, a bit for each element is shorter than a byte for each gap."""
 _ZSTD: Final = zstandard.ZstdCompressionParameters.from_level(1, min_match=7, hash_log=6)
@@ -66,20 +65,18 @@ class TensorDelta:
     """[K] uint8 to uint64: old bits XOR new bits of each."""
 
 
-def is_available() -> bool:
-    """Whether this process can encode and decode: a host that was given as little as possible has no compiler."""
-    return importlib.util.find_spec("numba") is not None
+def prepare_encoding() -> None:
+    """Compile what it needs, once in a process: else the first delta would wait for it.
 
-
-def prepare_encoding(item_bytes: Iterable[int]) -> None:
-    """Compile what elements of these widths need, once in a process: else the first delta would wait for it."""
-    for width in set(item_bytes):
-        loops.find(width)
+    Raises:
+        ImportError: numba cannot be imported here.
+    """
+    loops.find()
     loops.widen()
 
 
 def prepare_decoding(item_bytes: Iterable[int]) -> None:
-    """The same for the other end."""
+    """The same for the other end, where elements have these widths."""
     for width in set(item_bytes):
         loops.apply(width)
     loops.unpack(1), loops.unpack(2)
@@ -92,15 +89,19 @@ def encode_tensor(base: Buffer, new: Buffer, item_bytes: int) -> bytes | None:
         base: Bytes of the tensor as the receiver has it.
         new: As many bytes of its new version.
         item_bytes: Bytes of an element: 1, 2, 4 or 8.
+
+    Raises:
+        ValueError: they are not as many, or not whole elements.
     """
     old, fresh = np.frombuffer(base, np.uint8), np.frombuffer(new, np.uint8)
-    assert old.size == fresh.size, (old.size, fresh.size)
-    num_elements = old.size // item_bytes
+    num_elements, rest = divmod(old.size, item_bytes)
+    if old.size != fresh.size or rest:  # no loop looks where it reads
+        raise ValueError(f"{old.size} bytes of elements of {item_bytes}, and {fresh.size} of their new version")
     most = num_elements // _BITMAP_SHARE
     gaps = np.empty(loops.gap_room(most, num_elements), np.uint8)
     planes = np.empty((item_bytes, num_elements), np.uint8)
     words = [piece for version in zip(_words(old), _words(fresh), strict=True) for piece in version]
-    num_changed, num_gaps, more = loops.find(item_bytes)(*words, most, gaps, planes)
+    num_changed, num_gaps, more = loops.find()(*words, most, gaps, planes)
     if not num_changed:
         return None
     form, places = 1, gaps[:num_gaps]

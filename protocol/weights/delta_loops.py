@@ -28,14 +28,14 @@ def gap_room(most: int, num_elements: int) -> int:
     return most + 8 * _WORDS + num_elements // 0xFF
 
 
-def find(item_bytes: int) -> Callable[..., tuple[int, int, int]]:
+def find() -> Callable[..., tuple[int, int, int]]:
     """(old [n] uint64, new [n], old tail [m], new tail [m], most, out gaps, out planes [bytes, N]).
 
     The tail is what does not fill a word, and zeros. Writes the byte planes of what differs, XORed, and before each
     element that does the gap since the last one, until more than `most` do: `gap_room` numbers at most. Returns how
     many differ, how many numbers their gaps take, and how many more than K, of two bytes, they would take.
     """
-    return _loop(_find, item_bytes)
+    return _loop(_find, 8)
 
 
 def widen() -> Callable[..., None]:

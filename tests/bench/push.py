@@ -51,7 +51,7 @@ class Push:
         from protocol.weights.serving import WeightsServer
         from rollout_server.stage import Stage, Wanted
 
-        prepare_encoding([2])
+        prepare_encoding()
         prepare_decoding([2])
         times = []
         with tempfile.TemporaryDirectory(dir="/dev/shm") as directory, WeightsServer("tcp://127.0.0.1:*") as server:

@@ -10,8 +10,10 @@ import pytest
 import learner.deltas as deltas_module
 from learner.deltas import DeltaChain, DeltaWeights, Published
 from learner.links import SHARED, Links
+from protocol.errors import ConfigError
 from protocol.messages import WeightsLive, WeightsPath
 from protocol.versions import Version
+from protocol.weights import delta_loops
 from protocol.weights.delta import apply_tensor, decode_tensor
 from protocol.weights.delta_manifest import MAX_CHAIN, read_deltas
 from protocol.weights.layout import build_manifest
@@ -170,3 +172,29 @@ def test_the_announcement_of_the_chain_is_bounded(tmp_path: Path, monkeypatch: p
         assert offered is not None
         assert len(offered) <= 3 * len(first) + len(b"[,,]")
     assert 1 < len(versions.served) <= 3
+
+
+@pytest.fixture
+def no_numba(monkeypatch: pytest.MonkeyPatch) -> None:
+    def compiled(loop: object, item_bytes: int) -> None:
+        raise ImportError("Numba needs NumPy 1.0 or less")
+
+    monkeypatch.setattr(delta_loops, "_compiled", compiled)
+
+
+@pytest.mark.parametrize(("mode", "keep"), [("always", False), ("never", True)])
+def test_who_asks_for_deltas_where_none_can_be_made_is_told_at_the_start(
+    no_numba: None, mode: DeltaWeights, keep: bool
+) -> None:
+    with pytest.raises(
+        ConfigError, match=r"cannot be imported \(Numba needs NumPy 1.0 or less\): install it, or leave"
+    ):
+        DeltaChain(None, Links(local=False), mode, keep=keep)  # type: ignore[arg-type]
+
+
+def test_who_did_not_ask_does_without(no_numba: None, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    versions = Versions(tmp_path)
+    for _ in range(2):
+        assert not versions.step(0.001)
+    assert versions.served == {}
+    assert caplog.text.count("event=weights_only_whole") == 1

@@ -48,6 +48,12 @@ def test_nothing_changed_is_no_part():
     assert encode_tensor(bytes(64), bytearray(64), 8) is None
 
 
+@pytest.mark.parametrize(("base", "new", "item_bytes"), [(8, 9, 1), (9, 9, 2), (12, 12, 8)])
+def test_what_is_no_pair_of_whole_elements_is_refused(base, new, item_bytes):
+    with pytest.raises(ValueError, match=f"{base} bytes of elements of {item_bytes}, and {new} of their new version"):
+        encode_tensor(bytes(base), b"\1" * new, item_bytes)
+
+
 def test_the_smallest_part():
     ones = np.full(8, 0x3F80, "<u2")
     new = ones.copy()

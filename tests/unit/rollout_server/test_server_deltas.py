@@ -59,7 +59,7 @@ class Chain:
         places = np.random.default_rng(seed).choice(numbers.size, numbers.size // 50, replace=False)
         edges = np.arange(0, numbers.size, BLOCK_BYTES // width)
         places = np.union1d(places, np.concatenate((edges, edges[1:] - 1, [numbers.size - 1])))
-        numbers[places] ^= np.array(3, f"u{width}")
+        numbers[places] ^= np.array(int.from_bytes(b"\3\5\7\11"[:width], "little"), f"u{width}")
         self.changed.append((name, places))
         part = encode_tensor(base.view(name), new.view(name), width)
         assert part is not None

@@ -5,8 +5,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,7 @@ from learner.links import Links
 from protocol.errors import Superseded, WeightsError
 from protocol.messages import WeightsPath
 from protocol.versions import Version
-from protocol.weights import delta
+from protocol.weights import delta_loops
 from protocol.weights.delta import encode_tensor
 from protocol.weights.delta_manifest import build_delta_manifest, read_deltas
 from protocol.weights.fetching import WeightsFetcher
@@ -202,15 +203,23 @@ def test_an_honest_delta_in_between_makes_good(trip: Trip) -> None:
 
 
 def test_where_nothing_compiles_every_version_comes_whole(
-    trip: Trip, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    trip: Trip, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(delta.importlib.util, "find_spec", lambda name: None)
-    trip.stage = Stage(tmp_path / "staging", WeightsFetcher())
-    assert "event=weights_only_whole" in caplog.text
+    compiled = delta_loops._compiled
+
+    def without_numba(loop: Callable[..., Any], item_bytes: int) -> Callable[..., Any]:
+        if loop in (delta_loops._apply, delta_loops._unpack):  # the learner's end is in this process, too
+            raise ImportError("Numba needs NumPy 1.0 or less")
+        return compiled(loop, item_bytes)
+
     trip.bring()
-    trip.step()
-    assert trip.wanted().deltas
-    assert trip.bring().path is WeightsPath.DENSE
+    monkeypatch.setattr(delta_loops, "_compiled", without_numba)
+    for _ in range(2):
+        trip.step()
+        assert trip.wanted().deltas
+        assert trip.bring().path is WeightsPath.DENSE
+    assert caplog.text.count("event=weights_only_whole") == 1
+    assert "numba cannot be imported: Numba needs NumPy 1.0 or less" in caplog.text
 
 
 def test_deltas_that_are_no_longer_served_are_no_loss(trip: Trip) -> None:

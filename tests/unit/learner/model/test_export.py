@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+import threading
 
 import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from learner.model import export
 from learner.model.export import describe, save_pretrained, specs_of, unique_tensors, write_tensors, write_weights
+from protocol import parallel
 from protocol.errors import WeightsError
 from protocol.versions import Version
 from protocol.weights.layout import Layout, MappedWeights, build_manifest, make_manifest
@@ -100,6 +103,26 @@ def test_what_would_not_be_finite_once_published_is_refused_and_nothing_else(pub
             return
         with pytest.raises(WeightsError, match=rf"^tensor w is not finite as {published}"):
             write_tensors(tensors, published, mapped)
+
+
+@pytest.mark.parametrize("torch_threads", [1, 8])
+def test_threads_are_not_multiplied_by_those_of_torch(torch_threads, tmp_path, monkeypatch):
+    writers = set()
+    write = export._write
+    monkeypatch.setattr(torch, "get_num_threads", lambda: torch_threads)
+    monkeypatch.setattr(parallel, "_num_cores", lambda: 2)
+    together = threading.Barrier(2 if torch_threads == 1 else 1)
+
+    def seen(*arguments):
+        writers.add(threading.get_ident())
+        together.wait(10.0)
+        return write(*arguments)
+
+    monkeypatch.setattr(export, "_write", seen)
+    tensors = {name: torch.ones(8) for name in "ab"}
+    with MappedWeights.create(tmp_path / "version.safetensors", Layout(describe(tensors, "float32"))) as mapped:
+        write_tensors(tensors, "float32", mapped)
+    assert len(writers) == together.parties
 
 
 def test_finite_numbers_whose_sum_is_not_are_published(tmp_path):
