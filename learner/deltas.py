@@ -185,7 +185,10 @@ def _encode_parts(base: Published, new: Published) -> Iterator[tuple[str, bytes]
         return encode_tensor(base.mapped.view(spec.name), new.mapped.view(spec.name), ITEM_BYTES[spec.dtype])
 
     longest_first = sorted(differing, key=lambda spec: -spec.nbytes)  # the longest last would be waited for alone
-    parts = {longest_first[number].name: part for number, part in in_threads(encode, longest_first)}
+    parts = {
+        longest_first[number].name: part
+        for number, part in in_threads(encode, longest_first, nbytes=2 * sum(spec.nbytes for spec in differing))
+    }
     for spec in differing:
         if (part := parts[spec.name]) is not None:
             yield spec.name, part

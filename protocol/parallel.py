@@ -11,16 +11,26 @@ from typing import Final, TypeVar
 MOST_THREADS: Final = 4
 """They work beside an engine or a training step; so many go through memory faster than any network."""
 
+BYTES_A_THREAD: Final = 4 << 20
+"""For less a thread is not worth its start: with torch's first call in it, a millisecond."""
+
 Piece = TypeVar("Piece")
 Result = TypeVar("Result")
 
 
-def in_threads(work: Callable[[Piece], Result], pieces: Sequence[Piece]) -> Generator[tuple[int, Result]]:
+def in_threads(
+    work: Callable[[Piece], Result], pieces: Sequence[Piece], *, nbytes: int
+) -> Generator[tuple[int, Result]]:
     """Yield the index of every piece with what `work` makes of it, as they are done; the first error ends it.
 
     The thread that asks works along, and yields between its pieces what others have done. No thread is left behind by
     whoever iterates to the end, or closes it. A task of a pool for each piece would cost 40 us, and as many turns with
     Python's lock.
+
+    Args:
+        work: Called once for each piece, in any thread.
+        pieces: Are begun in their order.
+        nbytes: That it goes through, in all.
     """
     left = iter(range(len(pieces)))
     done: deque[tuple[int, Result]] = deque()
@@ -33,7 +43,7 @@ def in_threads(work: Callable[[Piece], Result], pieces: Sequence[Piece]) -> Gene
             deque(left, maxlen=0)
             raise
 
-    helpers = min(MOST_THREADS, _num_cores(), len(pieces)) - 1
+    helpers = min(MOST_THREADS, _num_cores(), len(pieces), 1 + nbytes // BYTES_A_THREAD) - 1
     with ThreadPoolExecutor(max(1, helpers), "help") as threads:  # starts none before it is given work
         try:
             helping = [threads.submit(help_along) for _ in range(helpers)]

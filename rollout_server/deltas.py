@@ -88,7 +88,7 @@ def apply_chain(
     about_to_write()
     begun_s = time.monotonic()
     pieces, done = _cut(manifest, decoded), dict[int, _Done]()
-    for index, piece in in_threads(lambda piece: _apply(piece, staged, manifest), pieces):
+    for index, piece in in_threads(lambda piece: _apply(piece, staged, manifest), pieces, nbytes=manifest.file_bytes):
         done[index] = piece
         if piece.right and on_block is not None:
             on_block(index)
@@ -118,7 +118,7 @@ def _decode(delta: DeltaManifest, blob: memoryview, layout: Layout) -> Decoded:
         item_bytes = ITEM_BYTES[spec.dtype]
         return decode_tensor(octets, num_elements=spec.nbytes // item_bytes, item_bytes=item_bytes)
 
-    return {parts[number][0].name: tensor for number, tensor in in_threads(decode, parts)}
+    return {parts[number][0].name: tensor for number, tensor in in_threads(decode, parts, nbytes=delta.nbytes)}
 
 
 def _cut(manifest: Manifest, decoded: Sequence[Decoded]) -> list[_Piece]:

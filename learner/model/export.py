@@ -93,8 +93,11 @@ def write_tensors(
 
     names = sorted(tensors, key=lambda name: -tensors[name].numel())  # the longest last would be waited for alone
     has_threads = torch.get_num_threads() > 1 and all(tensor.is_cpu for tensor in tensors.values())
+    nbytes = sum(tensor.numel() for tensor in tensors.values()) * DTYPES[dtype].itemsize
     digests: dict[str, list[str]] = {}
-    for number, (total, of_blocks) in enumerate(map(write, names)) if has_threads else in_threads(write, names):
+    for number, (total, of_blocks) in (
+        enumerate(map(write, names)) if has_threads else in_threads(write, names, nbytes=nbytes)
+    ):
         name = names[number]
         # Whatever is not finite makes the sum so; a sum of finite numbers may still overflow.
         if not math.isfinite(total) and not torch.isfinite(tensors[name].to(DTYPES[dtype])).all():

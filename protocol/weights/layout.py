@@ -115,7 +115,9 @@ def build_manifest(
 ) -> Manifest:
     """Hash every block of every tensor and name the result. Takes 0.1 s per GB and core: not for the event loop."""
     specs = sorted(mapped.layout.specs, key=lambda spec: -spec.nbytes)  # the longest last would be waited for alone
-    hashed = in_threads(lambda spec: block_digests(algorithm, mapped.view(spec.name)), specs)
+    hashed = in_threads(
+        lambda spec: block_digests(algorithm, mapped.view(spec.name)), specs, nbytes=mapped.layout.file_bytes
+    )
     digests = {specs[number].name: of_blocks for number, of_blocks in hashed}
     return make_manifest(version, mapped.layout, algorithm, digests, adapter)
 

@@ -9,6 +9,8 @@ import pytest
 from protocol import parallel
 from protocol.parallel import in_threads
 
+LARGE = 1 << 30
+
 
 @pytest.fixture(params=[1, 2, 4])
 def cores(request, monkeypatch):
@@ -23,7 +25,7 @@ def helpers_alive():
 @pytest.mark.parametrize("count", [0, 1, 2, 3, 500])
 def test_every_piece_once(cores, count):
     pieces = [f"piece {number}" for number in range(count)]
-    done = list(in_threads(str.upper, pieces))
+    done = list(in_threads(str.upper, pieces, nbytes=LARGE))
     assert sorted(done) == [(number, piece.upper()) for number, piece in enumerate(pieces)]
     assert helpers_alive() == []
 
@@ -31,7 +33,10 @@ def test_every_piece_once(cores, count):
 def test_as_many_at_once_as_there_are_cores(cores):
     together = threading.Barrier(cores)
     seen = {
-        thread for _, thread in in_threads(lambda _: together.wait(10.0) >= 0 and threading.get_ident(), [0] * cores)
+        thread
+        for _, thread in in_threads(
+            lambda _: together.wait(10.0) >= 0 and threading.get_ident(), [0] * cores, nbytes=LARGE
+        )
     }
     assert len(seen) == cores
     assert threading.get_ident() in seen, "who asks works along"
@@ -45,7 +50,7 @@ def test_never_more_than_a_few(monkeypatch):
         together.wait(10.0)  # nobody goes on before so many are here
         return threading.get_ident()
 
-    threads = {thread for _, thread in in_threads(work, range(20 * parallel.MOST_THREADS))}
+    threads = {thread for _, thread in in_threads(work, range(20 * parallel.MOST_THREADS), nbytes=LARGE)}
     assert len(threads) == parallel.MOST_THREADS
 
 
@@ -61,7 +66,7 @@ def test_the_first_error_ends_it(cores, who):
             raise ValueError(f"piece {number}")
 
     with pytest.raises(ValueError, match="piece "):
-        list(in_threads(work, range(100_000)))
+        list(in_threads(work, range(100_000), nbytes=LARGE))
     assert len(begun) < 50_000
     assert helpers_alive() == []
 
@@ -73,8 +78,22 @@ def test_whoever_has_seen_enough_waits_for_no_piece_that_was_not_begun(cores):
         hashlib.blake2b(block)  # a millisecond: all of them would take minutes
         return next(begun)
 
-    results = in_threads(work, range(100_000))
+    results = in_threads(work, range(100_000), nbytes=LARGE)
     next(results)
     results.close()
     assert next(begun) < 50_000
     assert helpers_alive() == []
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "helpers"), [(0, 0), (parallel.BYTES_A_THREAD - 1, 0), (parallel.BYTES_A_THREAD, 1)]
+)
+def test_little_work_starts_no_thread(monkeypatch, nbytes, helpers):
+    monkeypatch.setattr(parallel, "_num_cores", lambda: 2)
+    together = threading.Barrier(1 + helpers)
+
+    def work(_):
+        together.wait(10.0)
+        return threading.get_ident()
+
+    assert len(set(dict(in_threads(work, range(2), nbytes=nbytes)).values())) == 1 + helpers

@@ -111,6 +111,7 @@ def test_threads_are_not_multiplied_by_those_of_torch(torch_threads, tmp_path, m
     write = export._write
     monkeypatch.setattr(torch, "get_num_threads", lambda: torch_threads)
     monkeypatch.setattr(parallel, "_num_cores", lambda: 2)
+    monkeypatch.setattr(parallel, "BYTES_A_THREAD", 1)
     together = threading.Barrier(2 if torch_threads == 1 else 1)
 
     def seen(*arguments):
