@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final, TypeVar
 
 MOST_THREADS: Final = 4
-"""They work beside an engine or a training step; so many go through memory faster than any network."""
+"""They work beside an engine or a training step, which need cores too."""
 
 BYTES_A_THREAD: Final = 4 << 20
 """For less a thread is not worth its start: with torch's first call in it, a millisecond."""

@@ -95,9 +95,8 @@ def _verify(mapped: MappedWeights, manifest: Manifest, stop: threading.Event) ->
     def is_right(block: Block) -> bool:
         return digest(manifest.algorithm, mapped.bytes(block.offset, block.nbytes)) == block.digest
 
-    with contextlib.closing(
-        in_threads(is_right, blocks, nbytes=manifest.file_bytes)
-    ) as looks:  # none reads on once the claim is given up
+    looks = in_threads(is_right, blocks, nbytes=manifest.file_bytes)
+    with contextlib.closing(looks):  # none reads on once the claim is given up
         for index, right in looks:
             if stop.is_set():
                 raise Superseded(f"the reading of version {manifest.version} was called off")

@@ -192,7 +192,7 @@ class Stage:
         if not self._content or self._strikes.out:
             return None
         chain = find_chain(wanted.deltas, self._content, wanted.version)
-        if chain is None or not self._can_read(wanted.manifest):
+        if chain is None:
             return None
         chosen = choose(
             dense_bytes=wanted.manifest.file_bytes,
@@ -202,7 +202,7 @@ class Stage:
             costs=self._costs,
             delta_bytes=sum(delta.nbytes for delta in chain),
         )
-        return chain if chosen == "delta" else None
+        return chain if chosen == "delta" and self._can_read(wanted.manifest) else None
 
     def _can_read(self, manifest: Manifest) -> bool:
         """Whether this process can decode: a host that was given as little as possible has no numba."""

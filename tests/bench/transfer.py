@@ -13,11 +13,11 @@ that BLAKE3, as across hosts). The controls end with the same bytes in the same 
 Missed so far (524 MB, 5 rounds, quiet cores, 2026-11-30, twice): 0.82 and 0.73 of the chunks over tcp (worst 0.63),
 0.74 and 0.67 over ipc (0.41); 0.70 and 0.68, 0.65 and 0.62 with every byte verified; 0.71 and 0.80 of gloo, for half
 of its CPU seconds (4.7 against 9.4); 0.80 and 0.56 of a message per tensor, which at 2.6 MB is faster than chunks.
-Until the second time the bookkeeping of a chunk counted as hashing. perf: 40 % of the CPU in the kernel's copies, 10
-% placing, 3 % hashing, a quarter in Python. Tried: chunks of 64 KiB to 4 MiB (256 KiB is best, chunks.py); a receive
-timeout in place of a poll for every chunk, one walk over a chunk's blocks (kept, their effect not told from the
-noise); sending copies (0.6 s for 0.43). Quick runs are of little use here: 1.01 and 0.73 for the same code a minute
-apart.
+Until the second time the bookkeeping of a chunk counted as hashing. By perf 40 % of the CPU are system calls of the
+I/O threads (half of that the kernel's copies), 10 % placing, 3 % hashing, a quarter Python, the start included.
+Tried: chunks of 64 KiB to 4 MiB (256 KiB is best, chunks.py); a receive timeout in place of a poll for every chunk,
+one walk over a chunk's blocks (kept, their effect not told from the noise); sending copies (0.6 s for 0.43). Quick
+runs are of little use here: 1.01 and 0.73 for the same code a minute apart.
 """
 
 from __future__ import annotations

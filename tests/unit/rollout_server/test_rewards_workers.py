@@ -7,7 +7,7 @@ from pathlib import Path
 REPOSITORY = Path(__file__).parents[3]
 
 STOPPED_WHILE_STARTING = """
-import asyncio, sys, time
+import asyncio, os, sys
 from pathlib import Path
 
 from pebble.pool.process import WorkerManager
@@ -15,28 +15,27 @@ from pebble.pool.process import WorkerManager
 from rollout_server.rewards.workers import Workers
 
 directory, = map(Path, sys.argv[1:])
-closed = directory / "closed"
-deadline = time.monotonic() + 30.0
+gate = directory / "gate"  # whoever opens it waits for the other end
 
 if __name__ == "__mp_main__":  # in a worker, before it has read what it is to do: all but one wait
     try:
         (directory / "first").open("x").close()
     except FileExistsError:
-        while not closed.exists() and time.monotonic() < deadline:
-            time.sleep(0.01)
+        gate.open("r").close()
 
 if __name__ == "__main__":
     stop = WorkerManager.force_stop_workers
 
     def slowly(manager):
         assert workers._ready.acquire(timeout=1.0)  # of `close` itself
-        closed.touch()  # pebble has closed its channel, and kills next
+        gate.open("w").close()  # pebble has closed its channel, and kills next: the late one goes on
         started = False
-        while not started and all(p.is_alive() for p in manager.workers.values()) and time.monotonic() < deadline:
+        while not started and all(p.is_alive() for p in manager.workers.values()):
             started = workers._ready.acquire(timeout=0.01)
         print("the late one started:", started)
         stop(manager)
 
+    os.mkfifo(gate)
     WorkerManager.force_stop_workers = slowly
     workers = Workers(["exact_match"], count=1, start_s=60.0)
 
